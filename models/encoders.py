@@ -1,0 +1,391 @@
+"""Frozen vision encoders: their patch tokens are the target of the alignment loss (REPA, arXiv 2410.06940, section 3).
+
+Needs torch and timm (and what timm brings: safetensors, huggingface_hub); imports nothing of this project, so it can be
+lifted out alone.
+
+    encoders = load_encoders("dinov2-vit-b", resolution=256, device=device)       # or "dinov2-vit-b,clip-vit-l"
+    targets = [encoder(images) for encoder in encoders]   # uint8 [B, 3, R, R] -> float32 [B, T, D], T a square grid
+
+A name is one of `ENCODERS` (the reference's names), any model name of timm, or `hog`, which needs no weights.
+
+What an encoder sees (`input_size`): the image at its own size R, or 7/8 of it for 14-pixel patches, so that a 256-pixel
+image gives a 16x16 grid either way. An image smaller than the encoder was trained on is enlarged to that size (256, or
+224 for 14-pixel patches, at most): a 32-pixel image goes to tf_efficientnet_lite0 at 224. Position embeddings are
+resampled to that size once, by timm, when the weights are loaded; a network for which timm cannot do so (CaiT, VOLO,
+MLP-Mixer) sees every image at the size it was trained on.
+
+Mean and std are those the weights were trained with, as timm lists them: CLIP's own, 0.5/0.5 for SigLIP, ImageNet's for
+DINO, DINOv2, DINOv3, MAE, I-JEPA and MoCo v3; the reference uses the same. Tokens are what the network's last norm
+gives (`x_norm_patchtokens` in DINOv2), without class and register tokens.
+
+Errors a user can cause are ValueError with a message of one line.
+"""
+
+import difflib
+import math
+import os
+import re
+import ssl
+import sys
+import urllib.error
+import urllib.request
+import uuid
+from contextlib import contextmanager
+from logging import ERROR, getLogger
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+ENCODERS = {  # the reference's names -> timm's
+    "dinov2-vit-s": "vit_small_patch14_dinov2.lvd142m",
+    "dinov2-vit-b": "vit_base_patch14_dinov2.lvd142m",
+    "dinov2-vit-l": "vit_large_patch14_dinov2.lvd142m",
+    "dinov2-vit-g": "vit_giant_patch14_dinov2.lvd142m",
+    "dinov2reg-vit-s": "vit_small_patch14_reg4_dinov2.lvd142m",
+    "dinov2reg-vit-b": "vit_base_patch14_reg4_dinov2.lvd142m",
+    "dinov2reg-vit-l": "vit_large_patch14_reg4_dinov2.lvd142m",
+    "dinov2reg-vit-g": "vit_giant_patch14_reg4_dinov2.lvd142m",
+    "dinov3-vit-s": "vit_small_patch16_dinov3.lvd1689m",
+    "dinov3-vit-b": "vit_base_patch16_dinov3.lvd1689m",
+    "dinov3-vit-l": "vit_large_patch16_dinov3.lvd1689m",
+    "dinov1-vit-b": "vit_base_patch16_224.dino",
+    "mae-vit-b": "vit_base_patch16_224.mae",
+    "mae-vit-l": "vit_large_patch16_224.mae",
+    "clip-vit-l": "vit_large_patch14_clip_224.openai",
+    "jepa-vit-h": "vit_huge_patch14_gap_224.in1k_ijepa",
+    "siglip2-vit-b": "vit_base_patch16_siglip_256.v2_webli",
+    "mocov3-vit-b": "vit_base_patch16_224",  # timm has the architecture; the weights are at MOCOV3_URL
+}
+MOCOV3_URL = "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar"
+
+
+# ---------------------------------------------------------------- the encoders
+
+class TimmEncoder(nn.Module):
+    """A frozen timm network as a token extractor.
+
+    `model` needs timm's `forward_features`; `size` is the side in pixels it gets to see, `mean` and `std` (3 numbers
+    each) are those of its training, for images in [0, 1]. `probe` sets embed_dim and grid (tokens along a side).
+    """
+
+    def __init__(self, model, name, size, mean, std):
+        super().__init__()
+        self.name, self.size = name, size
+        self.model = model.eval().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def probe(self):
+        """Runs one blank image through, so that a network that gives no tokens is noticed before training starts."""
+        device = self.mean.device
+        with FlopCounterMode(display=False) as counter:
+            tokens = self(torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=device))
+        self.flops = counter.get_total_flops()
+        self.embed_dim, self.grid = tokens.shape[2], math.isqrt(tokens.shape[1])
+        return self
+
+    def train(self, mode=True):
+        return super().train(False)  # frozen: never in training mode, whatever its owner is switched to
+
+    @torch.no_grad()
+    def forward(self, images):
+        """uint8 [B, 3, R, R] -> float32 [B, grid * grid, embed_dim], row by row."""
+        x = images.float() / 255
+        if x.shape[-1] != self.size:
+            # Bicubic without antialiasing for 256 -> 224, as the reference does; antialiased where it shrinks more.
+            x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=self.size < 0.75 * x.shape[-1])
+        return self.tokens(self.model.forward_features((x - self.mean) / self.std)).float()
+
+    def tokens(self, x):
+        """What forward_features gives, as [B, T, D]: a feature map laid out row by row, or patch tokens alone."""
+        if torch.is_tensor(x) and x.ndim == 4:
+            last = getattr(self.model, "output_fmt", None) == "NHWC"
+            return x.flatten(1, 2) if last else x.flatten(2).transpose(1, 2)
+        if not torch.is_tensor(x) or x.ndim != 3:
+            raise ValueError("it gives no grid of tokens")
+        count = x.shape[1]
+        prefix = getattr(self.model, "num_prefix_tokens", None)  # class and register tokens come first
+        prefix = count - math.isqrt(count) ** 2 if prefix is None else prefix
+        if math.isqrt(count - prefix) ** 2 != count - prefix:
+            raise ValueError(f"it gives {count - prefix} tokens, no square grid")
+        return x[:, prefix:]
+
+
+class HOG(nn.Module):
+    """Dense histograms of oriented gradients as patch tokens: a target that needs no weights.
+
+    After MaskFeat (arXiv 2112.09133): per colour channel, 9 unsigned orientation bins, 2x2 cells per patch, so 108
+    numbers. A pixel votes with its gradient magnitude for the two nearest bins; a cell averages the votes of a window
+    twice its side. A patch is divided by sqrt(|v|^2 + eps^2), and eps over the same root is appended as the 109th
+    number: every token has length 1, and a flat patch is a definite direction, where the plain histogram would be zero
+    (which has no cosine) or noise blown up to length 1. `eps` is in units of intensity (range [0, 1]) per pixel.
+    Patches are 16 pixels for images of 256 and more, smaller below, 4 at least: 32 pixels give an 8x8 grid.
+    """
+
+    BINS = 9
+
+    def __init__(self, resolution, eps=0.02):
+        super().__init__()
+        self.patch = min(16, max(4, resolution // 32 * 2))
+        if resolution % self.patch:
+            raise ValueError(f"encoder hog needs a --resolution divisible by {self.patch}, not {resolution}")
+        self.name, self.eps, self.grid = "hog", eps, resolution // self.patch
+        self.embed_dim = 3 * 4 * self.BINS + 1
+        self.flops = 0  # no matrix products
+
+    @torch.no_grad()
+    def forward(self, images):
+        """uint8 [B, 3, R, R] -> float32 [B, grid * grid, 109] of length 1."""
+        with torch.autocast(images.device.type, enabled=False):
+            x = F.pad(images.float() / 255, (1, 1, 1, 1), mode="replicate")
+            dx = (x[:, :, 1:-1, 2:] - x[:, :, 1:-1, :-2]) / 2
+            dy = (x[:, :, 2:, 1:-1] - x[:, :, :-2, 1:-1]) / 2
+            magnitude = (dx.square() + dy.square()).sqrt()
+            where = torch.atan2(dy, dx) * (self.BINS / math.pi)  # in bins; unsigned: the half turn is BINS wide
+            cell = self.patch // 2
+            cells = []
+            for k in range(self.BINS):  # one bin at a time: all at once would take BINS times the memory
+                distance = (where - k - 0.5).remainder(self.BINS)
+                distance = torch.minimum(distance, self.BINS - distance)
+                votes = magnitude * (1 - distance).clamp(min=0)
+                cells.append(F.avg_pool2d(votes, 2 * cell, cell, cell // 2, count_include_pad=False))
+            v = torch.stack(cells, 2).flatten(1, 2)  # [B, 3 * BINS, 2 * grid, 2 * grid]
+            v = F.pixel_unshuffle(v, 2).flatten(2).transpose(1, 2)  # [B, grid * grid, 108]
+            v = torch.cat([v, torch.full_like(v[..., :1], self.eps)], -1)
+            return F.normalize(v, dim=-1)
+
+
+def input_size(resolution, patch, own):
+    """Side in pixels an encoder sees for images of `resolution`; `patch` None for a convolutional network, `own` the
+    side it was trained on. The rule is in the module's docstring."""
+    size, floor = (resolution * 7 // 8, 224) if patch == 14 else (resolution, 256)
+    size = max(size, min(own, floor))
+    return max(1, round(size / patch)) * patch if patch else size
+
+
+# ---------------------------------------------------------------- weights
+
+@contextmanager
+def _one_line(what, remedy):
+    """Turns whatever goes wrong with someone else's file or network into a ValueError of one line."""
+    try:
+        yield
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"{what}: {reason[:200]}; {remedy}") from error
+
+
+def _reach(url):
+    """Raises OSError soon when there is no way to the server; huggingface_hub alone retries for most of a minute."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise OSError("not in the local cache, and HF_HUB_OFFLINE is set")
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
+    except urllib.error.HTTPError:
+        pass  # an answer is an answer
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        if not isinstance(reason, ssl.SSLError):  # another client may know more certificates: let it try
+            raise OSError(f"not in the local cache, and no network ({reason})") from None
+
+
+def _from_hub(repo):
+    """Path of a hub repository's weights, out of the local cache without any network when they are there."""
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError
+    repo, _, revision = repo.partition("@")
+    files = "model.safetensors", "pytorch_model.bin"
+    for file in files:
+        cached = try_to_load_from_cache(repo, file, revision=revision or None)
+        if isinstance(cached, str):
+            return cached
+    _reach(constants.ENDPOINT)
+    getLogger("huggingface_hub").setLevel(ERROR)  # a line for each retry
+    try:
+        return hf_hub_download(repo, files[0], revision=revision or None)
+    except EntryNotFoundError:
+        return hf_hub_download(repo, files[1], revision=revision or None)
+
+
+def _from_url(url):
+    """Path of a file fetched once into torch.hub's folder, written whole or not at all."""
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+    if os.path.exists(path):
+        return path
+    _reach(url)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    part = f"{path}.{uuid.uuid4().hex}.part"
+    try:
+        with urllib.request.urlopen(url, timeout=60) as answer, open(part, "wb") as file:
+            while block := answer.read(1 << 20):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            size = answer.headers.get("Content-Length")
+            if size is not None and file.tell() != int(size):
+                raise OSError(f"{file.tell()} of {size} bytes came")
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+    return path
+
+
+def _read_state(path):
+    """State dict of a weights file or of a hub-style folder holding one, out of what training scripts wrap around."""
+    if os.path.isdir(path):
+        files = [os.path.join(path, file) for file in ("model.safetensors", "pytorch_model.bin")]
+        path = next((file for file in files if os.path.exists(file)), files[0])
+    if not os.path.exists(path):
+        raise ValueError("no such file")
+    if path.endswith(".safetensors"):
+        from safetensors.torch import load_file
+        state = load_file(path)
+    else:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception:
+            raise ValueError("no whole file of tensors (torch.load with weights_only=True, or .safetensors)") from None
+    for key in ("state_dict", "model", "teacher", "encoder"):  # "encoder": I-JEPA
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    state = {k: v for k, v in state.items() if torch.is_tensor(v)} if isinstance(state, dict) else {}
+    for prefix in ("_orig_mod.", "module.", "base_encoder.", "backbone.", "model.", "timm_model."):  # MoCo v3: base_
+        state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)} or state
+    if not state:
+        raise ValueError("holds no tensors")
+    return state
+
+
+def load_weights(model, path, name):
+    """Loads a weights file into a timm `model` through timm's own converter for that architecture.
+
+    Reads .safetensors, .pt, .pth, .pth.tar, .bin in timm's or the authors' naming, or a folder holding one. All of the
+    network must be there with the right shapes; only what lies outside it (classifier, decoder, text tower) may be
+    more. Raises ValueError naming what differs.
+    """
+    with _one_line(f"{path} (weights for encoder {name})", "give --encoder-ckpt a weights file of that encoder"):
+        state = _read_state(str(path))
+        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        own = model.state_dict()
+        if convert is not None:
+            try:
+                state = convert(state, model)
+            except Exception:  # it assumes its architecture's names: without them, the comparison below says more
+                pass
+        missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+        shapes = [k for k in own if k in state and state[k].shape != own[k].shape]
+        trunk = {k.split(".")[0] for k in own}
+        head = model.pretrained_cfg.get("classifier") or ()  # inside the trunk's "head." in some
+        head = tuple(f"{part}." for part in ([head] if isinstance(head, str) else head))
+        extra = [k for k in state if k not in own and k.split(".")[0] in trunk and not k.startswith(head)]
+        differs = [f"{len(keys)} tensors {kind} (first: {keys[0]})" for kind, keys in
+                   (("missing", missing), ("of another shape", shapes), ("more than it has", extra)) if keys]
+        if differs:
+            raise ValueError("another architecture: " + ", ".join(differs))
+        model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
+
+
+# ---------------------------------------------------------------- by name
+
+def _resolve(name):
+    """--encoder name -> (timm name, its pretrained_cfg). Raises ValueError, with near matches, for an unknown one."""
+    known = ENCODERS.get(name.lower(), name)
+    try:
+        if not timm.is_model(known):
+            raise RuntimeError
+        cfg = timm.models.get_pretrained_cfg(known)
+    except RuntimeError:  # no such model, or no such tag of it
+        near = difflib.get_close_matches(name.lower(), [*ENCODERS, "hog"], 3, 0.6)
+        near = near or difflib.get_close_matches(name, timm.list_models() + timm.list_models(pretrained=True), 3, 0.6)
+        hint = f"; near: {', '.join(near)}" if near else ""
+        known = ", ".join([*ENCODERS, "hog"])
+        raise ValueError(f"unknown encoder {name!r}: known are {known}, and any timm name{hint}") from None
+    return known, cfg
+
+
+def _fetch(name, cfg):
+    """Path of the pretrained weights of a named encoder, downloaded where they are not cached."""
+    with _one_line(f"weights of encoder {name}", "give them with --encoder-ckpt PATH, or take --encoder hog"):
+        if name.lower() == "mocov3-vit-b":
+            return _from_url(MOCOV3_URL)
+        if cfg and cfg.hf_hub_id:
+            return _from_hub(cfg.hf_hub_id)
+        if cfg and cfg.url:
+            return _from_url(cfg.url)
+        raise ValueError("timm has none")
+
+
+def _build(name, size, path, device):
+    """The encoder of that name, with the weights of `path`, for images of `size` pixels."""
+    timm_name, cfg = _resolve(name)
+    # A network with a table of positions is built for its size; a convolutional one takes any, without being told.
+    options = {"img_size": size} if cfg and cfg.fixed_input_size else {}
+    with _one_line(f"encoder {name} at {size} pixels", "take another --encoder or --resolution"):
+        model = timm.create_model(timm_name, num_classes=0, **options)
+    load_weights(model, path, name)
+    mean, std = (cfg.mean, cfg.std) if cfg else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    if name.lower() == "mocov3-vit-b":  # of timm's entry only the architecture is used
+        mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    encoder = TimmEncoder(model, name, size, mean, std).to(device)
+    with _one_line(f"encoder {name} at {size} pixels", "take another --encoder or --resolution"):
+        return encoder.probe()
+
+
+def build_encoder(name, resolution, ckpt=None, device="cpu"):
+    """One frozen encoder; see `load_encoders`."""
+    if name.lower() == "hog":
+        if ckpt:
+            raise ValueError(f"encoder hog takes no weights, not {ckpt}; leave its place in --encoder-ckpt empty")
+        return HOG(resolution).to(device)
+    timm_name, cfg = _resolve(name)
+    path = ckpt or _fetch(name, cfg)  # before the network is built: a large one takes long
+    if not os.path.exists(path):
+        raise ValueError(f"{path}: no such file (weights for encoder {name}); check --encoder-ckpt")
+    own = cfg.input_size[-1] if cfg else 224
+    patch = re.search(r"_(?:patch|p)(\d+)", timm_name)
+    size = input_size(resolution, int(patch[1]) if patch else None, own)
+    try:
+        return _build(name, size, path, device)
+    except ValueError:  # wrong weights, or a table of positions that timm cannot resample: that fits at its own size
+        if size == own:
+            raise
+        return _build(name, own, path, device)
+
+
+def load_encoders(names, ckpts=None, resolution=256, device="cpu"):
+    """Comma-separated encoder names, with weights from disk where given -> list of frozen encoders.
+
+    names: "dinov2-vit-b", "dinov2-vit-b,clip-vit-l", "tf_efficientnet_lite0", "hog".
+    ckpts: None, or as many paths, comma-separated; an empty one ("a.pth,") is fetched from the encoder's own source.
+    Each encoder has name, embed_dim and grid, and maps uint8 images [B, 3, R, R], R = resolution, to float32 tokens
+    [B, grid * grid, embed_dim] without gradients. Raises ValueError for an unknown name, and for weights that are
+    missing, of another architecture, or out of reach.
+    """
+    return [build_encoder(name, resolution, path, device) for name, path in _pairs(names, ckpts)]
+
+
+def check_encoders(names, ckpts=None):
+    """Raise what load_encoders would raise for unknown names and missing files, without loading anything."""
+    for name, path in _pairs(names, ckpts):
+        if name.lower() != "hog":
+            _resolve(name)
+        if path and not os.path.exists(path):
+            raise ValueError(f"{path}: no such file (weights for encoder {name}); check --encoder-ckpt")
+
+
+def _pairs(names, ckpts):
+    """[(name, path or None)] of the two comma-separated lists."""
+    names = [name.strip() for name in names.split(",")]
+    paths = [path.strip() or None for path in ckpts.split(",")] if ckpts else [None] * len(names)
+    if len(paths) != len(names):
+        raise ValueError(f"--encoder names {len(names)} encoders, --encoder-ckpt {len(paths)} files; give one for each")
+    return list(zip(names, paths))

@@ -1,0 +1,368 @@
+"""What the training scripts share: flags to data and precision, guarded updates, EMA, resuming, the log, the watch on collapse."""
+import argparse
+import contextlib
+import json
+import math
+import os
+import resource
+import sys
+import time
+import warnings
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from models import checkpoint, distributed
+from models.data import EndlessSampler, ImageData, ShapesData, check_images, make_loader
+from models.reconstruction import latent_moments
+
+
+def flag(group, name, default, help, **more):
+    """group.add_argument(name) with the default's type; False makes a switch, None a string unless `type` is given."""
+    kind = {} if isinstance(default, bool) else {"type": more.pop("type", str if default is None else type(default))}
+    if isinstance(default, bool):
+        kind["action"] = "store_true"
+    group.add_argument(name, default=default, help=help, **kind, **more)
+
+
+def check_numbers(args, world_size, fractions, positive=()):
+    """Raise a one-line ValueError unless the settings are above 0, those named `fractions` lie in [0, 1], and the batch can
+    be divided among processes and accumulation steps. The settings that all training has need not be named."""
+    for name in ("resolution", "batch_size", "gradient_accumulation_steps", "max_train_steps", "log_every",
+                 "checkpointing_steps", "learning_rate", "max_grad_norm", *positive):
+        if getattr(args, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be above 0")
+    for name in ("num_workers", "keep_checkpoints", "sampling_steps"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must not be negative")
+    for name in fractions:
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must lie in [0, 1]")
+    parts = world_size * args.gradient_accumulation_steps
+    if args.batch_size % parts:
+        raise ValueError(f"--batch-size {args.batch_size} is not divisible by {world_size} processes x "
+                         f"{args.gradient_accumulation_steps} accumulation steps")
+
+
+def open_data(args):
+    """The images of --data-dir ("shapes": the built-in set); every file's first bytes are looked at, by the main process."""
+    if args.data_dir == "shapes":
+        return ShapesData(50000, args.resolution, hflip=args.hflip, seed=args.seed)
+    dataset = ImageData(args.data_dir, args.resolution, hflip=args.hflip, seed=args.seed, skip_corrupt=args.skip_corrupt)
+    bad = check_images(args.data_dir, dataset.names) if distributed.is_main() else []
+    if bad and (not args.skip_corrupt or len(bad) == len(dataset)):
+        raise ValueError(f"{args.data_dir}: {bad[0]} is no image ({len(bad)} such files); remove them or pass --skip-corrupt")
+    if bad:
+        print(f"{len(bad)} of {len(dataset)} files are no images and will be skipped, e.g. {bad[0]}", flush=True)
+    return dataset
+
+
+def data_loader(args, dataset, device, rank, world_size, step, workers):
+    """This process's share of the global batches that follow `step`: (uint8 images, labels, files skipped) without end."""
+    sampler = EndlessSampler(len(dataset), args.batch_size, rank, world_size, args.seed, start_step=step)
+    return make_loader(dataset, sampler, args.batch_size // world_size, workers, device)
+
+
+@torch.no_grad()
+def measure_latents(args, vae, dataset, device, rank, world_size, batches):
+    """(mean, variance), each [C] float64, of the latents of the run's first `batches` global batches, all processes together."""
+    sums, loader = 0, data_loader(args, dataset, device, rank, world_size, 0, workers=0)
+    for _, (images, _, _) in zip(range(batches), loader):
+        for part in images.chunk(args.gradient_accumulation_steps):
+            moments = latent_moments(vae.encode(part.to(device).float() / 127.5 - 1))
+            sums = sums + moments / args.gradient_accumulation_steps
+    mean, square = distributed.all_reduce_sum(sums) / (batches * world_size)
+    return mean, square - mean.square()
+
+
+def autocast_type(args, device):
+    """torch type of --mixed-precision: auto is bfloat16 on a GPU and float32 (no autocast) on the CPU."""
+    precision = ("bf16" if device.type == "cuda" else "no") if args.mixed_precision == "auto" else args.mixed_precision
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[precision]
+
+
+def wrap_ddp(net, device):
+    """`net` in DistributedDataParallel, or as it is in one process. Buffers are kept equal by synced batch norms."""
+    if distributed.world_size() == 1:
+        return net
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions rename broadcast_buffers; both know this name
+        return DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
+
+
+def sync_if(last, ddp):
+    """Context in which DDP averages gradients over the processes only if `last`: once per step, not per micro-batch."""
+    return contextlib.nullcontext() if last or not isinstance(ddp, DistributedDataParallel) else ddp.no_sync()
+
+
+def adamw(parameters, args, learning_rate):
+    """AdamW over `parameters`, fused: it can skip a step on a tensor's say-so, without the host reading it."""
+    return torch.optim.AdamW(parameters, lr=learning_rate, betas=(args.adam_beta1, args.adam_beta2),
+                             eps=args.adam_epsilon, weight_decay=args.adam_weight_decay, fused=True)
+
+
+def clip_gradients(parameters, max_norm, loss_scale):
+    """Undo the loss scale, clip to total L2 norm max_norm, return the norm before clipping (a scalar tensor)."""
+    parameters = list(parameters)
+    torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1.0 / loss_scale)
+    return torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
+
+
+def guarded_updates(optimizers, skip):
+    """One step of each optimiser, or none of them where `skip` (float scalar tensor) is 1; gradients are freed."""
+    for optimizer in optimizers:
+        optimizer.found_inf = skip  # the fused kernels read it on the device; mixed-precision scalers use the same door
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def restore_where(skip, buffers, saved):
+    """Put back `saved` values into `buffers` where `skip` is 1: a skipped step must not leave NaN statistics."""
+    for buffer, old in zip(buffers, saved):
+        buffer.copy_(torch.where(skip > 0, old, buffer))
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay):
+    """e <- decay e + (1 - decay) p for every parameter and float buffer; integer buffers are copied."""
+    pairs = list(zip(ema.state_dict().values(), model.state_dict().values()))
+    averaged = [(e, p) for e, p in pairs if e.is_floating_point()]
+    torch._foreach_mul_([e for e, _ in averaged], decay)
+    torch._foreach_add_([e for e, _ in averaged], [p for _, p in averaged], alpha=1 - decay)
+    for e, p in pairs:
+        if not e.is_floating_point():
+            e.copy_(p)
+
+
+class LossScale:
+    """Dynamic loss scale of fp16 training, kept on the device: halved when a step is skipped, doubled after 2,000 good ones.
+
+    Constant 1 when not enabled. `value` multiplies every loss before its backward pass.
+    """
+
+    def __init__(self, enabled, device):
+        self.enabled = enabled
+        self.value = torch.tensor(65536.0 if enabled else 1.0, device=device)
+        self.good_steps = torch.zeros((), device=device)
+
+    def update(self, skip):
+        if self.enabled:
+            self.good_steps = torch.where(skip > 0, 0.0, self.good_steps + 1)
+            grow = self.good_steps >= 2000
+            self.value = torch.where(skip > 0, self.value * 0.5, torch.where(grow, self.value * 2, self.value))
+            self.good_steps = torch.where(grow, 0.0, self.good_steps)
+
+    def state_dict(self):
+        return {"value": self.value.cpu(), "good_steps": self.good_steps.cpu()}
+
+    def load_state_dict(self, state):
+        self.value.copy_(state["value"])
+        self.good_steps.copy_(state["good_steps"])
+
+
+def find_checkpoint(args, folder):
+    """(path, state) to continue from by --resume, or (None, None). A file that cannot be read is passed over, with a note.
+
+    Raises ValueError if the folder holds later checkpoints than the one asked for: the next run would mix both.
+    """
+    steps = checkpoint.checkpoint_steps(os.path.join(folder, "checkpoints"))
+    if args.resume != "auto":
+        path, state = (None, None) if args.resume == "none" else (args.resume, checkpoint.load(args.resume))
+        begin = state.get("steps", 0) if isinstance(state, dict) else 0
+        if steps and steps[-1] > begin:
+            raise ValueError(f"{folder} holds a checkpoint of step {steps[-1]}, beyond --resume {args.resume}; "
+                             "use another --exp-name or remove it")
+        return path, state
+    folder = os.path.join(folder, "checkpoints")
+    for step in reversed(steps):
+        path = os.path.join(folder, f"{step:07d}.pt")
+        try:
+            return path, checkpoint.load(path)
+        except ValueError as error:
+            print(f"passed over: {error}", flush=True)
+    return None, None
+
+
+def check_resume(args, path, state, names):
+    """Raise a one-line ValueError if this is no checkpoint, or its run differs in one of the settings `names`; other
+    changed settings are printed."""
+    if not isinstance(state, dict) or not {"steps", "args"} <= set(state):
+        raise ValueError(f"{path}: is no training checkpoint (it has no steps and args)")
+    old = vars(state["args"]) if isinstance(state["args"], argparse.Namespace) else state["args"] or {}
+    changed = [f"--{name.replace('_', '-')} {old[name]} -> {value}" for name, value in vars(args).items()
+               if name in old and old[name] != value and name not in names]
+    if changed and distributed.is_main():
+        print(f"changed since {path}: {', '.join(changed)}", flush=True)
+    for name in names:
+        if name in old and old[name] != getattr(args, name):
+            raise ValueError(f"{path}: was trained with --{name.replace('_', '-')} {old[name]}, not {getattr(args, name)}; "
+                             "use another --exp-name to start anew")
+
+
+def load_optimizer(optimizer, state, path):
+    """Load an optimiser's state but keep the learning rate and the other settings of this run's flags."""
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path}: its optimiser state does not fit ({error})") from error
+    for group, own in zip(optimizer.param_groups, settings):
+        group.update(own)
+
+
+def check_same_start(start, device):
+    """Raise ValueError unless all processes continue from the same step: without a shared folder they would not."""
+    both = torch.tensor([start, -start], device=device)
+    if distributed.world_size() > 1:
+        torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX)
+    if both[0] != -both[1]:
+        raise ValueError(f"processes found different checkpoints (up to step {both[0]}); all nodes need the same --output-dir")
+
+
+def keep_newest(folder, count):
+    """Remove all but the `count` newest checkpoints of `folder`; 0 keeps all."""
+    for step in checkpoint.checkpoint_steps(folder)[:-count] if count else []:
+        os.remove(os.path.join(folder, f"{step:07d}.pt"))
+
+
+class Collapse(RuntimeError):
+    """Training has stopped learning; the message names the step, the sign and the last good checkpoint."""
+
+
+class RunLog:
+    """The log of one run: sums metrics on the device, reads them every log_every steps, writes and watches.
+
+    Files in `folder`: log.txt (what the terminal showed), metrics.jsonl (one object per logged step). Only the main
+    process writes; all processes take part in the sums.
+    """
+
+    def __init__(self, folder, args, flops_per_image=None, peak_flops=None):
+        self.folder, self.args, self.main = folder, args, distributed.is_main()
+        self.flops_per_image, self.peak_flops = flops_per_image, peak_flops
+        self.names, self.sums, self.counted = None, None, 0
+        self.in_a_row, self.longest, self.largest_norms = None, None, {}
+        self.started = self.last = time.perf_counter()
+        self.writers = []
+        if self.main:
+            os.makedirs(folder, exist_ok=True)
+            self.writers = open_writers(args.report_to, folder, args)
+
+    def say(self, text):
+        """One line to the terminal and log.txt."""
+        if self.main:
+            print(text, flush=True)
+            with open(os.path.join(self.folder, "log.txt"), "a") as f:
+                f.write(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}\n")
+
+    def rewind(self, step):
+        """Drop metrics.jsonl's lines after `step`: a resumed run writes them again."""
+        path = os.path.join(self.folder, "metrics.jsonl")
+        if self.main and os.path.exists(path):
+            kept = []
+            with open(path) as f:
+                for line in f:
+                    try:
+                        kept += [line] if json.loads(line)["step"] <= step else []
+                    except ValueError:  # cut off when the run was killed
+                        break
+            with checkpoint.replace(path) as temporary, open(temporary, "w") as f:
+                f.writelines(kept)
+
+    def add(self, metrics, skip):
+        """Add one step's metrics (dict of scalar tensors); those of a skipped step count only as skipped."""
+        self.names = list(metrics)
+        values = torch.stack([metrics[n].detach().double() for n in self.names] + [torch.ones_like(skip).double()])
+        values = torch.where(skip > 0, torch.zeros_like(values), values)
+        self.sums = values if self.sums is None else self.sums + values
+        self.in_a_row = torch.where(skip > 0, skip + (0 if self.in_a_row is None else self.in_a_row), 0)
+        self.longest = self.in_a_row if self.longest is None else torch.maximum(self.longest, self.in_a_row)
+        self.counted += 1
+
+    def write(self, step, batch_size, **extra):
+        """Read the sums (the one host synchronisation), write a line everywhere, raise Collapse if learning stopped."""
+        *sums, longest = [*distributed.all_reduce_sum(self.sums).tolist(), int(self.longest)]
+        steps, good = self.counted, round(sums[-1] / distributed.world_size())
+        now = time.perf_counter()
+        seconds = (now - self.last) / steps
+        means = {n: s / sums[-1] if good else math.nan for n, s in zip(self.names, sums)}
+        rate = batch_size / seconds
+        line = {"step": step, **means, "skipped_steps": steps - good, "images_per_s": rate, "seconds_per_step": seconds,
+                "peak_memory_gib": peak_memory_gib(self.sums.device), **extra}
+        if self.peak_flops and self.flops_per_image:
+            line["mfu"] = rate * self.flops_per_image / (self.peak_flops * distributed.world_size())
+        self.sums, self.longest, self.counted, self.last = None, None, 0, now
+        if self.main:
+            with open(os.path.join(self.folder, "metrics.jsonl"), "a") as f:
+                f.write(json.dumps({k: (None if isinstance(v, float) and not math.isfinite(v) else v)
+                                    for k, v in line.items()}) + "\n")
+            for writer in self.writers:
+                writer(line)
+            losses = "  ".join(f"{n} {v:.4g}" for n, v in means.items() if n.endswith("loss") or n.startswith("grad_norm"))
+            mfu = f"  mfu {line['mfu']:.0%}" if "mfu" in line else ""
+            left = time_text((self.args.max_train_steps - step) * seconds)
+            self.say(f"step {step}/{self.args.max_train_steps}  {rate:.1f} img/s  {seconds:.3g} s/step  "
+                     f"{line['peak_memory_gib']:.2f} GiB{mfu}  {left} left  {losses}")
+        self.watch(step, longest, good, means)
+        return line
+
+    def watch(self, step, longest, good, means):
+        """Raise Collapse after 50 skipped steps in a row, or when the SiT's or VAE's gradient norm is 0 or falls to 1e-4 of
+        the largest logged. (The discriminator's may well be 0: the hinge loss is, where it is sure.)"""
+        if longest >= 50:
+            raise Collapse(f"step {step}: {longest} steps in a row had non-finite losses or gradients")
+        for name in ("grad_norm_sit", "grad_norm_vae"):
+            if good and name in means:
+                value, largest = means[name], max(means[name], self.largest_norms.get(name, 0.0))
+                if value <= 1e-4 * largest:
+                    raise Collapse(f"step {step}: {name} fell to {value:.2g} from {largest:.2g}: nothing is learnt any more")
+                self.largest_norms[name] = largest
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Context whose time (sampling, evaluation, a checkpoint) is left out of the rates."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # what is queued belongs to the steps
+        start = time.perf_counter()
+        yield
+        self.last += time.perf_counter() - start
+
+
+def open_writers(report_to, folder, args):
+    """Functions that take one metrics dict, for tensorboard or wandb; both are optional packages."""
+    if report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(folder)
+        return [lambda line: [writer.add_scalar(k, v, line["step"]) for k, v in line.items() if k != "step"]]
+    if report_to == "wandb":
+        import wandb
+        path = os.path.join(folder, "wandb_id")  # kept, so that a resumed run goes on in the same curves
+        if not os.path.exists(path):
+            with checkpoint.replace(path) as temporary, open(temporary, "w") as f:
+                f.write(wandb.util.generate_id())
+        with open(path) as f:
+            wandb.init(project="repa-e", name=os.path.basename(folder), dir=folder, config=vars(args), resume="allow", id=f.read())
+        return [lambda line: wandb.log(line, step=line["step"])]
+    return []
+
+
+def peak_memory_gib(device):
+    """Largest memory so far in GiB: allocated on the GPU, or resident in this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
+
+
+def time_text(seconds):
+    """12.3 s as "12s", hours as "3h05m", days as "2d04h"."""
+    seconds = int(seconds)
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
+    hours, minutes = divmod(seconds // 60, 60)
+    return f"{hours // 24}d{hours % 24:02d}h" if hours >= 24 else f"{hours}h{minutes:02d}m"
+
+
+def exit_with(error):
+    """End the process as a user's mistake ends: one line on stderr, exit code 2."""
+    print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+    sys.exit(2)

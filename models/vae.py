@@ -1,0 +1,239 @@
+"""AutoencoderKL: the convolutional VAE of latent diffusion (Rombach et al., arXiv 2112.10752), names as in CompVis.
+
+f8d4 is SD-VAE, f16d32 is IN-VAE and VA-VAE, f8d16 the 16-channel kind of FLUX and SD-3.5 (no quant convolutions),
+f4d4 a tiny one for 32-pixel images. Needs only torch.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recompute
+
+
+class Posterior:
+    """Diagonal Gaussian over latents, from the encoder's moments [B, 2C, h, w] (mean, log variance).
+
+    Computed in float32 at least; the log variance is clamped to [-30, 20].
+    """
+
+    def __init__(self, moments):
+        moments = moments.to(torch.promote_types(moments.dtype, torch.float32))
+        self.mean, logvar = moments.chunk(2, dim=1)
+        self.logvar = logvar.clamp(-30.0, 20.0)
+        self.std = torch.exp(0.5 * self.logvar)
+
+    def sample(self, eps=None):
+        """mean + std * eps; eps [B, C, h, w] ~ N(0, 1), drawn if not given."""
+        return self.mean + self.std * (torch.randn_like(self.mean) if eps is None else eps)
+
+    def kl(self):
+        """KL divergence to N(0, 1), summed over C, h, w: [B]."""
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).sum((1, 2, 3))
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm (32 groups from 128 channels on) that keeps the type of its input: statistics are float32 inside the kernel either way,
+    but autocast would store a float32 copy of every activation, half of the VAE's memory.
+
+    Narrow layers (f4d4) have groups of 4: groups of one channel would normalise an image's colour away.
+    """
+
+    def __init__(self, channels):
+        super().__init__(min(32, channels // 4), channels, eps=1e-6)
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def norm_silu(norm, x):
+    """silu(norm(x)), keeping only x for the backward pass: the normalised copy, a third of a VAE's memory, is cheap to
+    make again. (The compiler decides that for itself.)"""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.silu(norm(x))
+    return recompute(lambda x: F.silu(norm(x)), x, use_reentrant=False, preserve_rng_state=False)
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.norm1 = GroupNorm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = GroupNorm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x):
+        h = self.conv1(norm_silu(self.norm1, x))
+        h = self.conv2(norm_silu(self.norm2, h))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    """One-head self-attention over the positions of a feature map."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = GroupNorm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (conv(h).flatten(2).mT.contiguous()[:, None] for conv in (self.q, self.k, self.v))  # [B, 1, HW, C]
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
+        return x + self.proj_out(h)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only, as the released weights expect
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def _middle(channels):
+    mid = nn.Module()
+    mid.block_1, mid.attn_1, mid.block_2 = ResnetBlock(channels, channels), AttnBlock(channels), \
+        ResnetBlock(channels, channels)
+    return mid
+
+
+def _level(in_channels, out_channels, blocks, attention):
+    level = nn.Module()
+    level.block = nn.ModuleList([ResnetBlock(in_channels if i == 0 else out_channels, out_channels)
+                                 for i in range(blocks)])
+    level.attn = nn.ModuleList([AttnBlock(out_channels) for _ in range(blocks)] if attention else [])
+    return level
+
+
+def _run_level(level, h, save_memory):
+    """The blocks of one level; with save_memory their activations are computed again in the backward pass."""
+    for i, block in enumerate(level.block):
+        h = recompute(block, h, use_reentrant=False) if save_memory and torch.is_grad_enabled() else block(h)
+        if len(level.attn):
+            h = level.attn[i](h)
+    return h
+
+
+class Encoder(nn.Module):
+    """Images [B, 3, H, W] to [B, 2C, H/f, W/f], f = 2^(levels - 1)."""
+
+    grad_checkpoint = False
+
+    def __init__(self, latent_channels, base, multipliers, blocks, attention_levels):
+        super().__init__()
+        widths = [base * m for m in multipliers]
+        self.conv_in = nn.Conv2d(3, base, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, width in enumerate(widths):
+            level = _level(widths[i - 1] if i else base, width, blocks, i in attention_levels)
+            if i < len(widths) - 1:
+                level.downsample = Downsample(width)
+            self.down.append(level)
+        self.mid = _middle(widths[-1])
+        self.norm_out = GroupNorm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)
+
+    def forward(self, x):
+        h = self.conv_in(x)
+        for level in self.down:
+            h = _run_level(level, h, self.grad_checkpoint)
+            if hasattr(level, "downsample"):
+                h = level.downsample(h)
+        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+        return self.conv_out(norm_silu(self.norm_out, h))
+
+
+class Decoder(nn.Module):
+    """Latents [B, C, h, w] to images [B, 3, h*f, w*f], nominally in [-1, 1] and not squashed."""
+
+    grad_checkpoint = False
+
+    def __init__(self, latent_channels, base, multipliers, blocks, attention_levels):
+        super().__init__()
+        widths = [base * m for m in multipliers]
+        self.conv_in = nn.Conv2d(latent_channels, widths[-1], 3, padding=1)
+        self.mid = _middle(widths[-1])
+        levels = []
+        for i in reversed(range(len(widths))):
+            level = _level(widths[min(i + 1, len(widths) - 1)], widths[i], blocks + 1, i in attention_levels)
+            if i > 0:
+                level.upsample = Upsample(widths[i])
+            levels.insert(0, level)  # up.0 is the level nearest the image, though it runs last
+        self.up = nn.ModuleList(levels)
+        self.norm_out = GroupNorm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z):
+        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(self.conv_in(z))))
+        for level in reversed(self.up):
+            h = _run_level(level, h, self.grad_checkpoint)
+            if hasattr(level, "upsample"):
+                h = level.upsample(h)
+        return self.conv_out(norm_silu(self.norm_out, h))
+
+
+class AutoencoderKL(nn.Module):
+    """VAE from images in [-1, 1] to latents without any scale factor (the SiT's bn takes that part).
+
+    Args:
+        latent_channels: C.
+        base, multipliers: widths of the levels; the downsampling factor is 2^(len(multipliers) - 1).
+        blocks: residual blocks per encoder level; the decoder has one more.
+        attention_levels: levels with attention after each block (the middle always has one).
+        quant: with the 1x1 quant_conv and post_quant_conv.
+    """
+
+    def __init__(self, latent_channels, base=128, multipliers=(1, 2, 4, 4), blocks=2, attention_levels=(), quant=True):
+        super().__init__()
+        self.latent_channels = latent_channels
+        self.downsample = 2 ** (len(multipliers) - 1)
+        self.encoder = Encoder(latent_channels, base, multipliers, blocks, attention_levels)
+        self.decoder = Decoder(latent_channels, base, multipliers, blocks, attention_levels)
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if quant else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if quant else nn.Identity()
+
+    def save_memory(self):
+        """Keep only the blocks' inputs for the backward pass and compute the rest again (a third more arithmetic)."""
+        self.encoder.grad_checkpoint = self.decoder.grad_checkpoint = True
+
+    def moments(self, x):
+        """Images [B, 3, H, W] in [-1, 1] to the posterior's moments [B, 2C, H/f, W/f]."""
+        return self.quant_conv(self.encoder(x))
+
+    def encode(self, x):
+        """Images [B, 3, H, W] in [-1, 1] to their Posterior."""
+        return Posterior(self.moments(x))
+
+    def decode(self, z):
+        """Latents [B, C, h, w] to images [B, 3, h*f, w*f], nominally in [-1, 1]."""
+        return self.decoder(self.post_quant_conv(z))
+
+    def forward(self, x, eps=None):
+        """Returns (moments [B, 2C, h, w], z = sampled latents [B, C, h, w], recon [B, 3, H, W])."""
+        moments = self.moments(x)
+        z = Posterior(moments).sample(eps)
+        return moments, z, self.decode(z)
+
+
+# name -> constructor: VAE_models["f8d4"](). f = downsampling factor, d = latent channels.
+VAE_models = {
+    "f8d4": lambda: AutoencoderKL(4, multipliers=(1, 2, 4, 4)),
+    "f16d32": lambda: AutoencoderKL(32, multipliers=(1, 1, 2, 2, 4), attention_levels=(4,)),
+    "f8d16": lambda: AutoencoderKL(16, multipliers=(1, 2, 4, 4), quant=False),
+    "f4d4": lambda: AutoencoderKL(4, base=32, multipliers=(1, 1, 2), blocks=1),
+}

@@ -1,0 +1,136 @@
+"""Speed of the evaluator beside torch-fidelity's and pytorch-fid's, where those are installed; one JSON line each.
+
+    python tests/bench_eval.py [--images 64] [--rounds 3] [--points 10000] [--threads 2] [--device cuda]
+
+Same PNG files, same (random) weights, same device, from files to pool features, each program with its own reading and
+resizing; the programs take turns and the best round of each counts. Then precision and recall at points x points x
+2048, half and float32, and the Frechet distance at 2048 dimensions beside scipy's matrix square root.
+"""
+import argparse
+import contextlib
+import io
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import scipy.linalg
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import evaluate_fid
+from models.image_sets import open_input
+from models.inception import FIDInception
+
+
+def emit(**figures):
+    figures = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in figures.items()}
+    print(json.dumps(figures | {"torch": torch.__version__, "threads": torch.get_num_threads()}), flush=True)
+
+
+def best_of(programs, rounds, device):
+    """{name: seconds of its best round}; the programs take turns, so that a slow minute hits all of them."""
+    seconds = {name: [] for name in programs}
+    for _ in range(rounds):
+        for name, program in programs.items():
+            begin = time.perf_counter()
+            program()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: min(values) for name, values in seconds.items()}
+
+
+def ours(folder, net, device):
+    images = open_input(folder)
+    batches = images.read(evaluate_fid.fitting_batch_size(device))
+    return evaluate_fid.extract(batches, [lambda x: {"": net(x)[0]}], device)["pool"]
+
+
+def peers(folder, weights, device):
+    """{name: program} of the peers that are installed."""
+    programs, files = {}, sorted(map(str, Path(folder).glob("*.png")))
+    with contextlib.suppress(ImportError):
+        import pytorch_fid.inception
+        from pytorch_fid.fid_score import get_activations
+        pytorch_fid.inception.load_state_dict_from_url = lambda *a, **k: torch.load(weights, weights_only=True)
+        first = pytorch_fid.inception.InceptionV3([3]).to(device)
+        programs["pytorch_fid"] = lambda: get_activations(files, first, 50, 2048, device, 2)
+    with contextlib.suppress(ImportError):
+        from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_from_input_id
+        cuda = device == "cuda"
+        second = create_feature_extractor("inception-v3-compat", ["2048"], cuda=cuda, verbose=False,
+                                          feature_extractor_weights_path=weights)
+        programs["torch_fidelity"] = lambda: extract_featuresdict_from_input_id(
+            1, second, input1=folder, cuda=cuda, batch_size=64, verbose=False)["2048"].numpy()
+    return programs
+
+
+def bench_features(args):
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        net, weights = FIDInception(), f"{folder}/weights.pth"
+        for name, tensor in net.state_dict().items():      # default initialisation shrinks activations to nothing
+            if tensor.ndim > 1:
+                torch.nn.init.kaiming_normal_(tensor)
+        torch.save(net.state_dict(), weights)
+        coarse = np.random.default_rng(0).integers(0, 256, (args.images, 16, 16, 3), dtype=np.uint8)
+        images = Path(folder) / "images"
+        images.mkdir()
+        for k, image in enumerate(coarse):
+            Image.fromarray(image).resize((256, 256), Image.BICUBIC).save(images / f"{k:05d}.png")
+        net.to(args.device)
+        programs = {"ours": lambda: ours(str(images), net, args.device)} | peers(str(images), weights, args.device)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            features = {name: program() for name, program in programs.items()}     # warm-up, and a check
+            seconds = best_of(programs, args.rounds, args.device)
+    rates = {f"{name}_images_per_s": args.images / s for name, s in seconds.items()}
+    others = [s for name, s in seconds.items() if name != "ours"]
+    if "torch_fidelity" in features:
+        rates["largest_difference"] = float(np.abs(features["ours"] - features["torch_fidelity"]).max())
+    emit(bench="features", images=args.images, device=args.device, **rates,
+         ratio_to_better_peer=min(others) / seconds["ours"] if others else None)
+
+
+def bench_precision_recall(args):
+    random = np.random.default_rng(0)
+    ref, samples = (np.maximum(random.standard_normal((args.points, 2048), dtype=np.float32), 0) for _ in range(2))
+    programs = {name: lambda exact=exact: evaluate_fid.precision_recall(ref, samples, exact=exact, device=args.device)
+                for name, exact in (("half", False), ("exact", True))}
+    seconds = best_of(programs, 1, args.device)
+    emit(bench="precision_recall", points=args.points, device=args.device, **{f"{k}_s": v for k, v in seconds.items()})
+
+
+def bench_frechet(args):
+    random, scale = np.random.default_rng(0), 1 / (1 + np.arange(2048) / 64)
+    a, b = (evaluate_fid.feature_statistics(random.standard_normal((4096, 2048)) * scale + m) for m in (0, 0.1))
+
+    def by_root():
+        root = scipy.linalg.sqrtm(a[1] @ b[1]).real
+        return float((a[0] - b[0]) @ (a[0] - b[0]) + np.trace(a[1]) + np.trace(b[1]) - 2 * np.trace(root))
+    evaluate_fid.frechet_distance(*a, *b)
+    seconds = best_of({"ours": lambda: evaluate_fid.frechet_distance(*a, *b)}, args.rounds, "cpu")
+    seconds |= best_of({"sqrtm": by_root}, 1, "cpu")
+    emit(bench="frechet", dimensions=2048, **{f"{k}_s": v for k, v in seconds.items()},
+         ratio=seconds["sqrtm"] / seconds["ours"])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--points", type=int, default=10_000, help="rows of each set in precision and recall")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    bench_features(args)
+    bench_precision_recall(args)
+    bench_frechet(args)
+
+
+if __name__ == "__main__":
+    main()

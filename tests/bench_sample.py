@@ -1,0 +1,126 @@
+"""Sampling speed, each figure beside the plain float32 path in the same run; one JSON line per figure.
+
+    python tests/bench_sample.py            CPU at a small size always; SiT-B/2 and SiT-XL/2 at full size where a GPU is
+    python tests/bench_sample.py --writer   20,000 256-pixel images through the .npz writer: seconds and peak memory
+
+Plain float32 path: one batch, no autocast, no TF32, and with guidance both halves at every step. Ours: what
+sample_ddp.py does by default, null half inside the interval [0, 0.65] only. Euler-Maruyama; images/s are for 250 steps,
+from a shorter run of the same solver, without decoding.
+"""
+import argparse
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from models import sample_files, samplers  # noqa: E402
+from models.sit import SiT_models  # noqa: E402
+
+INTERVAL = dict(guidance_low=0.0, guidance_high=0.65)
+
+
+def run(network, batch, size, steps, guided, plain, device, autocast):
+    """Latents [batch, 4, size, size] of the samples 0 .. batch - 1."""
+    generators = samplers.sample_generators(0, range(batch))
+    y = samplers.sample_labels(0, range(batch), 1000).to(device)
+
+    def noise(_=None):
+        return samplers.draw_noise(generators, (4, size, size)).to(device, non_blocking=True)
+
+    def velocity(x, t, y):
+        if not plain or not guided:
+            return network(x, t, y)[0]
+        # the usual sampler: both halves always, mixed afterwards
+        rows = torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, 1000)])
+        label, null = network(*rows)[0].chunk(2)
+        return torch.where(t.view(-1, 1, 1, 1) <= 0.65, null + 2 * (label - null), label)
+
+    scale = 2.0 if guided and not plain else 1.0
+    with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+        return samplers.euler_maruyama(velocity, noise(), y, noise, num_steps=steps, cfg_scale=scale, **INTERVAL)
+
+
+def seconds(function, device, repeats):
+    """Fastest of `repeats` runs after one to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return min(times[1:])
+
+
+def model(name, size, device):
+    sit = SiT_models[name](input_size=size, num_classes=1000, encoder_depth=1, z_dims=()).to(device).eval()
+    for parameter in sit.parameters():  # the initial zeros would make the branches trivial
+        torch.nn.init.normal_(parameter, std=0.02)
+    return sit
+
+
+def report(name, size, batch, steps, guided, device, times):
+    images = {k: round(batch * steps / 250 / t, 4) for k, t in times.items()}
+    speedup = {k: round(times["plain"] / t, 2) for k, t in times.items() if k != "plain"}
+    print(json.dumps({"bench": "sample", "model": name, "latents": size, "batch": batch, "guided": guided,
+                      "device": device, "images_per_s": images, "speedup": speedup}), flush=True)
+
+
+def bench_cpu(name, size, batch=16, steps=5):
+    """Blocks of 4 on one thread each, as sample_ddp.py, against one batch with all threads inside each operation."""
+    device, threads = torch.device("cpu"), torch.get_num_threads()
+    sit = model(name, size, device)
+    for guided in (False, True):
+        plain = seconds(lambda: run(sit, batch, size, steps, guided, True, device, False), device, 2)
+        torch.set_num_threads(1)
+        with ThreadPoolExecutor(threads) as pool:
+            def blocks(): return list(pool.map(lambda _: run(sit, 4, size, steps, guided, False, device, False),
+                                               range(batch // 4)))
+            ours = seconds(blocks, device, 2)
+        torch.set_num_threads(threads)
+        report(name, size, batch, steps, guided, f"cpu, {threads} threads", {"plain": plain, "ours": ours})
+
+
+def bench_gpu(name, size=32, batch=64, steps=20):
+    device = torch.device("cuda")
+    sit = model(name, size, device)
+    compiled = torch.compile(sit, dynamic=False)
+    for guided in (False, True):
+        torch.backends.cudnn.allow_tf32 = False
+        times = {"plain": seconds(lambda: run(sit, batch, size, steps, guided, True, device, False), device, 2)}
+        torch.backends.cudnn.allow_tf32 = True
+        for key, network in (("ours", sit), ("ours_compiled", compiled)):
+            times[key] = seconds(lambda: run(network, batch, size, steps, guided, False, device, True), device, 2)
+        report(name, size, batch, steps, guided, torch.cuda.get_device_name(), times)
+
+
+def bench_writer(number=20000):
+    """Random images through write_npz; the peak memory is that of this whole process."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        path, begin = os.path.join(folder, "a.npz"), time.perf_counter()
+        rows = (rng.integers(0, 256, (50, 256, 256, 3), dtype=np.uint8) for _ in range(number // 50))
+        sample_files.write_npz(path, rows, (number, 256, 256, 3), np.zeros(number, np.int64), {"seed": 0})
+        print(json.dumps({"bench": "writer", "images": number, "gib": round(os.path.getsize(path) / 2**30, 2),
+                          "seconds": round(time.perf_counter() - begin, 1),
+                          "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--writer", action="store_true")
+    if parser.parse_args().writer:
+        bench_writer()
+    else:
+        bench_cpu("SiT-Ti/2", size=16)
+        bench_cpu("SiT-S/2", size=8)
+        if torch.cuda.is_available():
+            for name in ("SiT-B/2", "SiT-XL/2"):
+                bench_gpu(name)

@@ -1,0 +1,429 @@
+"""models/encoders.py: sizes, tokens against timm's own model, weights files of all layouts, HOG, errors, no network."""
+
+import ast
+import http.server
+import math
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from models import encoders
+from models.encoders import ENCODERS, HOG, input_size, load_encoders
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch, tmp_path):
+    """Empty caches and a hub nobody answers at: what a machine without network has."""
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(encoders, "MOCOV3_URL", "http://127.0.0.1:9/vit-b-300ep.pth.tar")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
+
+def weights(name, seed=0, **options):
+    """A timm model's state dict with random weights, norms and biases too, so that every tensor matters."""
+    model = timm.create_model(name, **options)
+    generator = torch.Generator().manual_seed(seed)
+    return {k: v + 0.1 * torch.randn(v.shape, generator=generator).abs() if v.is_floating_point() else v
+            for k, v in model.state_dict().items()}
+
+
+def images(resolution, n=2):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (n, 3, resolution, resolution), dtype=torch.uint8, generator=generator)
+
+
+def normalised(x, mean, std):
+    return (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+def timm_model(name, path, size):
+    """The same weights through timm's own loader, the peer to compare with."""
+    options = {"img_size": size} if timm.models.get_pretrained_cfg(name).fixed_input_size else {}
+    overlay = {"file": str(path), "hf_hub_id": None, "url": None}
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **options).eval()
+
+
+def fails(names, ckpts, *words, resolution=256):
+    with pytest.raises(ValueError) as error:
+        load_encoders(names, ckpts, resolution)
+    text = str(error.value)
+    assert "\n" not in text and all(word in text for word in words), text
+    return text
+
+
+# ---------------------------------------------------------------- sizes and names
+
+@pytest.mark.parametrize("resolution, patch, own, size", [
+    (256, 14, 518, 224), (512, 14, 518, 448), (256, 14, 224, 224), (32, 14, 518, 224),  # DINOv2, CLIP, I-JEPA
+    (256, 16, 224, 256), (512, 16, 224, 512), (256, 16, 256, 256), (32, 16, 224, 224),  # MAE, DINO, MoCo v3; SigLIP
+    (256, None, 224, 256), (32, None, 224, 224), (32, None, 600, 256), (300, None, 224, 300),  # convolutional
+    (256, 32, 224, 256), (250, 16, 224, 256)])
+def test_input_size(resolution, patch, own, size):
+    assert input_size(resolution, patch, own) == size
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_names_are_timms(name):
+    """Every name is there in timm, has a source of weights, gives 16x16 tokens for 256 pixels, and the right mean."""
+    timm_name, cfg = encoders._resolve(name.upper())
+    assert timm_name == ENCODERS[name] and (cfg.hf_hub_id or cfg.url)
+    patch = int(timm_name.split("patch")[1].split("_")[0])
+    assert input_size(256, patch, cfg.input_size[-1]) == 16 * patch
+    if "clip" in name and "sig" not in name:
+        assert cfg.mean[0] == 0.48145466 and cfg.std[2] == 0.27577711
+    elif "siglip" in name:
+        assert tuple(cfg.mean) == tuple(cfg.std) == (0.5, 0.5, 0.5)
+    elif name != "mocov3-vit-b":  # set in build_encoder, tested below
+        assert (tuple(cfg.mean), tuple(cfg.std)) == IMAGENET
+
+
+# ---------------------------------------------------------------- tokens
+
+@pytest.mark.parametrize("name", ["test_vit", "test_vit3", "test_vit_relpos", "test_resnet", "test_mambaout"])
+@pytest.mark.parametrize("resolution", [32, 256])
+def test_tokens_are_those_of_timms_model(tmp_path, name, resolution):
+    """ViTs with position tables, with relative positions, feature maps in both layouts; above and below their size."""
+    save_file(weights(name), tmp_path / "w.safetensors")
+    encoder, = load_encoders(name, str(tmp_path / "w.safetensors"), resolution)
+    x, size = images(resolution), max(resolution, 160)
+    cfg = timm.models.get_pretrained_cfg(name)
+    resized = F.interpolate(x.float() / 255, (size, size), mode="bicubic")
+    with torch.no_grad():
+        peer = timm_model(name, tmp_path / "w.safetensors", size)
+        expected = peer.forward_features(normalised(resized, cfg.mean, cfg.std))
+    if name == "test_mambaout":  # [B, H, W, D]
+        expected = expected.permute(0, 3, 1, 2)
+    if expected.ndim == 4:
+        rows = [expected[:, :, i, j] for i in range(expected.shape[2]) for j in range(expected.shape[3])]
+        expected = torch.stack(rows, 1)
+    elif name != "test_vit_relpos":
+        expected = expected[:, 1:]  # the class token
+    tokens = encoder(x)
+    assert tokens.shape == (2, encoder.grid ** 2, encoder.embed_dim) and tokens.dtype == torch.float32
+    torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-5)
+    assert tokens.std() > 0.1 and not tokens.requires_grad
+
+
+def test_dinov2_from_its_authors_file(tmp_path):
+    """Their file: positions for 518 pixels, a mask token. 256-pixel images are seen at 224, tokens after the norm."""
+    name = ENCODERS["dinov2-vit-s"]
+    state = weights(name)
+    assert state["pos_embed"].shape[1] == 1 + 37 * 37
+    torch.save({**state, "mask_token": torch.zeros(1, 384)}, tmp_path / "dinov2_vits14_pretrain.pth")
+    encoder, = load_encoders("dinov2-vit-s", str(tmp_path / "dinov2_vits14_pretrain.pth"), 256)
+    assert (encoder.size, encoder.grid, encoder.embed_dim, encoder.name) == (224, 16, 384, "dinov2-vit-s")
+    assert encoder.model.pos_embed.shape[1] == 1 + 16 * 16
+    x = F.interpolate(normalised(images(256).float() / 255, *IMAGENET), (224, 224), mode="bicubic")
+    peer = timm_model(name, tmp_path / "dinov2_vits14_pretrain.pth", 224)
+    with torch.no_grad():
+        expected = peer.norm(peer.forward_intermediates(x, indices=1, norm=False, intermediates_only=True,
+                                                        output_fmt="NLC")[0])
+    torch.testing.assert_close(encoder(images(256)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_positions_that_cannot_be_resampled(tmp_path):
+    """timm fits no CaiT to another size: it sees 256-pixel images at its own 224 instead of being refused."""
+    save_file(weights("cait_xxs24_224", num_classes=0), tmp_path / "w.safetensors")
+    encoder, = load_encoders("cait_xxs24_224", str(tmp_path / "w.safetensors"), 256)
+    assert (encoder.size, encoder.grid, encoder.embed_dim) == (224, 14, 192)
+
+
+@pytest.mark.parametrize("features", [[torch.zeros(1, 64, 8)], torch.zeros(1, 8), torch.zeros(1, 27, 8)])
+def test_no_grid_of_tokens(tmp_path, monkeypatch, features):
+    """Some of timm's networks give lists, one vector, or tokens of several sizes: said before training starts."""
+    save_file(weights("test_vit"), tmp_path / "w.safetensors")
+    monkeypatch.setattr(timm.models.VisionTransformer, "forward_features", lambda self, x: features)
+    fails("test_vit", str(tmp_path / "w.safetensors"), "test_vit", "grid", "another --encoder")
+
+
+def test_frozen(tmp_path):
+    save_file(weights("test_resnet"), tmp_path / "w.safetensors")
+    encoder, = load_encoders("test_resnet", str(tmp_path / "w.safetensors"), 32)
+    before, state = encoder(images(32)), {k: v.clone() for k, v in encoder.state_dict().items()}
+    torch.nn.Sequential(encoder).train()
+    assert torch.equal(encoder(images(32)), before) and not encoder.model.training
+    assert not any(p.requires_grad for p in encoder.parameters())
+    assert all(torch.equal(v, state[k]) for k, v in encoder.state_dict().items())  # batch norm's statistics too
+
+
+def test_target_can_be_used_in_a_loss(tmp_path):
+    """Tokens are plain tensors: an inference-mode target could not be saved for the backward pass."""
+    save_file(weights("test_vit"), tmp_path / "w.safetensors")
+    for encoder in load_encoders("test_vit,hog", f"{tmp_path}/w.safetensors,", 64):
+        target = encoder(images(64))
+        projected = torch.randn_like(target, requires_grad=True)
+        (-(F.normalize(projected, dim=-1) * target).sum(-1).mean()).backward()
+        assert projected.grad.abs().sum() > 0
+
+
+def test_autocast(tmp_path):
+    """Under bfloat16 autocast the image is still resized and normalised in float32, and tokens come as float32."""
+    save_file(weights("test_vit"), tmp_path / "w.safetensors")
+    for encoder in load_encoders("test_vit,hog", f"{tmp_path}/w.safetensors,", 64):
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens = encoder(images(64))
+        assert tokens.dtype == torch.float32
+        same = F.cosine_similarity(tokens, encoder(images(64)), -1).min()
+        assert same > (0.999999 if encoder.name == "hog" else 0.99)
+
+
+# ---------------------------------------------------------------- weights files
+
+@pytest.mark.parametrize("layout", ["timm", "trainer", "ddp", "dino", "folder", "classifier"])
+def test_layouts(tmp_path, layout):
+    state = weights("test_vit", num_classes=0)
+    path = tmp_path / "w.pth"
+    if layout == "timm":
+        save_file(state, path := tmp_path / "w.safetensors")
+    elif layout == "trainer":
+        torch.save({"model": state, "epoch": 3, "optimizer": {"lr": 0.1}}, path)
+    elif layout == "ddp":
+        torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, path)
+    elif layout == "dino":
+        torch.save({"student": {}, "teacher": {**{f"backbone.{k}": v for k, v in state.items()},
+                                               "head.mlp.0.weight": torch.zeros(3)}}, path)
+    elif layout == "folder":
+        save_file(state, tmp_path / "model.safetensors")
+        path = tmp_path
+    else:  # what lies outside the network may be more
+        torch.save({**state, "head.weight": torch.zeros(10, 64), "decoder_blocks.0.w": torch.zeros(2)}, path)
+    encoder, = load_encoders("test_vit", str(path), 160)
+    assert all(torch.equal(v, state[k]) for k, v in encoder.model.state_dict().items())
+
+
+def test_mocov3(tmp_path, monkeypatch):
+    """Its checkpoint holds the encoder as module.base_encoder beside a momentum copy; its mean is ImageNet's."""
+    monkeypatch.setitem(ENCODERS, "mocov3-vit-b", "vit_tiny_patch16_224")
+    state = weights("vit_tiny_patch16_224", num_classes=0)
+    wrapped = {**{f"module.base_encoder.{k}": v for k, v in state.items()},
+               **{f"module.momentum_encoder.{k}": v + 1 for k, v in state.items()},
+               "module.base_encoder.head.0.weight": torch.zeros(4096, 192), "module.predictor.0.weight": torch.zeros(4)}
+    torch.save({"epoch": 300, "arch": "vit_base", "state_dict": wrapped}, tmp_path / "vit-b-300ep.pth.tar")
+    encoder, = load_encoders("mocov3-vit-b", str(tmp_path / "vit-b-300ep.pth.tar"), 256)
+    assert torch.equal(encoder.model.blocks[3].attn.qkv.weight, state["blocks.3.attn.qkv.weight"])
+    assert encoder.grid == 16 and encoder.model.pos_embed.shape[1] == 257
+    assert encoder.mean.flatten().tolist() == pytest.approx(IMAGENET[0])
+
+
+def test_several_encoders(tmp_path):
+    save_file(weights("test_vit"), tmp_path / "a.safetensors")
+    save_file(weights("test_resnet"), tmp_path / "b.safetensors")
+    found = load_encoders("test_vit, hog,test_resnet", f"{tmp_path}/a.safetensors,, {tmp_path}/b.safetensors", 128)
+    assert [encoder.name for encoder in found] == ["test_vit", "hog", "test_resnet"]
+    assert [encoder.embed_dim for encoder in found] == [64, 109, 96]
+    assert [encoder(images(128)).shape[2] for encoder in found] == [64, 109, 96]
+
+
+def test_weights_of_another_architecture(tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_file(weights("test_resnet"), path)
+    fails("test_vit", str(path), str(path), "test_vit", "another architecture", "missing (first: cls_token)")
+    state = weights("test_vit", num_classes=0)
+    save_file({k: v for k, v in state.items() if k != "norm.weight"}, path)
+    fails("test_vit", str(path), "1 tensors missing (first: norm.weight)")
+    save_file({**state, "blocks.99.norm1.weight": torch.zeros(64)}, path)
+    fails("test_vit", str(path), "1 tensors more than it has (first: blocks.99.norm1.weight)")
+    save_file({**state, "norm.weight": torch.zeros(65)}, path)
+    fails("test_vit", str(path), "1 tensors of another shape (first: norm.weight)")
+
+
+def test_bad_files(tmp_path):
+    fails("test_vit", str(tmp_path / "no.pth"), "no.pth: no such file", "--encoder-ckpt")
+    fails("test_vit", str(tmp_path), "no such file")  # a folder without weights
+    for ending in ("pth", "safetensors"):
+        (tmp_path / f"bad.{ending}").write_bytes(b"<html>404</html>")
+        fails("test_vit", str(tmp_path / f"bad.{ending}"), f"bad.{ending}", "--encoder-ckpt")
+    torch.save({"epoch": 3}, tmp_path / "empty.pth")
+    fails("test_vit", str(tmp_path / "empty.pth"), "holds no tensors")
+    torch.save({"model": Path("run me")}, tmp_path / "code.pth")  # a pickle of more than tensors is not run
+    fails("test_vit", str(tmp_path / "code.pth"), "weights_only=True")
+    fails("test_vit,hog", "one.pth", "--encoder names 2", "--encoder-ckpt 1")
+    fails("hog", "one.pth", "hog takes no weights")
+
+
+# ---------------------------------------------------------------- names and network
+
+@pytest.mark.parametrize("name, near", [
+    ("dinov2-vit-bb", "dinov2-vit-b"), ("vit_tiny_patch16_22", "vit_tiny_patch16_224"),
+    ("resnet18.no_such_tag", "resnet18."), ("", "hog"), ("../x", "hog")])
+def test_unknown_encoder(name, near):
+    text = fails(name, None, "unknown encoder", "dinov2-vit-b", near)
+    assert name[:2] != "vi" or near in text.split("near: ")[1]
+
+
+@pytest.mark.parametrize("name", ["dinov2-vit-b", "jepa-vit-h", "mocov3-vit-b", "tf_efficientnet_lite0", "test_vit"])
+def test_no_network(name, capfd, monkeypatch):
+    """One line, soon (nothing is built first, nothing retried), and nothing else printed."""
+    if name == "jepa-vit-h":
+        cfg = timm.models.get_pretrained_cfg(ENCODERS[name])
+        monkeypatch.setattr(cfg, "url", "http://127.0.0.1:9/x.pth")
+        monkeypatch.setattr(timm.models, "get_pretrained_cfg", lambda name: cfg)
+    start = time.time()
+    fails(name, None, f"weights of encoder {name}", "no network", "--encoder-ckpt PATH", "--encoder hog")
+    assert time.time() - start < 5
+    assert capfd.readouterr() == ("", "")
+
+
+def test_offline_by_choice(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    fails("dinov2-vit-b", None, "HF_HUB_OFFLINE", "--encoder-ckpt PATH")
+
+
+def test_no_weights_anywhere():
+    fails("test_vit4", None, "timm has none", "--encoder-ckpt PATH")
+
+
+def test_cached_weights_need_no_network(tmp_path):
+    folder = tmp_path / "hub" / "models--timm--test_vit.r160_in1k"
+    (folder / "snapshots" / "abc").mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("abc")
+    state = weights("test_vit")
+    save_file(state, folder / "snapshots" / "abc" / "model.safetensors")
+    encoder, = load_encoders("test_vit", resolution=160)
+    assert torch.equal(encoder.model.norm.weight, state["norm.weight"])
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    body, declared = b"", None
+
+    def do_HEAD(self):
+        self.send_response(405)  # some servers: it is there all the same
+        self.end_headers()
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", str(self.declared or len(self.body)))
+        self.end_headers()
+        self.wfile.write(self.body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_download(tmp_path, monkeypatch):
+    """A file is kept whole or not at all, and fetched once."""
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(encoders, "MOCOV3_URL", f"http://127.0.0.1:{server.server_port}/vit-b-300ep.pth.tar")
+    monkeypatch.setitem(ENCODERS, "mocov3-vit-b", "test_vit")
+    torch.save(weights("test_vit"), tmp_path / "x")
+    monkeypatch.setattr(Handler, "body", (tmp_path / "x").read_bytes())
+    monkeypatch.setattr(Handler, "declared", len(Handler.body) + 1)
+    fails("mocov3-vit-b", None, "weights of encoder mocov3-vit-b", "--encoder-ckpt PATH")
+    assert os.listdir(tmp_path / "torch" / "hub" / "checkpoints") == []
+    monkeypatch.setattr(Handler, "declared", None)
+    one, = load_encoders("mocov3-vit-b", resolution=64)
+    server.shutdown()
+    server.server_close()
+    two, = load_encoders("mocov3-vit-b", resolution=64)
+    assert torch.equal(one(images(64)), two(images(64)))
+    assert os.listdir(tmp_path / "torch" / "hub" / "checkpoints") == ["vit-b-300ep.pth.tar"]
+
+
+# ---------------------------------------------------------------- HOG
+
+def plain_hog(image, patch, eps=0.02):
+    """HOG.forward again, pixel by pixel: image uint8 [3, R, R] -> [tokens, 109]."""
+    x = image.double().numpy() / 255
+    side, cell = x.shape[1], patch // 2
+    votes = np.zeros((3, 9, side, side))
+    for c in range(3):
+        for i in range(side):
+            for j in range(side):
+                dx = (x[c, i, min(j + 1, side - 1)] - x[c, i, max(j - 1, 0)]) / 2
+                dy = (x[c, min(i + 1, side - 1), j] - x[c, max(i - 1, 0), j]) / 2
+                where = math.degrees(math.atan2(dy, dx)) % 180 / 20 - 0.5  # bin k is centred at 20 k + 10 degrees
+                low = math.floor(where)
+                votes[c, low % 9, i, j] += math.hypot(dx, dy) * (1 - where + low)
+                votes[c, (low + 1) % 9, i, j] += math.hypot(dx, dy) * (where - low)
+    tokens = []
+    for i in range(0, side, patch):
+        for j in range(0, side, patch):
+            token = []
+            for c in range(3):
+                for k in range(9):
+                    for a in (i, i + cell):
+                        for b in (j, j + cell):
+                            rows = slice(max(a - cell // 2, 0), a + cell + cell // 2)
+                            columns = slice(max(b - cell // 2, 0), b + cell + cell // 2)
+                            token.append(votes[c, k, rows, columns].mean())
+            tokens.append(np.array([*token, eps]) / math.sqrt(sum(v * v for v in token) + eps * eps))
+    return torch.from_numpy(np.stack(tokens)).float()
+
+
+@pytest.mark.parametrize("resolution, patch", [(32, 4), (48, 4)])
+def test_hog_is_its_definition(resolution, patch):
+    x = images(resolution, 1)
+    x[:, :, 8:20, 4:24] = 90  # something flat, something with edges
+    hog = HOG(resolution)
+    assert hog.patch == patch and hog.grid == resolution // patch and hog.embed_dim == 109
+    torch.testing.assert_close(hog(x)[0], plain_hog(x[0], patch), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("resolution, grid", [(32, 8), (64, 16), (128, 16), (256, 16), (512, 32)])
+def test_hog_grid(resolution, grid):
+    tokens = HOG(resolution)(images(resolution, 1))
+    assert tokens.shape == (1, grid * grid, 109) and tokens.dtype == torch.float32
+    torch.testing.assert_close(tokens.norm(dim=-1), torch.ones(1, grid * grid))
+
+
+def test_hog_sees_edges():
+    hog = HOG(64)
+    flat = hog(torch.full((1, 3, 64, 64), 77, dtype=torch.uint8))
+    assert torch.equal(flat, F.one_hot(torch.full((1, 256), 108), 109).float())  # a flat image is a definite direction
+    ramp = torch.arange(64).mul(3).to(torch.uint8)
+    across, down = ramp.expand(1, 3, 64, 64), ramp[:, None].expand(1, 3, 64, 64)
+    bins = [hog(x)[:, 17 * 7, :108].view(3, 9, 4).sum((0, 2)) for x in (across, down)]
+    assert set(bins[0].topk(2).indices.tolist()) == {0, 8} and bins[1].argmax() == 4  # 0 and 90 degrees
+    torch.testing.assert_close(hog(across), hog(across + 40))  # of differences alone
+    torch.testing.assert_close(hog(across), hog(189 - across))  # unsigned
+    place = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    place[:, :, 20:24, 40:44] = 255  # patch row 5, column 10
+    assert hog(place)[0, :, 108].argmin() == 5 * 16 + 10
+
+
+def test_hog_resolution():
+    fails("hog", None, "hog", "--resolution divisible by 16", resolution=264)
+
+
+# ---------------------------------------------------------------- the file
+
+def test_file_stands_alone():
+    for file in ("encoders.py", "data.py"):
+        tree = ast.parse((Path(encoders.__file__).parent / file).read_text())
+        names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        assert not any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(tree))
+        assert not {name.split(".")[0] for name in names} & {"models", "train_repae_e", "finetune_vae", "sample_ddp"}
+
+
+@pytest.mark.skipif(not {"EFFICIENTNET_LITE0", "IMAGENET_SAMPLE"} <= os.environ.keys(),
+                    reason="set EFFICIENTNET_LITE0 (weights) and IMAGENET_SAMPLE (.zip of one photo per class) to run")
+def test_real_weights_see_what_they_were_trained_on():
+    """The classifier on top of the tokens names the photos: size, crop, mean, std and token order are right."""
+    from models.data import ImageData
+    path = os.environ["EFFICIENTNET_LITE0"]
+    data = ImageData(os.environ["IMAGENET_SAMPLE"], 256)
+    encoder, = load_encoders("tf_efficientnet_lite0", path, 256)
+    state = load_file(path)
+    tokens = torch.cat([encoder(data[i][0][None]) for i in range(len(data))]).mean(1)
+    guess = (tokens @ state["classifier.weight"].T + state["classifier.bias"]).argmax(1)
+    wnids = timm.data.ImageNetInfo().label_names()
+    right = sum(wnids[g] == data.classes[label] for g, label in zip(guess.tolist(), data.labels))
+    assert right >= 0.85 * len(data)

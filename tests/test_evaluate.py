@@ -1,0 +1,423 @@
+"""The evaluator's numbers: every array of adm_*.npz (ADM.md beside them, sections 8 to 11), closed forms, peers."""
+import json
+import math
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN
+from fill import fill_
+
+import evaluate_fid
+from evaluate_fid import feature_statistics, frechet_distance, inception_score, kernel_distance, precision_recall
+from models.inception import FIDInception, resize_tf1
+from models.metrics import Moments, _map_distances, half_norms, manifold_radii
+
+
+# ---------------------------------------------------------------- the inputs of the golden files, from their seeds
+
+def noise(seed, n, h, w):
+    return np.random.default_rng(seed).integers(0, 256, (n, h, w, 3), dtype=np.uint8)
+
+
+def blocks(seed, n, size, emin=0, emax=5, amin=0.0, amax=1.0):
+    rng = np.random.default_rng(seed)
+    out = np.empty((n, size, size, 3), np.uint8)
+    for i in range(n):
+        cells = 2 ** int(rng.integers(int(emin), int(emax) + 1))
+        colour, amplitude = rng.uniform(0, 255, 3), rng.uniform(amin, amax)
+        grid = rng.uniform(-255, 255, (cells, cells, 3))
+        grid = np.repeat(np.repeat(grid, size // cells, 0), size // cells, 1)
+        out[i] = np.clip(np.floor(colour + amplitude * grid), 0, 255).astype(np.uint8)
+    return out
+
+
+def fid_features(seed, params):
+    n, d, mean, amplitude, zero = params
+    z = np.random.default_rng(seed).standard_normal((int(n), int(d)))
+    w = 1.0 / (1.0 + np.arange(int(d)) / 16.0)
+    x = mean + amplitude * (z * w + 0.7 * np.roll(z, 1, axis=1) + 0.3 * np.roll(z, 5, axis=1))
+    x[:, :int(zero)] = 0.0
+    return x.astype(np.float32)
+
+
+def given_stats(seed, d):
+    rng = np.random.default_rng(seed)
+    mu = 0.5 + 0.1 * rng.standard_normal(d)
+    diagonal = 0.05 + 0.05 * rng.uniform(0, 1, d)
+    v = 0.1 * rng.standard_normal(d)
+    return mu, np.diag(diagonal) + np.outer(v, v)
+
+
+def is_features(seed, params):
+    n, scale, ramp = params
+    z = np.random.default_rng(seed).standard_normal((int(n), 64)) * scale
+    z[:, 0] += ramp * np.arange(int(n)) / int(n)
+    return z.astype(np.float32)
+
+
+def pr_features(seed, n, d, params):
+    c, s, decay, mul_rows, mul, nonneg = params
+    z = np.random.default_rng(seed).standard_normal((n, d))
+    x = c + s * (z * (1.0 / (1.0 + np.arange(d) / decay)))
+    if nonneg:
+        x = np.maximum(x, 0.0)
+    x[:int(mul_rows)] *= mul
+    return x.astype(np.float32)
+
+
+def adm(name):
+    with np.load(GOLDEN / f"adm_{name}.npz", allow_pickle=False) as file:
+        return {key: file[key] for key in file.files}
+
+
+def same_input(array, crc):
+    assert zlib.crc32(np.ascontiguousarray(array).tobytes()) == int(crc), "the test's own input is off"
+    return array
+
+
+def cases(name, key):
+    with np.load(GOLDEN / f"adm_{name}.npz", allow_pickle=False) as file:
+        return [k.split("/")[0] for k in file.files if k.endswith(key)]
+
+
+def inception(data, filling="gain"):
+    net = fill_(FIDInception(), salt=str(data["salt"]))
+    for name, tensor in net.state_dict().items():
+        if filling == "gain" and tensor.ndim == 4:
+            tensor.mul_(float(np.float32(data["gain_conv"])))
+        if filling == "gain" and name == "fc.weight":
+            tensor.mul_(float(np.float32(data["gain_fc"])))
+    return net
+
+
+def of_largest(actual, expected, tolerance):
+    error = np.abs(np.asarray(actual) - expected).max() / np.abs(expected).max()
+    assert error <= tolerance, f"off by {error:.3g} of the largest entry"
+
+
+# ---------------------------------------------------------------- preprocessing and network
+
+@pytest.mark.parametrize("case", cases("resize", "/grid7"))
+def test_resize_is_tensorflows_bit_for_bit(case):
+    data, (h, w) = adm("resize"), map(int, case.split("x"))
+    images = same_input(noise(int(data[f"{case}/seed"]), 2, h, w), data[f"{case}/input_crc32"])
+    out = (resize_tf1(torch.from_numpy(images)).sub_(128).mul_(0.0078125)).numpy()
+    for name, part in (("grid7", out[:, ::7, ::7]), ("last_row", out[:, -1, ::7]), ("last_col", out[:, ::7, -1])):
+        np.testing.assert_array_equal(part, data[f"{case}/{name}"])
+    moments = out.mean(dtype=np.float64), out.std(dtype=np.float64)
+    np.testing.assert_allclose(moments, data[f"{case}/mean_std"], atol=1e-7)
+
+
+def test_inception_has_the_weight_files_entries(golden_json):
+    entries = {name: list(tensor.shape) for name, tensor in FIDInception().state_dict().items()}
+    assert entries == golden_json("adm_inception_state_dict")
+
+
+def inception_images(data, which):
+    n, side = (2, 64) if which == "x64" else (1, 256)
+    seeds = int(data[f"{which}/noise_seed"]), int(data[f"{which}/blocks_seed"])
+    images = np.concatenate([noise(seeds[0], n, side, side), blocks(seeds[1], n, side)])
+    return torch.from_numpy(same_input(images, data[f"{which}/crc32"]))
+
+
+@pytest.mark.parametrize("filling", ["base", "gain"])
+def test_inception_features(filling):
+    data = adm("inception")
+    net = inception(data, filling)
+    for which in ("x64", "x256"):
+        with torch.inference_mode():
+            pool, spatial = net(inception_images(data, which))
+            logits = net.logits(pool)
+        for name, value, tolerance in (("pool3", pool, 1e-5), ("spatial", spatial, 1e-5), ("logits", logits, 1e-5),
+                                       ("softmax", logits.softmax(1), 5e-5)):
+            of_largest(value, data[f"{filling}/{which}/{name}"], tolerance)
+
+
+def test_inception_stages():
+    data = adm("inception")
+    net, seen, at = inception(data), {}, "gain/x64/stage_"
+    for name, module in net.named_children():
+        module.register_forward_hook(lambda m, _, out, name=name: seen.update({name: out.permute(0, 2, 3, 1).numpy()}))
+    with torch.inference_mode():
+        net(inception_images(data, "x64"))
+    compared = 0
+    for k, name in enumerate(data[at + "names"].tolist()):
+        if name not in seen:        # the poolings between the stages have no module
+            continue
+        x, compared = seen[name], compared + 1
+        assert list(x.shape) == data[at + "shape_nhwc"][k].tolist()
+        probe = x[2, x.shape[1] // 2, x.shape[2] // 3][[0, 1, 2, 3, -4, -3, -2, -1]]
+        moments = x.mean(dtype=np.float64), x.std(dtype=np.float64)
+        np.testing.assert_allclose(moments, data[at + "mean_std"][k], rtol=1e-5)
+        np.testing.assert_allclose(probe, data[at + "probe"][k], atol=1e-5 * np.abs(x).max())
+    assert compared >= 14, f"only {compared} of the stages {data[at + 'names'].tolist()} were found in {sorted(seen)}"
+
+
+# ---------------------------------------------------------------- Frechet distance and statistics
+
+@pytest.mark.parametrize("case", cases("fid", "/ref_params"))
+def test_frechet_distance_from_features(case):
+    data = adm("fid")
+    found = []
+    for k, side in enumerate(("ref", "sample")):
+        features = fid_features(int(data[f"{case}/{side}_seed"]), data[f"{case}/{side}_params"])
+        found.append(feature_statistics(same_input(features, data[f"{case}/crc32"][k])))
+        np.testing.assert_array_equal(found[k][0], data[f"{case}/mu_{side}"])     # the float32 mean, bit for bit
+        assert found[k][0].dtype == np.float32 and found[k][1].dtype == np.float64
+        if f"{case}/sigma_{side}" in data:
+            np.testing.assert_allclose(found[k][1], data[f"{case}/sigma_{side}"], rtol=0, atol=1e-12)
+    distance = frechet_distance(*found[1], *found[0])
+    traces = np.trace(found[0][1]) + np.trace(found[1][1])
+    if case == "same":
+        assert abs(distance) <= 1e-6 * traces
+    else:
+        assert distance == pytest.approx(float(data[f"{case}/fid_adm"]), rel=1e-6, abs=1e-9)
+        assert distance == pytest.approx(float(data[f"{case}/fid_exact"]), rel=1e-4, abs=1e-6)
+
+
+def test_frechet_distance_of_given_statistics():
+    data = adm("fid")
+    ref, sample = (given_stats(int(data[f"given/{side}_seed"]), int(data["given/dim"])) for side in ("ref", "sample"))
+    assert frechet_distance(*sample, *ref) == pytest.approx(float(data["given/fid_adm"]), rel=1e-6)
+
+
+def test_frechet_distance_of_diagonal_gaussians():
+    s1, s2 = np.array([1.0, 4.0, 0.0]), np.array([9.0, 4.0, 1.0])
+    mu1, mu2 = np.array([0.0, 1.0, 2.0]), np.array([1.0, 1.0, 0.0])
+    expected = np.sum((mu1 - mu2) ** 2) + np.sum((np.sqrt(s1) - np.sqrt(s2)) ** 2)
+    assert frechet_distance(mu1, np.diag(s1), mu2, np.diag(s2)) == pytest.approx(expected, abs=1e-12)
+    assert frechet_distance(mu2, np.diag(s2), mu1, np.diag(s1)) == pytest.approx(expected, abs=1e-12)
+    assert frechet_distance(mu1, np.zeros((3, 3)), mu2, np.diag(s2)) == pytest.approx(5 + 14, abs=1e-12)
+
+
+def test_frechet_distance_refuses_what_it_cannot_use():
+    mu, sigma = np.zeros(3), np.eye(3)
+    with pytest.raises(ValueError, match="different features"):
+        frechet_distance(mu, sigma, np.zeros(4), np.eye(4))
+    with pytest.raises(ValueError, match="non-finite"):
+        frechet_distance(mu * np.nan, sigma, mu, sigma)
+
+
+def test_streamed_statistics_are_numpys():
+    x = (np.random.default_rng(0).standard_normal((5000, 24)) * 3 + 100).astype(np.float32)
+    moments = Moments(24)
+    for part in np.split(x, [1, 70, 1500, 1503, 4999]):
+        moments.add(part)
+    mu, sigma = moments.statistics()
+    np.testing.assert_array_equal(mu, x.mean(axis=0))
+    assert np.abs(mu - x.mean(axis=0, dtype=np.float64)).max() > 0     # which a float64 mean would not be
+    np.testing.assert_allclose(sigma, np.cov(x, rowvar=False), atol=1e-11)
+
+
+# ---------------------------------------------------------------- Inception Score
+
+@pytest.mark.parametrize("case", cases("is", "/is_adm"))
+def test_inception_score(case):
+    data = adm("is")
+    weight = np.random.default_rng(int(data["weight_seed"])).standard_normal((64, 1008))
+    weight = same_input(weight.astype(np.float32), data["weight_crc32"])
+    features = same_input(is_features(int(data[f"{case}/seed"]), data[f"{case}/params"]), data[f"{case}/crc32"])
+    score = inception_score(features @ weight)
+    assert score == pytest.approx(float(data[f"{case}/is_adm"]), rel=1e-5, nan_ok=True)
+    if not math.isnan(score):
+        assert score == pytest.approx(data[f"{case}/is_per_split"].mean(), rel=1e-5)
+    exact = inception_score(features.astype(np.float64) @ weight.astype(np.float64), exact=True)
+    assert exact == pytest.approx(float(data[f"{case}/is_float64"]), rel=1e-9)
+    if f"{case}/softmax_first4" in data:
+        softmax = torch.from_numpy(features[:4] @ weight).softmax(1)
+        of_largest(softmax, data[f"{case}/softmax_first4"], 5e-5)
+
+
+# ---------------------------------------------------------------- precision and recall
+
+def pr_case(data, case):
+    n, m, d = map(int, data[f"{case}/shape"])
+    ref = pr_features(int(data[f"{case}/ref_seed"]), n, d, data[f"{case}/ref_params"])
+    sample = pr_features(int(data[f"{case}/sample_seed"]), m, d, data[f"{case}/sample_params"])
+    return same_input(ref, data[f"{case}/crc32"][0]), same_input(sample, data[f"{case}/crc32"][1])
+
+
+def points(pair, expected, shape, allowed):
+    n, m, _ = map(int, shape)
+    return [abs(a - b) * count <= allowed + 1e-9 for a, b, count in zip(pair, expected, (m, n))] == [True, True]
+
+
+@pytest.mark.parametrize("case", adm("pr")["cases"].tolist())
+def test_precision_and_recall(case):
+    data = adm("pr")
+    ref, sample = pr_case(data, case)
+    block, shape = tuple(map(int, data[f"{case}/block"])), data[f"{case}/shape"]
+    all_half = all(data[f"{case}/fp16_used_{which}"].all() for which in ("ref", "sample", "cross"))
+    half = precision_recall(ref, sample, block=block)
+    assert points(half, data[f"{case}/pr_tf"], shape, 0 if all_half else 3)
+    assert points(half, data[f"{case}/pr_fp16_tfcpu"], shape, 0 if all_half else 3)
+    exact = precision_recall(ref, sample, block=block, exact=True)
+    if case == "half_range":        # at this norm float32 itself is noisy
+        np.testing.assert_allclose(exact, data[f"{case}/pr_f32"], atol=0.02)
+    else:
+        assert points(exact, data[f"{case}/pr_f32"], shape, 3) and points(exact, data[f"{case}/pr_f64"], shape, 3)
+    for which, features in (("ref", ref), ("sample", sample)):
+        features = torch.from_numpy(features)
+        radii = manifold_radii(features, block=block).numpy()
+        if data[f"{case}/fp16_used_{which}"].all():
+            np.testing.assert_array_equal(radii, data[f"{case}/radii_{which}_tf"])
+        else:       # float32 radii: TensorFlow's last places
+            np.testing.assert_allclose(radii, data[f"{case}/radii_{which}_tf"], rtol=0.02)
+        if case != "half_range":
+            exact_radii = manifold_radii(features, exact=True, block=block)
+            np.testing.assert_allclose(exact_radii, data[f"{case}/radii_{which}_f64"], rtol=0.01)
+
+
+@pytest.mark.parametrize("case", adm("pr")["cases"].tolist())
+def test_half_precision_blocks_survive_where_tensorflows_do(case):
+    data = adm("pr")
+    sides, block = [torch.from_numpy(x) for x in pr_case(data, case)], tuple(map(int, data[f"{case}/block"]))
+    for which, (u, v) in (("ref", (0, 0)), ("sample", (1, 1)), ("cross", (0, 1))):
+        used = []
+        for rows in sides[u].split(block[0]):
+            for columns in sides[v].split(block[1]):
+                strips = _map_distances(rows, columns, False, lambda d, _: torch.equal(d.half().float(), d))
+                used.append(all(strips))     # float32 distances are no float16 numbers
+        assert used == data[f"{case}/fp16_used_{which}"].tolist()
+    distance = torch.cat(_map_distances(sides[0][:block[0]], sides[1][:block[1]], False, lambda d, _: d))[:8, :8]
+    if data[f"{case}/fp16_used_cross"][0]:
+        np.testing.assert_array_equal(distance.numpy(), data[f"{case}/dist_tf_8x8"])
+    else:
+        np.testing.assert_allclose(distance.numpy(), data[f"{case}/dist_tf_8x8"], rtol=0.02)
+
+
+def test_half_norms_are_float16_sums():
+    x = torch.randn(5, 100, generator=torch.Generator().manual_seed(0)).half()
+    norms = half_norms(x)
+    assert norms.dtype == torch.half
+    torch.testing.assert_close(norms.double(), x.double().square().sum(1), rtol=3e-3, atol=0)
+    assert half_norms(torch.full((1, 64), 100.0).half()).isinf().all()
+
+
+def test_precision_and_recall_of_known_sets():
+    line = np.arange(10, dtype=np.float32)[:, None] * np.ones(4, np.float32)
+    assert precision_recall(line, line) == (1.0, 1.0)
+    assert precision_recall(line, line + 1000) == (0.0, 0.0)
+    half_inside = np.concatenate([line[:5], line[:5] + 500])     # sample 4 reaches 3 further: 8 and 9 are not recalled
+    assert precision_recall(line, half_inside) == precision_recall(line, half_inside, exact=True) == (0.5, 0.8)
+    with pytest.raises(ValueError, match="more than 3"):
+        precision_recall(line[:3], line)
+
+
+# ---------------------------------------------------------------- KID
+
+def test_kernel_distance_by_hand():
+    rng = np.random.default_rng(3)
+    x, y = rng.standard_normal((7, 5)), rng.standard_normal((7, 5)) + 1
+    kernel = [(a @ b.T / 5 + 1) ** 3 for a, b in ((x, x), (y, y), (x, y))]
+    expected = sum((k.sum() - np.trace(k)) / (7 * 6) for k in kernel[:2]) - 2 * kernel[2].mean()
+    assert kernel_distance(y, x, subsets=3) == pytest.approx(expected, rel=1e-5)
+
+
+def test_kernel_distance_is_torch_fidelitys():
+    kid = pytest.importorskip("torch_fidelity.metric_kid", reason="torch-fidelity is not installed")
+    rng = np.random.default_rng(4)
+    x, y = (torch.from_numpy((rng.standard_normal((n, 64)) + m).astype(np.float32)) for n, m in ((300, 0), (260, 0.3)))
+    expected = kid.kid_features_to_metric(x, y, kid_subsets=10, kid_subset_size=100, rng_seed=2020, verbose=False)
+    ours = kernel_distance(y, x, subsets=10, subset_size=100)
+    assert ours == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-4)
+
+
+# ---------------------------------------------------------------- the whole way, images to numbers
+
+@pytest.fixture(scope="module")
+def e2e():
+    """(data, network, features of the reference, of the samples) of adm_e2e.npz."""
+    data = adm("e2e")
+    net = inception(data)
+    found = []
+    for k, (side, n) in enumerate((("ref", 64), ("sample", 48))):
+        images = same_input(blocks(int(data[f"{side}_seed"]), n, 32, *data[f"{side}_blocks_params"]), data["crc32"][k])
+        keep = {}
+        network = evaluate_fid.inception_features(net)
+
+        def spy(x, keep=keep, network=network):
+            result = network(x)
+            keep.setdefault("spatial", result["_s"][:2].numpy())
+            return result
+        features = evaluate_fid.extract(iter(np.split(images, [20, 40])), [spy], "cpu")
+        found.append(features | keep)
+    return data, net, *found
+
+
+def test_features_end_to_end(e2e):
+    data, _, ref, sample = e2e
+    for side, features in (("ref", ref), ("sample", sample)):
+        of_largest(features["pool"][:2], data[f"plain/{side}_pool3_first2"], 1e-5)
+        of_largest(features["spatial"], data[f"plain/{side}_spatial_first2"], 1e-5)
+        of_largest(features["pool"].mean(0, dtype=np.float64), data[f"plain/{side}_pool3_mean"], 1e-5)
+        norms = (features["pool"].astype(np.float64) ** 2).sum(1)
+        np.testing.assert_allclose(norms, data[f"plain/{side}_pool3_norm2"], rtol=1e-5)
+        radii = manifold_radii(torch.from_numpy(features["pool"])).numpy()
+        assert (np.abs(radii - data[f"plain/radii_{side}_tf"]) <= 0.25 + 0.01 * radii).all()
+
+
+def stored(data, side):
+    pool, spatial = (given_stats(int(data[f"stats/{side}_{mu}_seed"]), d) for mu, d in (("mu", 2048), ("mu_s", 2023)))
+    return {"mu": pool[0], "sigma": pool[1], "mu_s": spatial[0], "sigma_s": spatial[1]}
+
+
+@pytest.mark.parametrize("run", ["plain", "refstats", "bothstats"])
+def test_metrics_end_to_end(e2e, run):
+    data, net, ref, sample = e2e
+    ref = ref | (stored(data, "ref") if run != "plain" else {})
+    sample = sample | (stored(data, "sample") if run == "bothstats" else {})
+    result = evaluate_fid.score(sample, ref, net)
+    score, fid, sfid, precision, recall = data[f"{run}/metrics_adm"].tolist()
+    assert result["inception_score"] == pytest.approx(score, rel=1e-5)
+    tolerance = 1e-6 if run == "bothstats" else 1e-4
+    assert (result["fid"], result["sfid"]) == pytest.approx((fid, sfid), rel=tolerance)
+    assert (result["fid"], result["sfid"]) == pytest.approx(tuple(data[f"{run}/fid_eigh"]), rel=tolerance)
+    assert abs(result["precision"] - precision) <= 2.1 / 48 and abs(result["recall"] - recall) <= 2.1 / 48
+    if run == "plain":
+        exact = precision_recall(ref["pool"], sample["pool"], exact=True)
+        assert exact == pytest.approx(tuple(data["plain/pr_f32"]))
+        assert exact == pytest.approx(tuple(data["plain/pr_f64"]))
+
+
+def test_a_set_is_at_distance_zero_from_itself_in_any_order(e2e):
+    images, networks = blocks(7, 12, 32), [evaluate_fid.inception_features(e2e[1])]
+    base, shuffled = (evaluate_fid.extract(iter([x]), networks, "cpu", skip=("_s",))
+                      for x in (images, images[::-1].copy()))
+    same = evaluate_fid.score(shuffled, base)
+    assert abs(same["fid"]) < 1e-3 and (same["precision"], same["recall"]) == (1.0, 1.0)
+
+
+def test_distance_grows_with_noise():
+    images, random = blocks(8, 300, 32), np.random.default_rng(0)
+    noisy = [np.clip(images + random.normal(0, s, images.shape), 0, 255).astype(np.uint8) for s in (0, 5, 20, 80)]
+    found = [evaluate_fid.extract(iter([x]), [evaluate_fid.hog_features(32)], "cpu") for x in noisy]
+    distances = [evaluate_fid.score(f, found[0])["fd_hog"] for f in found]
+    assert abs(distances[0]) < 1e-3 < distances[1] < distances[2] < distances[3]
+
+
+def test_pool_features_are_torch_fidelitys(tmp_path, e2e):
+    peer = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="torch-fidelity is not installed")
+    net = e2e[1]
+    torch.save(net.state_dict(), tmp_path / "w.pth")
+    other = peer.FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], str(tmp_path / "w.pth")).eval()
+    images = torch.from_numpy(np.concatenate([noise(1, 2, 48, 80), noise(2, 1, 48, 80)]))
+    with torch.inference_mode():
+        pool, _ = net(images)
+        expected, logits = other(images.permute(0, 3, 1, 2))
+    torch.testing.assert_close(pool, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(net.logits(pool), logits, rtol=0, atol=1e-4)
+
+
+def test_golden_json_lists_exactly_the_entries_to_load(golden_json, tmp_path):
+    state = FIDInception().state_dict()
+    assert len(golden_json("adm_inception_state_dict")) == len(state) == 472
+    del state["fc.bias"]
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="fc.bias"):
+        evaluate_fid.load_inception(str(tmp_path / "w.pth"))
+    (tmp_path / "text.pth").write_text(json.dumps({}))
+    with pytest.raises(ValueError, match="text.pth"):
+        evaluate_fid.load_inception(str(tmp_path / "text.pth"))

@@ -1,0 +1,310 @@
+"""evaluate_fid.py as a program: inputs, saved references, cache, processes, the training script's hook, bad input."""
+import json
+import os
+import subprocess
+import sys
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import ROOT
+from fill import fill_
+from PIL import Image
+
+import evaluate_fid
+from models.image_sets import open_input
+from models.inception import FIDInception
+
+
+def pictures(n, seed=0, size=32):
+    """n smooth random images, uint8 [n, size, size, 3]."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (n, 4, 4, 3), dtype=np.uint8)
+    return np.stack([np.asarray(Image.fromarray(x).resize((size, size), Image.BICUBIC)) for x in coarse])
+
+
+def write_folder(folder, images):
+    for k, image in enumerate(images):
+        path = folder / f"class{k % 2}" / f"{k:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    order = sorted(range(len(images)), key=lambda k: f"class{k % 2}/{k:03d}.png")
+    return images[order]
+
+
+def write_zip(path, folder):
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*.png")):
+            archive.write(file, file.relative_to(folder))
+
+
+def figures(tmp_path, *args):
+    evaluate_fid.main([*map(str, args), "--json", str(tmp_path / "out.json")])
+    return json.loads((tmp_path / "out.json").read_text())
+
+
+def refused(capsys, *args):
+    """Run, expect exit code 2 and one line on stderr; returns it."""
+    with pytest.raises(SystemExit) as stop:
+        evaluate_fid.main([str(a) for a in args])
+    output = capsys.readouterr()
+    assert stop.value.code == 2 and output.out == ""
+    assert output.err.count("\n") == 1 and output.err.startswith("error: "), output.err
+    return output.err
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save(fill_(FIDInception(), salt="cli").state_dict(), path)
+    return path
+
+
+# ---------------------------------------------------------------- inputs
+
+def test_every_kind_of_input_gives_the_same_figures(tmp_path, capsys):
+    samples, images = pictures(40, 1), write_folder(tmp_path / "ref", pictures(50))
+    np.savez(tmp_path / "samples.npz", samples, np.arange(40), protocol=np.array('{"mode": "sde", "num_steps": 250}'))
+    np.savez(tmp_path / "plain.npz", images)
+    np.savez_compressed(tmp_path / "packed.npz", arr_0=images)
+    write_zip(tmp_path / "ref.zip", tmp_path / "ref")
+    results = [figures(tmp_path, "--features", "hog", "--batch-size", 7, tmp_path / ref, tmp_path / "samples.npz")
+               for ref in ("plain.npz", "packed.npz", "ref", "ref.zip")]
+    assert "FD-hog: " in capsys.readouterr().out
+    assert "fid" not in results[0]
+    assert len({r["fd_hog"] for r in results}) == 1 and results[0]["fd_hog"] > 0
+    assert len({r["ref"]["sha256"] for r in results}) == 4 and len({r["samples"]["sha256"] for r in results}) == 1
+    assert results[0]["samples"]["protocol"] == {"mode": "sde", "num_steps": 250}
+    assert results[0]["ref"]["protocol"] is None
+    assert results[0]["ref"]["images"] == 50 and results[0]["samples"]["size"] == [32, 32]
+
+
+@pytest.mark.parametrize("pack", [np.savez, np.savez_compressed])
+def test_npz_is_streamed(tmp_path, pack):
+    images = np.zeros((4000, 64, 64, 3), np.uint8)      # 49 MB
+    images[:, 0, 0, 0] = np.arange(4000) % 251
+    pack(tmp_path / "x.npz", images)
+    source = open_input(str(tmp_path / "x.npz"))
+    seen = []
+    tracemalloc.start()
+    for batch in source.read(50, rank=1, world_size=2):
+        seen += batch[:, 0, 0, 0].tolist()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5e6
+    assert seen == [k % 251 for start in range(50, 4000, 100) for k in range(start, start + 50)]
+
+
+def test_other_modes_are_converted_and_counted(tmp_path, capsys):
+    folder = tmp_path / "mixed"
+    write_folder(folder, pictures(6))
+    rgb = Image.fromarray(pictures(1, 5)[0])
+    for name, image in (("grey", rgb.convert("L")), ("alpha", rgb.convert("RGBA")), ("palette", rgb.quantize(16))):
+        image.save(folder / f"{name}.png")
+    np.savez(tmp_path / "s.npz", pictures(20, 1))
+    result = figures(tmp_path, "--features", "hog", folder, tmp_path / "s.npz")
+    assert result["ref"]["converted"] == 3 and result["ref"]["images"] == 9
+    assert "3 grey, palette or transparent images" in capsys.readouterr().err
+    alpha, _, grey, _ = next(open_input(str(folder)).read(9))[[0, 1, -2, -1]]     # alpha, class*/..., grey, palette
+    assert (np.ptp(grey, axis=-1) == 0).all()
+    np.testing.assert_array_equal(alpha, np.asarray(rgb))
+
+
+def test_sizes_must_agree_unless_cropped(tmp_path, capsys):
+    folder = tmp_path / "sizes"
+    write_folder(folder, pictures(6))
+    Image.fromarray(pictures(1, 2, 48)[0]).save(folder / "other.png")
+    np.savez(tmp_path / "s.npz", pictures(8, 1))
+    line = refused(capsys, "--features", "hog", folder, tmp_path / "s.npz")
+    assert "class0/000.png is 32x32 and other.png is 48x48" in line and "--resolution" in line
+    result = figures(tmp_path, "--features", "hog", "--resolution", 32, folder, tmp_path / "s.npz")
+    assert result["ref"]["images"] == 7 and np.isfinite(result["fd_hog"])
+
+
+def test_limit_takes_the_first_images(tmp_path):
+    np.savez(tmp_path / "all.npz", pictures(40))
+    np.savez(tmp_path / "first.npz", pictures(40)[:16])
+    np.savez(tmp_path / "s.npz", pictures(16, 1))
+    cut = figures(tmp_path, "--features", "hog", "--limit", 16, tmp_path / "all.npz", tmp_path / "s.npz")
+    whole = figures(tmp_path, "--features", "hog", tmp_path / "first.npz", tmp_path / "s.npz")
+    assert cut["fd_hog"] == whole["fd_hog"]
+
+
+# ---------------------------------------------------------------- with the network
+
+def test_saved_reference_cache_and_online_score(tmp_path, weights, capsys, monkeypatch):
+    images, samples = write_folder(tmp_path / "images", pictures(12)), pictures(10, 1)
+    np.savez(tmp_path / "s.npz", samples)
+    net = ["--inception-weights", weights, "--batch-size", 5]
+    save = ["--save-ref", tmp_path / "ref.npz", "--save-ref-images", 6, tmp_path / "images"]
+    evaluate_fid.main([str(a) for a in (*net, *save)])
+    with np.load(tmp_path / "ref.npz", allow_pickle=False) as file:
+        assert sorted(file.files) == ["arr_0", "mu", "mu_s", "sigma", "sigma_s"]
+        np.testing.assert_array_equal(file["arr_0"], images[[0, 2, 4, 7, 9, 11]])
+        assert file["mu"].dtype == np.float32 and file["sigma"].dtype == np.float64
+
+    # 1. statistics of all twelve images come from the file, precision and recall from its six images
+    args = [*net, "--metrics", "kid", "--cache", tmp_path / "cache", tmp_path / "ref.npz", tmp_path / "s.npz"]
+    stored = figures(tmp_path, *args)
+    printed = capsys.readouterr().out.splitlines()[-6:]
+    assert [line.split(":")[0] for line in printed] == ["Inception Score", "FID", "sFID", "Precision", "Recall", "KID"]
+    assert stored["ref"]["statistics"] == "stored" and stored["samples"]["statistics"] == "computed"
+    assert any("10 samples" in note and "biased" in note for note in stored["notes"])
+    network = evaluate_fid.load_inception(str(weights))
+    ref = evaluate_fid.load_reference(str(tmp_path / "ref.npz"), network, pool=False)
+    features = evaluate_fid.extract(iter([images]), [evaluate_fid.inception_features(network)], "cpu")
+    for key in ("mu", "sigma", "mu_s", "sigma_s"):
+        np.testing.assert_allclose(ref[key], features[key], atol=1e-6)
+
+    # 2. the same samples scored as a training run makes them
+    online = evaluate_fid.score_samples(iter(np.split(samples, [5])), ref, network)
+    assert {name: stored[name] for name in ("fid", "sfid", "inception_score")} == online
+
+    # 3. a second run finds its features in the cache
+    monkeypatch.setattr(evaluate_fid, "extract", lambda *a: pytest.fail("features were computed again"))
+    again = figures(tmp_path, *args)
+    assert all(again[name] == stored[name] for name in ("fid", "sfid", "inception_score", "precision", "recall", "kid"))
+
+
+def test_frechet_distance_on_an_encoder_has_its_own_name(tmp_path, weights):
+    torch.manual_seed(0)
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), tmp_path / "vit.pth")
+    np.savez(tmp_path / "r.npz", pictures(5))
+    np.savez(tmp_path / "s.npz", pictures(6, 1))
+    features = evaluate_fid.encoder_features("vit_tiny_patch16_224", str(tmp_path / "vit.pth"))
+    assert features(torch.from_numpy(pictures(2)))["_fdd"].shape == (2, 192)
+    first, second = ({"mu_fdd": np.full(2, m), "sigma_fdd": np.eye(2)} for m in (0, 1))
+    assert evaluate_fid.score(first, second) == {"fdd": pytest.approx(2)}
+    result = figures(tmp_path, "--inception-weights", weights, "--metrics", "fdd", "--encoder", "vit_tiny_patch16_224",
+                     "--encoder-ckpt", tmp_path / "vit.pth", tmp_path / "r.npz", tmp_path / "s.npz")
+    assert result["fd_vit_tiny_patch16_224"] > 0 and "fdd" not in result
+
+
+def test_two_processes_give_the_figures_of_one(tmp_path):
+    np.savez(tmp_path / "r.npz", pictures(45))
+    np.savez(tmp_path / "s.npz", pictures(23, 1))     # 5 batches: the second process is left without one at the end
+    args = ["--features", "hog", "--batch-size", "5", "r.npz", "s.npz", "--json"]
+    one = figures(tmp_path, "--features", "hog", "--batch-size", 5, tmp_path / "r.npz", tmp_path / "s.npz")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = subprocess.run([*torchrun, str(ROOT / "evaluate_fid.py"), *args, "two.json"], cwd=tmp_path,
+                         capture_output=True, text=True, timeout=180)
+    assert run.returncode == 0, run.stderr
+    two = json.loads((tmp_path / "two.json").read_text())
+    assert two["fd_hog"] == pytest.approx(one["fd_hog"], rel=1e-9)  # threads of the two runs may differ
+    assert two["ref"]["sha256"] == one["ref"]["sha256"]
+    assert run.stdout.count("FD-hog") == 1
+
+
+# ---------------------------------------------------------------- bad input: one line, exit code 2
+
+def broken(name, folder):
+    """Writes one broken input, returns its path and a word the error must contain."""
+    path, good = folder / f"{name}.npz", pictures(8)
+    if name == "missing":
+        return path, "no such file"
+    if name == "no_arr_0":
+        np.savez(path, images=good)
+        return path, "no arr_0"
+    if name == "float":
+        np.savez(path, good.astype(np.float32))
+        return path, "float32, not uint8"
+    if name == "nchw":
+        np.savez(path, good.transpose(0, 3, 1, 2).copy())
+        return path, "NCHW"
+    if name == "fortran":
+        np.savez(path, np.asfortranarray(good))
+        return path, "Fortran"
+    if name == "grey":
+        np.savez(path, good[..., 0])
+        return path, "[8, 32, 32]"
+    if name == "none":
+        np.savez(path, good[:0])
+        return path, "N > 0"
+    if name == "few":
+        np.savez(path, good[:3])
+        return path, "3 images are too few"
+    if name == "empty":
+        path.write_bytes(b"")
+        return path, "empty, truncated"
+    if name == "truncated":
+        np.savez(path, good)
+        path.write_bytes(path.read_bytes()[:-5000])
+        return path, "truncated"
+    if name == "short":
+        with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w") as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (8, 32, 32, 3)}
+            np.lib.format.write_array_header_1_0(file, header)
+            file.write(good[:7].tobytes())
+        return path, "ends early"
+    if name == "pickled":
+        np.savez(path, np.array([{"a": 1}] * 8, dtype=object))
+        return path, "pickled"
+    if name == "no_mu_s":
+        np.savez(path, good, mu=np.zeros(2048), sigma=np.eye(2048))
+        return path, "mu_s"
+    if name == "pickled_mu":
+        np.savez(path, good, mu=np.array([None] * 4), sigma=np.eye(2), mu_s=np.zeros(2), sigma_s=np.eye(2))
+        return path, "statistics cannot be read"
+    if name == "wrong_mu":
+        np.savez(path, good, mu=np.zeros(192), sigma=np.eye(192), mu_s=np.zeros(2023), sigma_s=np.eye(2))
+        return path, "shape [2048]"
+    if name == "stats_only":
+        np.savez(path, mu=np.zeros(2048), sigma=np.eye(2))
+        return path, "no arr_0"
+    if name == "text_image":
+        (folder / "dir" / "a").mkdir(parents=True)
+        (folder / "dir" / "a" / "notes.txt").write_text("hello")
+        return folder / "dir", "notes.txt"
+    (folder / "nothing").mkdir()
+    return folder / "nothing", "no images"
+
+
+@pytest.mark.parametrize("name", ["missing", "no_arr_0", "float", "nchw", "fortran", "grey", "none", "few", "empty",
+                                  "truncated", "short", "pickled", "no_mu_s", "pickled_mu", "wrong_mu", "stats_only",
+                                  "text_image", "no_images"])
+def test_bad_inputs(tmp_path, capsys, name):
+    np.savez(tmp_path / "good.npz", pictures(8))
+    path, word = broken(name, tmp_path)
+    assert word in refused(capsys, "--features", "hog", path, tmp_path / "good.npz")
+    assert word in refused(capsys, "--features", "hog", tmp_path / "good.npz", path)
+
+
+def test_damage_found_while_reading(tmp_path, capsys):
+    np.savez(tmp_path / "good.npz", pictures(8))
+    data = bytearray((tmp_path / "good.npz").read_bytes())
+    data[9000] ^= 255
+    (tmp_path / "damaged.npz").write_bytes(data)
+    with pytest.raises(SystemExit) as stop:
+        evaluate_fid.main(["--features", "hog", str(tmp_path / "damaged.npz"), str(tmp_path / "good.npz")])
+    assert stop.value.code == 2 and "damaged.npz: arr_0 is damaged" in capsys.readouterr().err
+
+
+def test_every_flag_is_read():
+    source = (ROOT / "evaluate_fid.py").read_text()
+    unread = [name for name in vars(evaluate_fid.parse_args(["r", "s"])) if f"args.{name}" not in source]
+    assert unread == []
+
+
+def test_bad_settings(tmp_path, capsys, weights, monkeypatch):
+    good = tmp_path / "good.npz"
+    np.savez(good, pictures(8))
+    assert "unknown" in refused(capsys, "--metrics", "lpips", good, good)
+    assert "--save-ref" in refused(capsys, good)
+    assert "FD-hog alone" in refused(capsys, "--features", "hog", "--metrics", "kid", good, good)
+    assert "--limit 2" in refused(capsys, "--limit", 2, good, good)
+    assert "its folder does not exist" in refused(capsys, "--json", tmp_path / "no" / "x.json", good, good)
+    assert "gone.pth" in refused(capsys, "--inception-weights", tmp_path / "gone.pth", good, good)
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    assert "another architecture" in refused(capsys, "--inception-weights", tmp_path / "other.pth", good, good)
+    fdd = ["--inception-weights", weights, "--metrics", "fdd", "--encoder", "x"]
+    assert "unknown encoder" in refused(capsys, *fdd, good, good)
+    np.savez(tmp_path / "wide.npz", pictures(8, 0, 64))
+    assert "one size" in refused(capsys, "--features", "hog", good, tmp_path / "wide.npz")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")      # no network
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    line = refused(capsys, good, good)
+    assert "cannot be fetched" in line and "--inception-weights" in line
+    assert not any(name.endswith(".pth") for _, _, names in os.walk(tmp_path / "home") for name in names)

@@ -1,0 +1,369 @@
+"""sample_ddp.py: samples depend on the seed and their index alone, runs stop and continue, released files load."""
+import argparse
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fill import fill_
+from PIL import Image
+
+import sample_ddp
+import train_repae_e
+from models import checkpoint, sample_files, samplers
+from models.sit import SiT_models
+from models.vae import VAE_models
+
+ROOT = Path(__file__).resolve().parent.parent
+N = 19
+FAST = ["--num-fid-samples", str(N), "--num-steps", "3", "--cfg-scale", "1.5", "--guidance-high", "0.7"]
+
+
+def tiny_checkpoint(path, **changes):
+    """A training checkpoint of the tiny sizes, 10 classes, latents 8x8 with filled (so far from 0 and 1) statistics."""
+    sit = fill_(SiT_models["SiT-Ti/2"](input_size=8, num_classes=10, encoder_depth=4, z_dims=[16], projector_dim=32))
+    vae = fill_(VAE_models["f4d4"]())
+    args = {"model": "SiT-Ti/2", "num_classes": 10, "path_type": "linear", "vae": "f4d4", "exp_name": "run"}
+    content = {"model": {}, "ema": sit.state_dict(), "vae": vae.state_dict(), "args": args, "steps": 3} | changes
+    checkpoint.save({k: v for k, v in content.items() if v is not None}, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("run") / "exp" / "checkpoints" / "0000003.pt")
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def reference(ckpt, tmp_path_factory):
+    """The .npz of one process, batch 16, as the other runs must make it too."""
+    path = tmp_path_factory.mktemp("reference") / "a.npz"
+    sample_ddp.main(["--ckpt", ckpt, *FAST, "--npz", str(path), "--pproc-batch-size", "16"])
+    return path
+
+
+def sample(ckpt, npz, *flags):
+    sample_ddp.main(["--ckpt", ckpt, *FAST, "--npz", str(npz), *flags])
+    return npz
+
+
+def launch(*flags, **environment):
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen([sys.executable, "sample_ddp.py", *flags], env=env, cwd=ROOT, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, text=True)
+
+
+def test_contents(ckpt, reference):
+    with np.load(reference) as content:
+        images, labels, protocol = content["arr_0"], content["arr_1"], json.loads(str(content["protocol"]))
+    assert images.shape == (N, 32, 32, 3) and images.dtype == np.uint8 and images.std() > 10
+    assert len(np.unique(images, axis=0)) == N
+    assert labels.tolist() == samplers.sample_labels(0, range(N), 10).tolist()
+    assert protocol["checkpoint_sha256"] == checkpoint.sha256(ckpt) and protocol["resolution"] == 32
+    assert (protocol["solver"], protocol["num_steps"], protocol["cfg_scale"]) == ("euler-maruyama", 3, 1.5)
+    beside = json.loads(reference.with_suffix(".json").read_text())
+    assert beside.pop("run")["samples"] == N and beside == protocol
+    assert sorted(p.name for p in reference.parent.iterdir()) == ["a.json", "a.npz", "a.png"]
+
+
+def test_samples_are_what_the_functions_give(ckpt, reference):
+    """Samples 4..7 by hand: float32 network, float64 state, statistics without eps, truncation."""
+    content = checkpoint.load(ckpt)
+    sit = SiT_models["SiT-Ti/2"](input_size=8, num_classes=10, encoder_depth=4, z_dims=[16], projector_dim=32).eval()
+    sit.load_state_dict(content["ema"])
+    vae = VAE_models["f4d4"]()
+    vae.load_state_dict(content["vae"])
+    generators = samplers.sample_generators(0, range(4, 8))
+    x = samplers.draw_noise(generators, (4, 8, 8))
+    y = samplers.sample_labels(0, range(4, 8), 10)
+    with torch.no_grad():
+        x = samplers.euler_maruyama(lambda x, t, y: sit(x, t, y)[0], x, y,
+                                    lambda i: samplers.draw_noise(generators, (4, 8, 8)), num_steps=3, cfg_scale=1.5,
+                                    guidance_high=0.7, null_label=10).float()
+        z = x * sit.bn.running_var.sqrt()[:, None, None] + sit.bn.running_mean[:, None, None]
+        expected = ((vae.decode(z) + 1) / 2 * 255).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    with np.load(reference) as npz:
+        difference = np.abs(npz["arr_0"][4:8].astype(int) - expected)
+    assert difference.max() <= 1 and difference.mean() < 0.01  # the last float bits may cross a level
+
+
+def test_batch_size_and_threads_do_not_matter(ckpt, reference, tmp_path):
+    a = sample(ckpt, tmp_path / "a.npz", "--pproc-batch-size", "7")
+    torch.set_num_threads(3)
+    b = sample(ckpt, tmp_path / "b.npz", "--pproc-batch-size", "1")
+    torch.set_num_threads(3)
+    c = sample(ckpt, tmp_path / "c.npz", "--pproc-batch-size", "64")
+    assert a.read_bytes() == b.read_bytes() == c.read_bytes() == reference.read_bytes()
+
+
+def test_two_processes_give_the_same_file_from_a_trained_model(tmp_path):
+    train_repae_e.main(["--preset", "demo", "--output-dir", str(tmp_path / "exps"), "--max-train-steps", "2",
+                        "--batch-size", "4", "--checkpointing-steps", "2", "--sampling-steps", "0"])
+    ckpt = str(tmp_path / "exps" / "demo" / "checkpoints" / "0000002.pt")
+    reference = sample(ckpt, tmp_path / "16.npz", "--pproc-batch-size", "16")
+    assert reference.read_bytes() == sample(ckpt, tmp_path / "7.npz", "--pproc-batch-size", "7").read_bytes()
+    path = tmp_path / "2.npz"
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    # what torchrun sets, without a third process
+    runs = [launch("--ckpt", ckpt, *FAST, "--npz", str(path), RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2",
+                   MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in ("0", "1")]
+    for run in runs:
+        assert run.wait(120) == 0, run.stderr.read()
+    assert path.read_bytes() == reference.read_bytes()
+    assert json.loads(path.with_suffix(".json").read_text())["run"]["processes"] == 2
+
+
+def test_killed_and_continued(ckpt, tmp_path):
+    flags = ["--num-fid-samples", "40", "--num-steps", "8"]
+    whole, path = tmp_path / "whole.npz", tmp_path / "a.npz"
+    sample_ddp.main(["--ckpt", ckpt, *flags, "--npz", str(whole)])
+    run = launch("--ckpt", ckpt, *flags, "--npz", str(path), "--pproc-batch-size", "4")
+    shards, deadline = tmp_path / "a.shards", time.time() + 60
+    while len(sample_files.list_shards(shards)) < 2 and time.time() < deadline:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    done = sum(b - a for a, b in sample_files.list_shards(shards))
+    assert 0 < done < 40 and not path.exists()
+    sample_ddp.main(["--ckpt", ckpt, *flags, "--npz", str(path)])
+    assert path.read_bytes() == whole.read_bytes()
+    assert json.loads(path.with_suffix(".json").read_text())["run"]["samples"] == 40 - done  # nothing made twice
+    assert not shards.exists()
+
+
+def test_halves_of_two_machines(ckpt, reference, tmp_path, capsys):
+    first = sample(ckpt, tmp_path / "one" / "a.npz", "--range", "0:10")
+    second = sample(ckpt, tmp_path / "two" / "a.npz", "--range", "10:19")
+    assert "lacks samples 10:19" in capsys.readouterr().out and not first.exists() and not second.exists()
+    for shard in (tmp_path / "two" / "a.shards").glob("*.npy"):
+        shard.rename(tmp_path / "one" / "a.shards" / shard.name)
+    sample(ckpt, first)
+    assert first.read_bytes() == reference.read_bytes()
+
+
+def test_a_whole_file_is_left_alone(ckpt, reference, tmp_path, monkeypatch):
+    path = tmp_path / "a.npz"
+    path.write_bytes(reference.read_bytes())
+    monkeypatch.setattr(sample_ddp, "make_sampler", lambda *_: pytest.fail("sampled again"))
+    sample(ckpt, path, "--png")
+    assert path.read_bytes() == reference.read_bytes()
+    with np.load(path) as content:
+        pngs = np.stack([np.asarray(Image.open(tmp_path / "a" / f"{i:06d}.png")) for i in range(N)])
+        assert np.array_equal(pngs, content["arr_0"])
+
+
+SOLVERS = [
+    (["--mode", "ode"], "euler"),
+    (["--mode", "ode", "--heun"], "heun"),
+    (["--mode", "ode", "--dopri5", "--rtol", "0.01", "--atol", "0.01"], "dopri5"),
+    (["--mixed-precision", "bf16"], "euler-maruyama"),
+    (["--path-type", "cosine"], "euler-maruyama"),
+]
+
+
+@pytest.mark.parametrize("flags, solver", SOLVERS)
+def test_grid_only_with_every_solver(ckpt, tmp_path, flags, solver):
+    path = sample(ckpt, tmp_path / "a.npz", "--grid-only", "--num-fid-samples", "4", "--classes", "2,7", *flags)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.png"] and not path.exists()
+    protocol = json.loads((tmp_path / "a.json").read_text())
+    assert protocol["solver"] == solver and protocol["classes"] == [2, 7]
+    assert Image.open(tmp_path / "a.png").size == (2 * 66, 2 * (64 + 14 + 2))
+
+
+def test_equal_labels_and_folder_flags(ckpt, tmp_path, capsys):
+    run_folder = str(Path(ckpt).parent.parent)
+    sample_ddp.main(["--exp-path", run_folder, "--train-steps", "3", "--sample-dir", str(tmp_path), *FAST,
+                     "--num-fid-samples", "20", "--label-sampling", "equal"])
+    assert "note" not in capsys.readouterr().err
+    path, = tmp_path.glob("*.npz")
+    assert path.name == "run-0000003-euler-maruyama-3-cfg1.5-0-0.7-equal-seed0-20.npz"
+    with np.load(path) as content:
+        assert np.bincount(content["arr_1"]).tolist() == [2] * 10
+    sample(ckpt, tmp_path / "b.npz", "--label-sampling", "equal", "--range", "0:1")
+    assert "19 samples are not the same number of each of 10 classes" in capsys.readouterr().err
+
+
+def test_args_beside_frozen_vae_and_other_vae_files(ckpt, reference, tmp_path):
+    """args.json in the run folder instead of args; no VAE in the checkpoint, named by its args or by --vae-ckpt."""
+    content = checkpoint.load(ckpt)
+    frozen = tiny_checkpoint(tmp_path / "exp" / "checkpoints" / "0000003.pt", vae=None, args=None)
+    checkpoint.save(content["vae"], tmp_path / "vae.pt")
+    args = dict(content["args"], vae_ckpt=str(tmp_path / "vae.pt"))
+    (tmp_path / "exp" / "args.json").write_text(json.dumps(args))
+    with np.load(reference) as expected:
+        for name in (None, "vae.pt"):
+            flags = ["--vae-ckpt", str(tmp_path / name)] if name else []
+            with np.load(sample(frozen, tmp_path / f"by-{name}.npz", *flags)) as got:
+                assert np.array_equal(got["arr_0"], expected["arr_0"])
+
+
+def test_released_layout_at_full_size(golden_json, tmp_path, monkeypatch):
+    """Every name and shape of the released SiT-B/1 + f16d32 checkpoint, args a pickled Namespace."""
+    monkeypatch.setattr(sample_ddp, "CPU_BLOCK", 1)  # one 256-pixel image is enough
+    keys, names = golden_json("keys_checkpoint"), {"sit": "keys_sit_b_1", "vae": "keys_vae_f16d32"}
+    g = torch.Generator().manual_seed(0)
+
+    def weights(name):
+        state = {}
+        for key, shape in golden_json(name)["state_dict"].items():
+            if key.endswith("num_batches_tracked"):
+                state[key] = torch.tensor(7)
+            elif key.endswith("running_var"):
+                state[key] = torch.rand(shape, generator=g) + 0.5
+            else:
+                scale = 0.3 / max(1, int(np.prod(shape[1:]))) ** 0.5
+                state[key] = torch.randn(shape, generator=g).mul_(scale) + (len(shape) == 1 and key.endswith("weight"))
+        return state
+
+    sit = weights(names["sit"])
+    args = argparse.Namespace(**keys["repae_args"] | {"model": "SiT-B/1", "vae": "f16d32", "exp_name": "released"})
+    folder = tmp_path / "sit-repae-invae" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save({"model": sit, "ema": sit, "vae": weights(names["vae"]), "discriminator": {}, "opt": {"state": {}},
+                "opt_vae": {}, "opt_disc": {}, "args": args, "steps": 400000}, folder / "0400000.pt")
+    sample_ddp.main(["--exp-path", str(folder.parent), "--train-steps", "400000", "--npz", str(tmp_path / "a.npz"),
+                     "--num-fid-samples", "1", "--num-steps", "2", "--cfg-scale", "2", "--guidance-high", "0.5"])
+    with np.load(tmp_path / "a.npz") as content:
+        assert content["arr_0"].shape == (1, 256, 256, 3) and content["arr_0"].std() > 1
+        protocol = json.loads(str(content["protocol"]))
+    assert (protocol["num_classes"], protocol["train_steps"], protocol["model"]) == (1000, 400000, "SiT-B/1")
+
+
+def test_writing_needs_little_memory(tmp_path):
+    """2,000 256-pixel images are 393 MB; the writer must not hold them (20,000 are in tests/bench_sample.py)."""
+    code = """
+import resource, sys, numpy as np
+from models import sample_files
+part = np.random.default_rng(0).integers(0, 256, (50, 256, 256, 3), dtype=np.uint8)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+sample_files.write_npz(sys.argv[1], (part for _ in range(40)), (2000, 256, 256, 3), np.zeros(2000, int), {"seed": 0})
+print(sum(len(rows) for rows in sample_files.npz_rows(sys.argv[1])), (peak() - before) / 1024)
+"""
+    out = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.npz")], capture_output=True, text=True,
+                         cwd=ROOT, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}).stdout.split()
+    assert int(out[0]) == 2000 and float(out[1]) < 60, f"the writer's memory grew by {out[1]} MiB"
+    with np.load(tmp_path / "a.npz", mmap_mode="r") as content:
+        assert content["arr_1"].shape == (2000,)
+
+
+def test_an_unfinished_or_short_npz_is_never_left(tmp_path):
+    rows = np.zeros((3, 2, 2, 3), np.uint8)
+    with pytest.raises(ValueError, match="3 samples instead of 4"):
+        sample_files.write_npz(str(tmp_path / "a.npz"), [rows], (4, 2, 2, 3), np.zeros(4), {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_ranges():
+    assert sample_files.missing_ranges([], 0, 5) == [(0, 5)]
+    assert sample_files.missing_ranges([(0, 4), (6, 9)], 0, 12) == [(4, 6), (9, 12)]
+    assert sample_files.missing_ranges([(0, 4), (2, 9)], 3, 8) == []
+    assert sample_files.missing_ranges([(0, 4), (20, 30)], 6, 12) == [(6, 12)]
+
+
+BAD = [
+    (["--cfg-scale", "0.5"], "below 1"),
+    (["--guidance-low", "0.8", "--guidance-high", "0.2"], "0.8, 0.2"),
+    (["--heun"], "--mode ode"),
+    (["--mode", "ode", "--heun", "--dopri5"], "exclude"),
+    (["--classes", "3,10"], "class 10"),
+    (["--classes", "cat"], "--classes"),
+    (["--range", "9:5"], "--range"),
+    (["--num-fid-samples", "0"], "--num-fid-samples"),
+    (["--mode", "pde"], "--mode"),
+    (["--npz", "a.zip"], ".npz"),
+    (["--train-steps", "3"], "--exp-path"),
+    (["--vae-ckpt", "nowhere.pt"], "nowhere.pt"),
+]
+
+
+def refused(capsys, *flags):
+    """stderr of a run that must end with one line and exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        sample_ddp.main([*map(str, flags)])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and captured.out == ""
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize("flags, message", BAD)
+def test_bad_flags(ckpt, tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, "--ckpt", ckpt, *flags)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_checkpoints(ckpt, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    content = checkpoint.load(ckpt)
+    no_bn = {k: v for k, v in content["ema"].items() if not k.startswith("bn.")}
+    no_null = dict(content["ema"], **{"y_embedder.embedding_table.weight": torch.zeros(10, 192)})
+    wide = dict(content["ema"], **{"final_layer.linear.bias": torch.zeros(3)})
+    files = {
+        "latent statistics": dict(ema=no_bn), "none of": dict(args=content["args"] | {"model": "DiT-XL/2"}),
+        "another layout": dict(ema={"weight": torch.zeros(1)}), "no args": dict(args=None),
+        "null class": dict(ema=no_null), "another architecture": dict(ema=wide),
+        "label table": dict(args=content["args"] | {"num_classes": 1000}),
+        "names none": dict(vae=None),
+        "REPA-E/e2e-vavae": dict(vae=None, args=content["args"] | {"vae_ckpt": "pretrained/x/e2e-vavae-400k.pt"}),
+        "latent channels": dict(ema=SiT_models["SiT-Ti/2"](input_size=8, in_channels=8, num_classes=10, encoder_depth=1,
+                                                           z_dims=()).state_dict()),
+        "not the weights of a VAE": dict(vae={"a": torch.zeros(1)}),
+    }
+    for message, changes in files.items():
+        path = tiny_checkpoint(tmp_path / "in" / "bad.pt", **changes)
+        assert message in refused(capsys, "--ckpt", path, "--cfg-scale", "2"), message
+    checkpoint.save(content["vae"], tmp_path / "in" / "bad.pt")
+    assert "no 'ema'" in refused(capsys, "--ckpt", path)
+    Path(path).write_bytes(b"not a checkpoint")
+    assert "cannot be read" in refused(capsys, "--ckpt", path)
+    assert "no such file" in refused(capsys, "--ckpt", "nowhere.pt")
+    assert "no checkpoints" in refused(capsys, "--exp-path", tmp_path)
+    assert "no step 4" in refused(capsys, "--exp-path", Path(ckpt).parent.parent, "--train-steps", "4")
+    assert "--ckpt FILE or" in refused(capsys)
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_output_of_other_settings_is_not_touched(ckpt, reference, tmp_path, capsys):
+    path = tmp_path / "a.npz"
+    path.write_bytes(reference.read_bytes())
+    assert "made with cfg_scale 1.5, this run has 3.0" in refused(
+        capsys, "--ckpt", ckpt, *FAST, "--cfg-scale", "3", "--npz", path)
+    sample(ckpt, tmp_path / "b.npz", "--range", "0:4")
+    capsys.readouterr()
+    assert "global_seed" in refused(capsys, "--ckpt", ckpt, *FAST, "--global-seed", "1", "--npz", tmp_path / "b.npz")
+    path.write_bytes(b"PK")
+    assert "no whole .npz" in refused(capsys, "--ckpt", ckpt, *FAST, "--npz", path)
+
+
+def test_samples_that_are_not_finite_stop_the_run(ckpt, tmp_path, capsys):
+    content = checkpoint.load(ckpt)
+    ema = dict(content["ema"], **{"final_layer.linear.bias": torch.full((16,), float("nan"))})
+    path = tiny_checkpoint(tmp_path / "nan.pt", ema=ema)
+    assert "not finite" in refused(capsys, "--ckpt", path, *FAST, "--npz", tmp_path / "a.npz")
+    assert not (tmp_path / "a.npz").exists()
+
+
+def test_every_flag_is_used():
+    source = (ROOT / "sample_ddp.py").read_text()
+    for flag in vars(sample_ddp.parse_args([])):
+        uses = len(re.findall(rf"\bargs\.{flag}\b", source)) + source.count(f'"{flag}"')
+        assert uses, f"--{flag} is never read"

@@ -1,0 +1,204 @@
+"""Samplers: golden parity, order of convergence, marginals, guidance, and draws that depend on (seed, index) alone."""
+import math
+
+import pytest
+import torch
+from fill import fill_
+
+from models import samplers
+from models.sit import SiT
+
+
+@pytest.fixture(params=["analytic", "sit"])
+def field(request, golden):
+    """(config, arrays, velocity, latents, y, eps) of one of the two golden fields."""
+    config, g = golden("samplers")
+    name = request.param
+    if name == "analytic":
+        velocity = analytic(config)
+    else:
+        sit = fill_(SiT(**config["sit"]), salt=config["salt"]).eval().requires_grad_(False)
+        def velocity(x, t, y): return sit(x, t, y)[0]
+    return name, config, g, velocity, g[f"in.{name}_latents"], g[f"in.{name}_y"], g[f"in.{name}_eps"]
+
+
+def analytic(config):
+    a, b, c = config["analytic"]
+    return lambda x, t, y: a * x + (b * t + c * y.to(x).sin()).view(-1, *[1] * (x.ndim - 1))
+
+
+def guidance(config, on):
+    if not on:
+        return {}
+    return {k: config[k] for k in ("cfg_scale", "guidance_low", "guidance_high")} | {"null_label": 1000}
+
+
+@pytest.mark.usefixtures("plain_convolutions")
+@pytest.mark.parametrize("cfg", ["nocfg", "cfg"])
+def test_golden_samplers(field, close, cfg):
+    name, config, g, velocity, x, y, eps = field
+    kwargs = guidance(config, cfg == "cfg")
+    euler = samplers.euler(velocity, x, y, num_steps=config["euler_steps"], **kwargs)
+    heun = samplers.heun(velocity, x, y, num_steps=config["heun_steps"], **kwargs)
+    assert euler.dtype == heun.dtype == torch.float64
+    close(euler, g[f"out.{name}_euler_{cfg}"])
+    close(heun, g[f"out.{name}_heun_{cfg}"])
+    for path_type in ("linear", "cosine"):
+        sde = samplers.euler_maruyama(velocity, x, y, lambda i: eps[i], num_steps=config["sde_steps"],
+                                      path_type=path_type, **kwargs)
+        close(sde, g[f"out.{name}_sde_{path_type}_{cfg}"])
+
+
+def test_golden_grids_and_scores(golden, close):
+    config, g = golden("samplers")
+    interval = config["cfg_scale"], config["guidance_low"], config["guidance_high"]
+    for name, mode in (("euler", "ode"), ("heun", "ode"), ("sde", "sde")):
+        grid = samplers.time_grid(config[f"{name}_steps"], mode)
+        close(grid, g[f"out.{name}_t"], atol=0)
+        assert [samplers.is_guided(t, *interval) for t in grid[:-1].tolist()] == g[f"out.{name}_guided"].tolist()
+    for path_type in ("linear", "cosine"):
+        score = samplers.score_from_velocity(g["in.score_v"], g["in.score_x"], g["in.score_t"], path_type)
+        close(score, g[f"out.score_{path_type}"])
+
+
+def exact(config, x, y, pieces):
+    """Closed form of dx/dt = a x + b t + d over pieces (t from, t to, d), d [B]."""
+    a, b, _ = config["analytic"]
+    x = x.double()
+    for start, stop, d in pieces:
+        d = d.double().view(-1, 1, 1, 1)
+        def particular(t): return -(b * t + d) / a - b / a**2
+        x = (x - particular(start)) * math.exp(a * (stop - start)) + particular(stop)
+    return x
+
+
+def pieces_of(config, y, cfg):
+    c = config["analytic"][2]
+    d = c * y.double().sin()
+    if not cfg:
+        return [(1, 0, d)]
+    d_null = c * torch.full_like(y, 1000).double().sin()
+    high, low = config["guidance_high"], config["guidance_low"]
+    return [(1, high, d), (high, low, d_null + config["cfg_scale"] * (d - d_null)), (low, 0, d)]
+
+
+def test_orders_of_convergence(golden):
+    config, g = golden("samplers")
+    x, y = g["in.analytic_latents"].double(), g["in.analytic_y"]
+    truth = exact(config, x, y, pieces_of(config, y, False))
+    for solver, order in ((samplers.euler, 1), (samplers.heun, 2)):
+        errors = [(solver(analytic(config), x, y, num_steps=n) - truth).abs().max().item() for n in (40, 80, 160)]
+        for coarse, fine in zip(errors, errors[1:]):
+            assert math.log2(coarse / fine) == pytest.approx(order, abs=0.1)
+
+
+@pytest.mark.parametrize("cfg", [False, True])
+def test_dopri5_reaches_the_closed_form(golden, close, cfg):
+    config, g = golden("samplers")
+    x, y = g["in.analytic_latents"].double(), g["in.analytic_y"]
+    kwargs = guidance(config, cfg)
+    truth = exact(config, x, y, pieces_of(config, y, cfg))
+    close(samplers.dopri5(analytic(config), x, y, rtol=1e-9, atol=1e-9, **kwargs), truth, atol=1e-8)
+    loose = samplers.dopri5(analytic(config), x, y, rtol=1e-2, atol=1e-2, **kwargs)
+    assert 1e-9 < (loose - truth).abs().max() < 1e-2
+
+
+def test_dopri5_steps_do_not_depend_on_the_batch():
+    def velocity(x, t, y):  # fast for some samples, slow for others
+        return torch.sin((y.double() * 10 * t).view(-1, 1)) * x
+
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 9, 3, 30])
+    together = samplers.dopri5(velocity, x, y)
+    alone = [samplers.dopri5(velocity, x[i:i + 1], y[i:i + 1]) for i in range(5)]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_dopri5_gives_up_where_the_velocity_is_not_finite():
+    with pytest.raises(ArithmeticError, match="loosen"):
+        samplers.dopri5(lambda x, t, y: x / 0, torch.ones(1, 2), torch.zeros(1), max_steps=20)
+
+
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+def test_sde_ends_in_the_data_distribution(path_type):
+    """Gaussian data of standard deviation 0.5 has a closed-form velocity; the SDE must end at 0.5 for both paths."""
+    def velocity(x, t, y):
+        t, var = t.view(-1, 1), 0.25
+        if path_type == "linear":
+            a, s, da, ds = 1 - t, t, -1, 1
+        else:
+            a, s = torch.cos(math.pi / 2 * t), torch.sin(math.pi / 2 * t)
+            da, ds = -math.pi / 2 * s, math.pi / 2 * a
+        return (a * da * var + s * ds) / (a * a * var + s * s) * x
+
+    g = torch.Generator().manual_seed(0)
+    x = samplers.euler_maruyama(velocity, torch.randn(64, 512, generator=g), torch.zeros(64),
+                                lambda i: torch.randn(64, 512, generator=g), num_steps=250, path_type=path_type)
+    assert x.std().item() == pytest.approx(0.5, rel=0.03)
+
+
+def test_null_rows_run_inside_the_interval_only():
+    calls = []
+
+    def velocity(x, t, y):
+        calls.append((t[0].item(), y.tolist()))
+        assert x.dtype == t.dtype == torch.float32
+        return torch.zeros_like(x)
+
+    x, y = torch.zeros(2, 1), torch.tensor([3, 4])
+    samplers.euler(velocity, x, y, num_steps=4, cfg_scale=2.0, guidance_low=0.5, guidance_high=0.75, null_label=7)
+    assert calls == [(1.0, [3, 4]), (0.75, [3, 4, 7, 7]), (0.5, [3, 4, 7, 7]), (0.25, [3, 4])]
+    calls.clear()
+    samplers.heun(velocity, x, y, num_steps=2, cfg_scale=2.0, guidance_low=0.6, null_label=7)
+    assert calls == [(1.0, [3, 4, 7, 7]), (0.5, [3, 4, 7, 7]), (0.5, [3, 4])]  # the test is on the step's start
+
+
+def test_noise_and_labels_depend_on_seed_and_index_alone():
+    whole = samplers.sample_generators(5, range(10))
+    parts = samplers.sample_generators(5, [7, 2])
+    for _ in range(3):
+        a, b = samplers.draw_noise(whole, (2, 4, 4)), samplers.draw_noise(parts, (2, 4, 4))
+        assert torch.equal(a[[7, 2]], b)
+        assert len({row.sum().item() for row in a}) == 10
+    other = samplers.draw_noise(samplers.sample_generators(6, range(10)), (2, 4, 4))
+    first = samplers.draw_noise(samplers.sample_generators(5, range(10)), (2, 4, 4))
+    assert not torch.isclose(other, first).any(0).all()
+    assert first.flatten().std().item() == pytest.approx(1, abs=0.15)
+    labels = samplers.sample_labels(5, range(3000), 10)
+    assert torch.equal(labels[[9, 4]], samplers.sample_labels(5, [9, 4], 10))
+    assert torch.bincount(labels, minlength=10).min() > 220 and not torch.equal(
+        labels, samplers.sample_labels(6, range(3000), 10))
+
+
+def test_label_modes():
+    equal = samplers.sample_labels(0, range(30), 10, "equal")
+    assert torch.bincount(equal).tolist() == [3] * 10
+    assert samplers.sample_labels(0, range(4), 1000, "equal", [207, 360]).tolist() == [207, 360, 207, 360]
+    assert set(samplers.sample_labels(0, range(50), 1000, "random", [207, 360]).tolist()) == {207, 360}
+
+
+def test_decode_and_uint8():
+    scale, bias = torch.tensor([2.0, 4.0]), torch.tensor([1.0, -1.0])
+    x = torch.arange(10.0).view(5, 2, 1, 1)
+    z = samplers.decode(lambda z: z, x, scale, bias, chunk=2)
+    assert torch.equal(z, torch.stack([x[:, 0] / 2 + 1, x[:, 1] / 4 - 1], 1))
+    pixels = torch.tensor([-3, -1, -0.999, 0, 0.999, 1, 3]).view(1, 1, 1, 7).expand(1, 3, 1, 7)
+    assert samplers.to_uint8(pixels)[0, 0, :, 0].tolist() == [0, 0, 0, 127, 254, 255, 255]
+
+
+@pytest.mark.parametrize("bad", [dict(cfg_scale=0.9), dict(guidance_low=0.7, guidance_high=0.2), dict(num_steps=0),
+                                 dict(cfg_scale=math.nan), dict(guidance_high=1.5)])
+def test_bad_settings(bad):
+    with pytest.raises(ValueError) as error:
+        samplers.euler(lambda x, t, y: x, torch.zeros(1, 1), torch.zeros(1), **bad)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_labels_paths_and_tolerances():
+    with pytest.raises(ValueError, match="class 10"):
+        samplers.sample_labels(0, [], 10, classes=[3, 10])
+    with pytest.raises(ValueError, match="label sampling"):
+        samplers.sample_labels(0, [0], 10, "even")
+    with pytest.raises(ValueError, match="path type"):
+        samplers.score_from_velocity(torch.zeros(1), torch.zeros(1), torch.ones(1), "quadratic")
+    with pytest.raises(ValueError, match="tolerances"):
+        samplers.dopri5(lambda x, t, y: x, torch.zeros(1, 1), torch.zeros(1), rtol=0)
