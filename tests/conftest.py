@@ -15,6 +15,11 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(GOLDEN if (GOLDEN / "fill.py").exists() else ROOT / "tests" / "data" / "golden"))
 
 
+def pytest_configure(config):
+    import processes  # found only now: sys.path holds the root since the lines above
+    processes.begin()
+
+
 @pytest.fixture
 def golden():
     """golden(name) -> (config, tensors): the npz of that name, its JSON config as a dict and its arrays as tensors."""
@@ -57,5 +62,13 @@ def plain_convolutions():
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
-    """The suite compares runs bit by bit and with subprocesses: it stays on the CPU where there is a GPU too."""
+    """The suite compares runs bit by bit and with other processes: it stays on the CPU where there is a GPU too."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """Every test starts with the same number of threads; sample_ddp.main leaves one."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -1,12 +1,11 @@
 """evaluate_fid.py as a program: inputs, saved references, cache, processes, the training script's hook, bad input."""
 import json
 import os
-import subprocess
-import sys
 import tracemalloc
 import zipfile
 
 import numpy as np
+import processes
 import pytest
 import timm
 import torch
@@ -185,16 +184,13 @@ def test_frechet_distance_on_an_encoder_has_its_own_name(tmp_path, weights):
 def test_two_processes_give_the_figures_of_one(tmp_path):
     np.savez(tmp_path / "r.npz", pictures(45))
     np.savez(tmp_path / "s.npz", pictures(23, 1))     # 5 batches: the second process is left without one at the end
-    args = ["--features", "hog", "--batch-size", "5", "r.npz", "s.npz", "--json"]
-    one = figures(tmp_path, "--features", "hog", "--batch-size", 5, tmp_path / "r.npz", tmp_path / "s.npz")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = subprocess.run([*torchrun, str(ROOT / "evaluate_fid.py"), *args, "two.json"], cwd=tmp_path,
-                         capture_output=True, text=True, timeout=180)
-    assert run.returncode == 0, run.stderr
+    args = ["--features", "hog", "--batch-size", 5, tmp_path / "r.npz", tmp_path / "s.npz"]
+    one = figures(tmp_path, *args)
+    processes.run_two("evaluate_fid", [*args, "--json", tmp_path / "two.json"], tmp_path / "log")
     two = json.loads((tmp_path / "two.json").read_text())
     assert two["fd_hog"] == pytest.approx(one["fd_hog"], rel=1e-9)  # threads of the two runs may differ
     assert two["ref"]["sha256"] == one["ref"]["sha256"]
-    assert run.stdout.count("FD-hog") == 1
+    assert (tmp_path / "log").read_text().count("FD-hog") == 1
 
 
 # ---------------------------------------------------------------- bad input: one line, exit code 2

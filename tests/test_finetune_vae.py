@@ -2,23 +2,21 @@
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
 import time
 import zipfile
 from types import SimpleNamespace
 
 import numpy as np
+import processes
 import pytest
 import torch
+from conftest import ROOT
 from fill import fill_
 from PIL import Image
 
 import finetune_vae as finetune
 import sample_ddp
 import train_repae_e as stage_one
-from conftest import ROOT
 from evaluate_fid import feature_statistics, frechet_distance
 from models import checkpoint, pretrained, reconstruction, training, vae_io
 from models.data import ShapesData, center_crop
@@ -245,23 +243,16 @@ def test_bf16_step_stays_close_to_float32(start):
 
 # ----------------------------------------------------------------------------------------- processes, resuming, the run
 
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-
-
 def test_two_processes_equal_one(tmp_path, start, photos, first_stage, monkeypatch):
-    """Training, then measuring what it gave; both in one torchrun, whose start takes longest."""
     train = [*TINY, "--ckpt", start, *GAN, "--train-encoder", "--vae-align-proj-coeff", "0.5", "--max-train-steps", "2",
              "--learning-rate", "1e-4", "--data-dir", str(photos.parent)]
     measure = [*TINY, "--eval", start, "--metrics", "psnr,latents,cknna", "--model-ckpt", first_stage, "--limit", "20",
                "--exp-name", "measured"]
     monkeypatch.setattr(finetune, "EVAL_PIXELS", 8 * 32 ** 2)  # batches of 8, 8 and 4
-    (tmp_path / "both.py").write_text(f"import finetune_vae\nfinetune_vae.EVAL_PIXELS = 8 * 32 ** 2\nfor flags in {[train, measure]!r}:\n"
-                                      f"    finetune_vae.main([*flags, '--output-dir', {str(tmp_path / 'two')!r}])\n")
     for flags in (train, measure):
         finetune.main([*flags, "--output-dir", str(tmp_path / "one")])
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "both.py")],
-                   env=environment(), capture_output=True, timeout=240, check=True)
+        processes.run_two("finetune_vae", [*flags, "--output-dir", tmp_path / "two"], tmp_path / "log",
+                          {"EVAL_PIXELS": finetune.EVAL_PIXELS})
     one, two = tmp_path / "one", tmp_path / "two"
     for x, y in zip(metrics(one / "run"), metrics(two / "run"), strict=True):
         for name in x:
@@ -279,22 +270,16 @@ def test_two_processes_equal_one(tmp_path, start, photos, first_stage, monkeypat
 
 def test_killed_and_resumed_gives_the_same_bits(tmp_path, start):
     flags = ("--ckpt", start, *GAN, "--max-train-steps", "4", "--hflip", "--num-workers", "1")
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        whole = final_state(run(tmp_path / "whole", *flags), 4)
-        process = subprocess.Popen([sys.executable, str(ROOT / "finetune_vae.py"), *TINY, "--output-dir", str(tmp_path / "killed"), *flags],
-                                   env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-        folder = tmp_path / "killed" / "run"
-        while not (folder / "checkpoints" / "0000002.pt").exists():
-            assert process.poll() is None, "the run ended before it could be killed"
-            time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        assert not (folder / "checkpoints" / "0000004.pt").exists()
-        resumed = final_state(run(tmp_path / "killed", *flags), 4)
-    finally:
-        torch.set_num_threads(threads)
+    whole = final_state(run(tmp_path / "whole", *flags), 4)
+    process = processes.start("finetune_vae", [*TINY, "--output-dir", tmp_path / "killed", *flags], tmp_path / "log")
+    folder = tmp_path / "killed" / "run"
+    while not (folder / "checkpoints" / "0000002.pt").exists():
+        assert process.is_alive(), "the run ended before it could be killed"
+        time.sleep(0.005)
+    processes.kill(process)
+    assert not (folder / "checkpoints" / "0000004.pt").exists()
+    resumed = final_state(run(tmp_path / "killed", *flags), 4)
     whole["args"].pop("output_dir"), resumed["args"].pop("output_dir")
     assert_same(whole, resumed)
     assert [m["step"] for m in metrics(folder)] == [1, 2, 3, 4]

@@ -1,4 +1,8 @@
-"""The whole step against the reference's trajectory (tests/data/golden/README.md, section 8)."""
+"""The whole step against the reference's trajectory (tests/data/golden/README.md, section 8).
+
+With torch's own convolutions: oneDNN's round differently from one number of threads to the next, and one sign that this flips in
+Adam's first update moves the later float32 losses beyond their tolerance.
+"""
 import copy
 from types import SimpleNamespace
 
@@ -48,7 +52,7 @@ def build(config, g, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_trajectory(golden, dtype):
+def test_trajectory(golden, plain_convolutions, dtype):
     config, g = golden("train")
     nets, args = build(config, g, dtype)
     start = {name: copy.deepcopy(getattr(nets, name).state_dict()) for name in ("sit", "ema", "vae", "disc")}

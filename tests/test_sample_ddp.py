@@ -3,14 +3,13 @@ import argparse
 import json
 import os
 import re
-import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from fill import fill_
@@ -42,13 +41,6 @@ def ckpt(tmp_path_factory):
     return tiny_checkpoint(tmp_path_factory.mktemp("run") / "exp" / "checkpoints" / "0000003.pt")
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def reference(ckpt, tmp_path_factory):
     """The .npz of one process, batch 16, as the other runs must make it too."""
@@ -60,12 +52,6 @@ def reference(ckpt, tmp_path_factory):
 def sample(ckpt, npz, *flags):
     sample_ddp.main(["--ckpt", ckpt, *FAST, "--npz", str(npz), *flags])
     return npz
-
-
-def launch(*flags, **environment):
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    return subprocess.Popen([sys.executable, "sample_ddp.py", *flags], env=env, cwd=ROOT, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.PIPE, text=True)
 
 
 def test_contents(ckpt, reference):
@@ -118,14 +104,7 @@ def test_two_processes_give_the_same_file_from_a_trained_model(tmp_path):
     reference = sample(ckpt, tmp_path / "16.npz", "--pproc-batch-size", "16")
     assert reference.read_bytes() == sample(ckpt, tmp_path / "7.npz", "--pproc-batch-size", "7").read_bytes()
     path = tmp_path / "2.npz"
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    # what torchrun sets, without a third process
-    runs = [launch("--ckpt", ckpt, *FAST, "--npz", str(path), RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2",
-                   MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in ("0", "1")]
-    for run in runs:
-        assert run.wait(120) == 0, run.stderr.read()
+    processes.run_two("sample_ddp", ["--ckpt", ckpt, *FAST, "--npz", path], tmp_path / "log")
     assert path.read_bytes() == reference.read_bytes()
     assert json.loads(path.with_suffix(".json").read_text())["run"]["processes"] == 2
 
@@ -134,12 +113,11 @@ def test_killed_and_continued(ckpt, tmp_path):
     flags = ["--num-fid-samples", "40", "--num-steps", "8"]
     whole, path = tmp_path / "whole.npz", tmp_path / "a.npz"
     sample_ddp.main(["--ckpt", ckpt, *flags, "--npz", str(whole)])
-    run = launch("--ckpt", ckpt, *flags, "--npz", str(path), "--pproc-batch-size", "4")
+    run = processes.start("sample_ddp", ["--ckpt", ckpt, *flags, "--npz", path, "--pproc-batch-size", "4"], tmp_path / "log")
     shards, deadline = tmp_path / "a.shards", time.time() + 60
     while len(sample_files.list_shards(shards)) < 2 and time.time() < deadline:
         time.sleep(0.01)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+    processes.kill(run)
     done = sum(b - a for a, b in sample_files.list_shards(shards))
     assert 0 < done < 40 and not path.exists()
     sample_ddp.main(["--ckpt", ckpt, *flags, "--npz", str(path)])

@@ -2,18 +2,18 @@
 import ast
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from types import SimpleNamespace
 
+import processes
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import train_repae_e as train
-from conftest import ROOT
 from models import checkpoint, flops, training
 from models.data import ShapesData
 from models.losses import reconstruction_losses
@@ -159,20 +159,12 @@ def test_accumulation_equals_the_whole_batch():
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-def launch(*arguments, processes=1, check=True, **more):
-    """A subprocess of the script with one thread, through torchrun for several processes."""
-    start = [sys.executable] if processes == 1 else \
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [*start, str(ROOT / "train_repae_e.py"), *arguments]
-    if not check:
-        return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **more)
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=True, **more)
-
-
 def test_two_processes_equal_one(tmp_path):
     one = run(tmp_path / "one", "--max-train-steps", "3", "--learning-rate", "1e-4")
-    launch(*TINY, "--output-dir", str(tmp_path / "two"), "--max-train-steps", "3", "--learning-rate", "1e-4", processes=2)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*torchrun, str(ROOT / "train_repae_e.py"), *TINY, "--output-dir", str(tmp_path / "two"), "--max-train-steps", "3",
+                    "--learning-rate", "1e-4"], env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+                   capture_output=True, text=True, timeout=240, check=True)
     a, b = metrics(one), metrics(tmp_path / "two" / "demo")
     assert [m["step"] for m in a] == [m["step"] for m in b] == [1, 2, 3]
     for x, y in zip(a, b):
@@ -183,21 +175,16 @@ def test_two_processes_equal_one(tmp_path):
 
 def test_killed_and_resumed_gives_the_same_bits(tmp_path):
     flags = ("--max-train-steps", "5", "--hflip", "--num-workers", "1")
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        whole = final_state(run(tmp_path / "whole", *flags), 5)
-        process = launch(*TINY, "--output-dir", str(tmp_path / "killed"), *flags, check=False, start_new_session=True)
-        folder = tmp_path / "killed" / "demo"
-        while not (folder / "checkpoints" / "0000002.pt").exists():
-            assert process.poll() is None, "the run ended before it could be killed"
-            time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        assert not (folder / "checkpoints" / "0000005.pt").exists()
-        resumed = final_state(run(tmp_path / "killed", *flags), 5)
-    finally:
-        torch.set_num_threads(threads)
+    whole = final_state(run(tmp_path / "whole", *flags), 5)
+    process = processes.start("train_repae_e", [*TINY, "--output-dir", tmp_path / "killed", *flags], tmp_path / "log")
+    folder = tmp_path / "killed" / "demo"
+    while not (folder / "checkpoints" / "0000002.pt").exists():
+        assert process.is_alive(), "the run ended before it could be killed"
+        time.sleep(0.005)
+    processes.kill(process)
+    assert not (folder / "checkpoints" / "0000005.pt").exists()
+    resumed = final_state(run(tmp_path / "killed", *flags), 5)
     whole["args"].pop("output_dir"), resumed["args"].pop("output_dir")
     assert_same(whole, resumed)
     assert [m["step"] for m in metrics(folder)] == [1, 2, 3, 4, 5]  # no line twice

@@ -1,0 +1,67 @@
+"""The scripts in other processes, forked from one that has imported them already: each import takes many seconds on two cores."""
+import importlib
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+context = multiprocessing.get_context("forkserver")
+
+
+def begin():
+    """Start the process that the others are forked from; it imports while the first tests run. Once per session."""
+    context.set_forkserver_preload(["train_repae_e", "finetune_vae", "sample_ddp", "evaluate_fid", "processes"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        forkserver.ensure_running()
+
+
+def _main(script, arguments, log, settings, environment):
+    os.setpgid(0, 0)  # so that a kill reaches its data workers as well
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1), os.dup2(output, 2)
+    os.environ.update(environment, CUDA_VISIBLE_DEVICES="")
+    torch.set_num_threads(1)
+    module = importlib.import_module(script)
+    for name, value in settings.items():
+        setattr(module, name, value)
+    module.main([str(a) for a in arguments])
+
+
+def start(script, arguments, log, settings={}, **environment):
+    """main(arguments) of a script, given without .py, in a process of its own with one thread; its output goes to `log`.
+    `settings` replace constants of the script."""
+    process = context.Process(target=_main, args=(script, arguments, str(log), settings, environment))
+    process.start()
+    return process
+
+
+def run_two(script, arguments, log, settings={}):
+    """The same in two processes, with what torchrun sets for them; waits, and fails with their output if one fails."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    both = [start(script, arguments, log, settings, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                  MASTER_PORT=port) for rank in ("0", "1")]
+    deadline = time.monotonic() + 240
+    while any(p.is_alive() for p in both) and all(p.exitcode in (None, 0) for p in both) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    codes = [p.exitcode for p in both]
+    for p in both:
+        kill(p)
+    assert codes == [0, 0], f"exit codes {codes} (None: still running after 240 s)\n{Path(log).read_text()}"
+
+
+def kill(process):
+    """SIGKILL to the process and its children, if it still runs."""
+    if process.is_alive():
+        os.killpg(process.pid, signal.SIGKILL)
+    process.join()
