@@ -91,7 +91,7 @@ def make_parser():
     flag(optim, "--ema-decay", 0.999, "of the VAE's average, which is what other scripts and --export use")
     flag(optim, "--mixed-precision", "auto", "autocast type; auto: bf16 on GPU, no on CPU and with --eval",
          choices=["auto", "bf16", "fp16", "no"])
-    flag(optim, "--compile", False, "torch.compile each block")
+    flag(optim, "--compile", False, "torch.compile each block; convolutions in channels_last")
     flag(optim, "--grad-checkpoint", False, "recompute activations in the backward pass: less memory, more arithmetic")
     flag(optim, "--seed", 0, "of weights, data order and every draw")
     run = parser.add_argument_group("run")
@@ -238,6 +238,8 @@ def prepare_training(nets, args):
     """Add to `nets` what training needs: optimisers, DDP wrappers, the EMA, autocast and the loss scale."""
     nets.vae.requires_grad_(False)
     trained_part(nets.vae, args).requires_grad_(True)
+    if args.compile:
+        training.channels_last(nets.vae, nets.disc, nets.lpips)
     nets.opts, nets.ddp = {}, {}
     for name, learning_rate in nets.trained.items():
         net = distributed.sync_batch_norms(getattr(nets, name)).train()
@@ -254,8 +256,7 @@ def prepare_training(nets, args):
     if args.grad_checkpoint:
         nets.vae.save_memory()
     if args.compile:
-        for block in (m for m in nets.vae.modules() if isinstance(m, ResnetBlock)):
-            block.compile()
+        training.compile_blocks(m for m in nets.vae.modules() if isinstance(m, ResnetBlock))
 
 
 def step_flops(args, nets):
@@ -298,8 +299,7 @@ def train_step(nets, args, batch, use_gan=True):
         metrics.update(discriminator_gradient(nets, args, batch.images, recon))
     # 4) Clip, update all, average what was trained of the VAE.
     for name in nets.trained:
-        metrics[f"grad_norm_{name}"] = training.clip_gradients(getattr(nets, name).parameters(), args.max_grad_norm,
-                                                               nets.loss_scale.value)
+        metrics[f"grad_norm_{name}"] = training.clip_gradients(getattr(nets, name).parameters(), args.max_grad_norm, nets.loss_scale)
     finite = torch.stack([value.double() for value in metrics.values()]).isfinite().all()
     skip = distributed.all_reduce_sum((~finite).float()).clamp(max=1)  # one process's NaN must stop all of them
     training.guarded_updates(nets.opts.values(), skip)

@@ -96,7 +96,7 @@ def make_parser():
     flag(optim, "--max-grad-norm", 1.0, "clip each network's gradient to this norm")
     flag(optim, "--ema-decay", 0.9999, "of the SiT's average, its float buffers included")
     flag(optim, "--mixed-precision", "auto", "autocast type; auto: bf16 on GPU, no on CPU", choices=["auto", "bf16", "fp16", "no"])
-    flag(optim, "--compile", False, "torch.compile each block")
+    flag(optim, "--compile", False, "torch.compile each block; convolutions in channels_last")
     flag(optim, "--grad-checkpoint", False, "recompute block activations in the backward pass: less memory, a third more arithmetic")
     flag(optim, "--seed", 0, "of weights, data order and every draw")
     run = parser.add_argument_group("run")
@@ -216,6 +216,8 @@ def build_networks(args, device, vae_state, continued=False):
 
 def prepare_training(nets, args):
     """Add to `nets` what training needs: optimisers, DDP wrappers, the EMA, autocast and the loss scale."""
+    if args.compile:
+        training.channels_last(nets.vae, nets.disc, nets.lpips)
     nets.opts, nets.ddp = {}, {}
     for name, learning_rate in nets.trained.items():
         net = distributed.sync_batch_norms(getattr(nets, name)).train()
@@ -230,11 +232,10 @@ def prepare_training(nets, args):
     if args.grad_checkpoint:
         nets.vae.save_memory()
         nets.sit.grad_checkpoint = True
-    if args.compile:  # block by block: seconds instead of minutes
-        limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
-        setattr(torch._dynamo.config, limit, 64)  # every width and resolution of the VAE is one more graph of the same code
-        for block in [*nets.sit.blocks, *nets.ema.blocks, *(m for m in nets.vae.modules() if isinstance(m, ResnetBlock))]:
-            block.compile(dynamic=False)
+    if args.compile:
+        encoders = [encoder.model for encoder in nets.encoders if hasattr(encoder, "model")]
+        training.compile_blocks([*nets.sit.blocks, *nets.ema.blocks, *(m for m in nets.vae.modules() if isinstance(m, ResnetBlock)),
+                                 *(block for encoder in encoders for block in getattr(encoder, "blocks", ()))])
 
 
 # --------------------------------------------------------------------------------------------------- the step
@@ -272,8 +273,7 @@ def train_step(nets, args, batch, use_gan=True):
     metrics.update(sit_gradient(nets, args, batch, z))
     # 5) Clip, update all, average the SiT.
     for name in nets.trained:
-        metrics[f"grad_norm_{name}"] = training.clip_gradients(getattr(nets, name).parameters(), args.max_grad_norm,
-                                                               nets.loss_scale.value)
+        metrics[f"grad_norm_{name}"] = training.clip_gradients(getattr(nets, name).parameters(), args.max_grad_norm, nets.loss_scale)
     finite = torch.stack([value.double() for value in metrics.values()]).isfinite().all()
     skip = distributed.all_reduce_sum((~finite).float()).clamp(max=1)  # one process's NaN must stop all of them
     training.guarded_updates(nets.opts.values(), skip)

@@ -3,7 +3,6 @@ import math
 import time
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.discriminator import Discriminator
@@ -29,8 +28,8 @@ def matmul_rate(device, dtype):
 
 
 def forward_flops(build, *shapes):
-    """FLOPs of one forward pass of the module that build() makes, on inputs of `shapes`; nothing is computed."""
-    with FakeTensorMode(), torch.no_grad():
+    """FLOPs of one forward pass of the module that build() makes, on inputs of `shapes`; nothing is computed or stored."""
+    with torch.device("meta"), torch.no_grad():
         module, inputs = build(), [torch.zeros(shape) for shape in shapes]
         with FlopCounterMode(display=False) as counter:
             module(*inputs)

@@ -20,7 +20,7 @@ class LPIPS(nn.Module):
         self.features = torchvision.models.vgg16(weights=None).features[:30]
         for module in self.features:
             if isinstance(module, nn.ReLU):
-                module.inplace = False
+                module.inplace = True
         for k, width in enumerate(WIDTHS.values()):
             linear = nn.Module()
             linear.model = nn.Sequential(nn.Dropout(), nn.Conv2d(width, 1, 1, bias=False))
@@ -40,7 +40,7 @@ class LPIPS(nn.Module):
 
     def layer_terms(self, img0, img1):
         """The distance's five terms, [B, 5]."""
-        with torch.autocast(img0.device.type, enabled=False):
+        with torch.autocast("cuda" if img0.is_cuda else "cpu", enabled=False):
             img0, img1 = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (img0, img1))
             with torch.set_grad_enabled(torch.is_grad_enabled() and img0.requires_grad):
                 features0 = self.vgg_features(img0)

@@ -101,10 +101,27 @@ def adamw(parameters, args, learning_rate):
                              eps=args.adam_epsilon, weight_decay=args.adam_weight_decay, fused=True)
 
 
+def channels_last(*networks):
+    """Put those convolutional networks that are not None in channels_last: on a GPU tensor cores want it. It pays with
+    --compile only, since torch's own group norm would turn every activation back."""
+    for network in networks:
+        if network is not None:
+            network.to(memory_format=torch.channels_last)
+
+
+def compile_blocks(blocks):
+    """torch.compile modules one by one, in place: equal ones share their code, which takes seconds instead of minutes."""
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    setattr(torch._dynamo.config, limit, 64)  # every width and resolution of the VAE is one more graph of the same code
+    for block in blocks:
+        block.compile(dynamic=False)
+
+
 def clip_gradients(parameters, max_norm, loss_scale):
-    """Undo the loss scale, clip to total L2 norm max_norm, return the norm before clipping (a scalar tensor)."""
+    """Undo the LossScale, clip to total L2 norm max_norm, return the norm before clipping (a scalar tensor)."""
     parameters = list(parameters)
-    torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1.0 / loss_scale)
+    if loss_scale.enabled:
+        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1.0 / loss_scale.value)
     return torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
 
 
@@ -127,8 +144,7 @@ def update_ema(ema, model, decay):
     """e <- decay e + (1 - decay) p for every parameter and float buffer; integer buffers are copied."""
     pairs = list(zip(ema.state_dict().values(), model.state_dict().values()))
     averaged = [(e, p) for e, p in pairs if e.is_floating_point()]
-    torch._foreach_mul_([e for e, _ in averaged], decay)
-    torch._foreach_add_([e for e, _ in averaged], [p for _, p in averaged], alpha=1 - decay)
+    torch._foreach_lerp_([e for e, _ in averaged], [p for _, p in averaged], 1 - decay)
     for e, p in pairs:
         if not e.is_floating_point():
             e.copy_(p)
@@ -208,6 +224,10 @@ def load_optimizer(optimizer, state, path):
         raise ValueError(f"{path}: its optimiser state does not fit ({error})") from error
     for group, own in zip(optimizer.param_groups, settings):
         group.update(own)
+    for p, values in optimizer.state.items():
+        for name, value in values.items():
+            if value.shape == p.shape and value.stride() != p.stride():  # the fused kernels walk through memory side by side
+                values[name] = torch.empty_like(p).copy_(value)
 
 
 def check_same_start(start, device):

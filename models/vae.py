@@ -41,16 +41,42 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(min(32, channels // 4), channels, eps=1e-6)
 
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-def norm_silu(norm, x):
-    """silu(norm(x)), keeping only x for the backward pass: the normalised copy, a third of a VAE's memory, is cheap to
-    make again. (The compiler decides that for itself.)"""
+class NormSiLUConv(torch.autograd.Function):
+    """conv(silu(group_norm(x))), 3x3, keeping only x for the backward pass: its normalised and its activated copy, half of a
+    VAE's memory, are cheap to make again."""
+
+    @staticmethod
+    def forward(ctx, x, scale, shift, weight, bias, groups, eps):
+        # The GPU's group norm knows one memory format only.
+        ctx.format = torch.channels_last if not x.is_cuda and not x.is_contiguous() else torch.contiguous_format
+        x = x.contiguous(memory_format=ctx.format)
+        ctx.sizes, ctx.eps = (x.shape[0], x.shape[1], x.shape[2] * x.shape[3], groups), eps
+        y, mean, rstd = torch.native_group_norm(x, scale, shift, *ctx.sizes, eps)
+        ctx.save_for_backward(x, scale, shift, weight, mean, rstd)
+        return F.conv2d(F.silu(y, inplace=True), weight, bias, padding=1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, scale, shift, weight, mean, rstd = ctx.saved_tensors
+        need_x, need_scale, need_shift, *need_conv = ctx.needs_input_grad[:5]
+        y = torch.native_group_norm(x, scale, shift, *ctx.sizes, ctx.eps)[0]
+        grad, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad, F.silu(y), weight, [len(weight)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, *need_conv])
+        grad = torch.ops.aten.silu_backward(grad.contiguous(memory_format=ctx.format), y)
+        grads = torch.ops.aten.native_group_norm_backward(grad, x, mean, rstd, scale, *ctx.sizes, [need_x, need_scale, need_shift])
+        return *grads, grad_weight, grad_bias, None, None
+
+
+def norm_silu_conv(norm, conv, x):
+    """conv(silu(norm(x))) in the type of x, with less kept for the backward pass. (The compiler decides that for itself.)"""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return F.silu(norm(x))
-    return recompute(lambda x: F.silu(norm(x)), x, use_reentrant=False, preserve_rng_state=False)
+        return conv(F.silu(norm(x)))
+    parameters = (p.to(x.dtype) for p in (norm.weight, norm.bias, conv.weight, conv.bias))
+    return NormSiLUConv.apply(x, *parameters, norm.num_groups, norm.eps)
 
 
 class ResnetBlock(nn.Module):
@@ -64,8 +90,8 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x):
-        h = self.conv1(norm_silu(self.norm1, x))
-        h = self.conv2(norm_silu(self.norm2, h))
+        h = norm_silu_conv(self.norm1, self.conv1, x)
+        h = norm_silu_conv(self.norm2, self.conv2, h)
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
@@ -155,7 +181,7 @@ class Encoder(nn.Module):
             if hasattr(level, "downsample"):
                 h = level.downsample(h)
         h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
-        return self.conv_out(norm_silu(self.norm_out, h))
+        return norm_silu_conv(self.norm_out, self.conv_out, h)
 
 
 class Decoder(nn.Module):
@@ -184,7 +210,7 @@ class Decoder(nn.Module):
             h = _run_level(level, h, self.grad_checkpoint)
             if hasattr(level, "upsample"):
                 h = level.upsample(h)
-        return self.conv_out(norm_silu(self.norm_out, h))
+        return norm_silu_conv(self.norm_out, self.conv_out, h)
 
 
 class AutoencoderKL(nn.Module):

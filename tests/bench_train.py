@@ -2,16 +2,20 @@
 
     python tests/bench_train.py                                              # CPU: the demo's configuration
     python tests/bench_train.py --model SiT-XL/2 --vae f8d4 --resolution 256 --batch-size 32 --encoder dinov2-vit-b \
-        --mixed-precision bf16 --compile                                      # one GPU; add --grad-checkpoint
+        --perceptual-weight 1 --compile                                       # one GPU; add --grad-checkpoint
     python tests/bench_train.py --plain                                      # the plain path alone
+    python tests/bench_train.py --minutes 5                                  # the memory of a long run, nothing else
 
-The plain path: eager, NCHW, group norms in float32, attention of the VAE spelt out, AdamW and EMA tensor by tensor, the
-alignment loss in a loop over samples, graph for the real image's VGG features too, every metric read on the host each step.
-All networks have random weights (VGG too), so nothing is downloaded.
+The plain path: eager, NCHW, group norms in float32 and all activations kept, attention of the VAE spelt out, the discriminator
+in float32, AdamW and EMA tensor by tensor, the alignment loss in a loop over samples, every metric read on the host each step.
+On a CPU the paths take turns, and the medians over all turns count: these machines are noisy. On a GPU they run one after
+the other, because each needs the memory. All networks have random weights (VGG too), so nothing is downloaded.
 """
 import argparse
+import contextlib
 import json
 import os
+import resource
 import statistics
 import sys
 import time
@@ -22,32 +26,34 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_repae_e as train  # noqa: E402
-from models import encoders, flops, lpips, pretrained, training, vae  # noqa: E402
+from models import encoders, flops, losses, lpips, pretrained, training, vae  # noqa: E402
 from models.alignment import resize_tokens  # noqa: E402
 from models.data import ShapesData  # noqa: E402
 
 
-def settings(mine, extra):
-    """Flags of the training script for this benchmark, everything from scratch."""
-    args = train.parse_args(["--preset", "demo", "--disc-weight", "0.1", "--disc-start", "0", "--num-workers", "0", *extra])
-    args.compile = args.compile and not mine.plain
-    return args
+def settings(*flags):
+    """Settings of the training script for this benchmark, everything from scratch."""
+    return train.parse_args(["--preset", "demo", "--disc-weight", "0.1", "--disc-start", "0", "--num-workers", "0", *flags])
 
 
-def random_encoders(args, device):
-    """The encoders of --encoder with random weights, so that no download is needed."""
-    real = encoders.load_weights, encoders._fetch
-    encoders.load_weights, encoders._fetch = (lambda *a: None), (lambda *a: os.devnull)
+@contextlib.contextmanager
+def replaced(changes):
+    """Context in which the attributes {(owner, name): value} are others."""
+    before = {(owner, name): getattr(owner, name) for owner, name in changes}
+    for (owner, name), value in changes.items():
+        setattr(owner, name, value)
     try:
-        return encoders.load_encoders(args.encoder, None, args.resolution, device)
+        yield
     finally:
-        encoders.load_weights, encoders._fetch = real
+        for (owner, name), value in before.items():
+            setattr(owner, name, value)
 
 
 def build(args, device):
-    pretrained.lpips = lpips.LPIPS
-    train.load_encoders = lambda *a: random_encoders(args, device)
-    nets = train.build_networks(args, device, None)
+    """Networks ready for training, all with random weights, so that no download is needed."""
+    with replaced({(encoders, "load_weights"): lambda *a: None, (encoders, "_fetch"): lambda *a: os.devnull,
+                   (pretrained, "lpips"): lpips.LPIPS}):
+        nets = train.build_networks(args, device, None)
     train.prepare_training(nets, args)
     return nets
 
@@ -71,11 +77,11 @@ def plain_attention(block, x):
     return x + block.proj_out(torch.bmm(v, weights.transpose(1, 2)).view(b, c, h, w))
 
 
-def plain_layer_terms(self, img0, img1):
-    with torch.autocast(img0.device.type, enabled=False):
-        img0, img1 = (x.float().clone().requires_grad_() if not x.requires_grad else x.float() for x in (img0, img1))
-        pairs = zip(self.vgg_features(img0), self.vgg_features(img1), (getattr(self, f"lin{k}").model[1].weight for k in range(5)))
-        return torch.stack([(w * (a - b).square()).sum(1).mean((1, 2)) for a, b, w in pairs], dim=1)
+def in_float32(loss):
+    def function(discriminator, *images):
+        with torch.autocast("cuda" if images[0].is_cuda else "cpu", enabled=False):
+            return loss(discriminator, *(x.float() for x in images))
+    return function
 
 
 @torch.no_grad()
@@ -90,17 +96,22 @@ def plain_updates(optimizers, skip):
         optimizer.zero_grad(set_to_none=True)
 
 
-def make_plain(nets, args):
-    """Switch the step to the plain path, for the rest of this process."""
-    train.proj_loss = plain_proj_loss
-    training.update_ema, training.guarded_updates = plain_ema, plain_updates
-    vae.GroupNorm.forward = torch.nn.GroupNorm.forward  # float32 under autocast
-    vae.AttnBlock.forward = plain_attention
-    lpips.LPIPS.layer_terms = plain_layer_terms
+PLAIN = {
+    (train, "proj_loss"): plain_proj_loss, (training, "update_ema"): plain_ema, (training, "guarded_updates"): plain_updates,
+    (train, "gan_loss"): in_float32(losses.gan_loss), (train, "discriminator_loss"): in_float32(losses.discriminator_loss),
+    (vae.GroupNorm, "forward"): torch.nn.GroupNorm.forward,  # float32 under autocast
+    (vae, "norm_silu_conv"): lambda norm, conv, x: conv(F.silu(norm(x))), (vae.AttnBlock, "forward"): plain_attention,
+}
+
+
+def build_plain(args, device):
+    """The same for the plain path, which runs within replaced(PLAIN)."""
+    args.compile = args.grad_checkpoint = False
+    nets = build(args, device)
     for name, learning_rate in nets.trained.items():
         nets.opts[name] = torch.optim.AdamW(getattr(nets, name).parameters(), lr=learning_rate, weight_decay=0.0, foreach=False,
                                             fused=False)
-    nets.vae.to(memory_format=torch.contiguous_format)
+    return nets
 
 
 # ------------------------------------------------------------------------------------------------------ measuring
@@ -110,51 +121,61 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
-def timed(function, device, repeats):
+def seconds_of(function, device):
+    """(seconds, result) of function()."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = function()
+    synchronize(device)
+    return time.perf_counter() - start, result
+
+
+def median_of(function, device, repeats):
     """(median seconds, last result) of function()."""
-    seconds = []
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        result = function()
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds), result
+    runs = [seconds_of(function, device) for _ in range(repeats)]
+    return statistics.median(r[0] for r in runs), runs[-1][1]
 
 
-def measure(nets, args, steps, plain):
-    """Seconds per step, images/s, peak memory, and the first losses of one path."""
-    device, data = nets.device, ShapesData(args.batch_size, args.resolution)
-    images, labels = (torch.stack([torch.as_tensor(data[i][k]) for i in range(args.batch_size)]) for k in (0, 1))
-    losses = []
+class Steps:
+    """One of the two ways of making steps: seconds and losses of those made so far."""
 
-    def step():
-        batch = train.make_batch(nets, args, len(losses), images, labels, 0, 1)
-        metrics, _ = train.train_step(nets, args, batch)
-        losses.append({k: v.item() for k, v in metrics.items()} if plain else metrics)
+    def __init__(self, args, device, plain):
+        self.args, self.device, self.changes = args, device, PLAIN if plain else {}
+        self.nets = (build_plain if plain else build)(args, device)
+        data = ShapesData(args.batch_size, args.resolution)
+        self.images, self.labels = (torch.stack([torch.as_tensor(data[i][k]) for i in range(args.batch_size)]) for k in (0, 1))
+        self.seconds, self.losses = [], []
 
-    timed(step, device, 2)  # compilation, allocation
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    seconds, _ = timed(step, device, steps)
-    result = {"seconds_per_step": seconds, "images_per_s": args.batch_size / seconds, "peak_memory_gib": training.peak_memory_gib(device)}
-    return result, [{k: float(v) for k, v in m.items()} for m in losses]
+    def step(self):
+        with replaced(self.changes):
+            seconds, metrics = seconds_of(self._step, self.device)
+        self.seconds.append(seconds)
+        self.losses.append({k: float(v) for k, v in metrics.items() if "loss" in k})
+
+    def _step(self):
+        batch = train.make_batch(self.nets, self.args, len(self.losses), self.images, self.labels, 0, 1)
+        metrics, _ = train.train_step(self.nets, self.args, batch)
+        return {k: v.item() for k, v in metrics.items()} if self.changes else metrics
+
+    def report(self, warm_up):
+        seconds = statistics.median(self.seconds[warm_up:])
+        return {"seconds_per_step": seconds, "images_per_s": self.args.batch_size / seconds,
+                "peak_memory_gib": training.peak_memory_gib(self.device)}
 
 
-def phases(nets, args, repeats):
+def phases(path, repeats):
     """Median seconds of each part of the step on its own."""
-    device, data = nets.device, ShapesData(args.batch_size, args.resolution)
-    result = {}
+    nets, args, device = path.nets, path.args, path.device
+    data, result = ShapesData(args.batch_size, args.resolution), {}
 
     def part(name, function):
-        result[name], value = timed(function, device, repeats)
+        result[name], value = median_of(function, device, repeats)
         return value
 
-    samples = part("data", lambda: [data[i] for i in range(args.batch_size)])
-    images, labels = (torch.stack([torch.as_tensor(s[k]) for s in samples]) for k in (0, 1))
-    batch = train.make_batch(nets, args, 1, images, labels, 0, 1)
+    part("data", lambda: [data[i] for i in range(args.batch_size)])
+    batch = train.make_batch(nets, args, 1, path.images, path.labels, 0, 1)
     with torch.no_grad(), nets.autocast():
-        part("encoder", lambda: [encoder(images.to(device)) for encoder in nets.encoders])
+        part("encoder", lambda: [encoder(path.images.to(device)) for encoder in nets.encoders])
 
     def vae_forward():
         with nets.autocast():
@@ -162,7 +183,7 @@ def phases(nets, args, repeats):
 
     outputs = part("vae_forward", vae_forward)
     z, recon = outputs[1].detach(), outputs[2].detach()
-    both, _ = timed(lambda: train.vae_gradient(nets, args, [batch], [vae_forward()], recon, True), device, repeats)
+    both, _ = median_of(lambda: train.vae_gradient(nets, args, [batch], [vae_forward()], recon, True), device, repeats)
     result["vae_losses_and_backward"] = both - result["vae_forward"]
     part("discriminator", lambda: train.discriminator_gradient(nets, batch.images, recon))
 
@@ -171,7 +192,7 @@ def phases(nets, args, repeats):
             return nets.sit(nets.sit.normalize(z), batch.t, batch.labels_dropped)
 
     part("sit_forward", sit_forward)
-    both, _ = timed(lambda: train.sit_gradient(nets, args, batch, z), device, repeats)
+    both, _ = median_of(lambda: train.sit_gradient(nets, args, batch, z), device, repeats)
     result["sit_losses_and_backward"] = both - result["sit_forward"]
     skip = torch.zeros((), device=device)
     gradients = {p: p.grad for name in nets.trained for p in getattr(nets, name).parameters()}
@@ -186,35 +207,62 @@ def phases(nets, args, repeats):
     return result
 
 
+def resident_gib(device):
+    """Memory in use now: allocated on the GPU, or resident in this process (Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 2 ** 30
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2 ** 30
+
+
+def memory_over_time(path, minutes):
+    """GiB in use at ten points of a run of `minutes`, after a warm-up, and their growth from the third point to the last."""
+    for _ in range(3):
+        path.step()
+    begin, points = time.perf_counter(), []
+    for k in range(1, 11):
+        while time.perf_counter() - begin < 6 * minutes * k:
+            path.step()
+        points.append(resident_gib(path.device))
+    return {"steps": len(path.seconds), "gib": points, "growth_gib": points[-1] - points[2]}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Further flags go to train_repae_e.py.")
     parser.add_argument("--steps", type=int, default=10, help="timed steps per path")
     parser.add_argument("--plain", action="store_true", help="only the plain path")
+    parser.add_argument("--minutes", type=float, default=0, help="run that long and report the memory instead")
     mine, extra = parser.parse_known_args()
-    args = settings(mine, extra)
+    args, warm_up = settings(*extra), 2  # compilation, allocation
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     report = {"bench": "train", "device": name, "torch": torch.__version__, "model": args.model, "vae": args.vae, "encoder": args.encoder,
               "resolution": args.resolution, "batch_size": args.batch_size, "mixed_precision": args.mixed_precision,
               "compile": args.compile, "grad_checkpoint": args.grad_checkpoint}
-    if not mine.plain:
-        nets = build(args, device)
-        per_image = flops.step_flops(args, nets, lambda: train.build_sit(args, nets.vae, nets.encoders))
-        report["fast"], fast_losses = measure(nets, args, mine.steps, plain=False)
-        report["phases"] = phases(nets, args, max(3, mine.steps // 2))
-        peak = flops.matmul_rate(device, nets.dtype)
-        report |= {"gflop_per_image": per_image / 1e9, "matmul_tflops": peak / 1e12,
-                   "utilisation": per_image * report["fast"]["images_per_s"] / peak}
-        del nets
-    args.compile = args.grad_checkpoint = False
-    nets = build(args, device)
-    make_plain(nets, args)
-    report["plain"], plain_losses = measure(nets, args, mine.steps, plain=True)
-    if not mine.plain:
-        report["speedup"] = report["plain"]["seconds_per_step"] / report["fast"]["seconds_per_step"]
-        report["largest_loss_difference"] = max(abs(f[k] - p[k]) for f, p in zip(fast_losses, plain_losses)
-                                                for k in f if "loss" in k)
+    if mine.minutes:
+        return print(json.dumps(report | memory_over_time(Steps(args, device, mine.plain), mine.minutes)))
+    done = {}
+    for turn in ([("plain",)] if mine.plain else [("fast",), ("plain",)] if device.type == "cuda" else [("fast", "plain")]):
+        paths = {kind: Steps(settings(*extra), device, kind == "plain") for kind in turn}
+        for number in range(warm_up + mine.steps):
+            if device.type == "cuda" and number == warm_up:
+                torch.cuda.reset_peak_memory_stats(device)
+            for path in paths.values():
+                path.step()
+        for kind, path in paths.items():
+            done[kind], report[kind] = (path.seconds[warm_up:], path.losses), path.report(warm_up)
+        if "fast" in paths:
+            nets = paths["fast"].nets
+            rate = flops.matmul_rate(device, nets.dtype)
+            per_image = flops.step_flops(args, nets, lambda nets=nets: train.build_sit(args, nets.vae, nets.encoders))
+            report |= {"phases": phases(paths["fast"], max(3, mine.steps // 2)), "gflop_per_image": per_image / 1e9,
+                       "matmul_tflops": rate / 1e12, "utilisation": per_image * report["fast"]["images_per_s"] / rate}
+            del nets
+        del paths, path
+    if len(done) == 2:
+        (fast, fast_losses), (plain, plain_losses) = done["fast"], done["plain"]
+        report["speedup"] = statistics.median(p / f for p, f in zip(plain, fast))
+        report["first_losses_differ_by"] = max(abs(fast_losses[0][k] - plain_losses[0][k]) for k in fast_losses[0])
     print(json.dumps(report))
 
 

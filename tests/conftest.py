@@ -16,6 +16,7 @@ sys.path.insert(0, str(GOLDEN if (GOLDEN / "fill.py").exists() else ROOT / "test
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a GPU, and skips where there is none")
     import processes  # found only now: sys.path holds the root since the lines above
     processes.begin()
 
@@ -61,9 +62,13 @@ def plain_convolutions():
 
 
 @pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    """The suite compares runs bit by bit and with other processes: it stays on the CPU where there is a GPU too."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def on_the_cpu(request, monkeypatch):
+    """The suite compares runs bit by bit and with other processes: it stays on the CPU where there is a GPU too, but for the
+    tests marked gpu."""
+    if not request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    elif not torch.cuda.is_available():
+        pytest.skip("there is no GPU here")
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,12 @@
 """What makes the step fast or small must not change its numbers."""
-import argparse
+import copy
 
 import bench_train
 import pytest
 import torch
 
 import train_repae_e as train
-from models import encoders, lpips, pretrained, training, vae
+from models import training, vae
 from test_train import TINY, tiny_batch, tiny_nets
 
 
@@ -26,46 +26,115 @@ def test_recomputation_keeps_all_gradients(flags):
         torch.testing.assert_close(actual[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_recomputation_keeps_less_for_the_backward_pass():
-    def kept(save_memory):
-        torch.manual_seed(0)
-        net = vae.VAE_models["f4d4"]()
-        if save_memory:
-            net.save_memory()
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-            net(torch.zeros(1, 3, 32, 32))[2].sum()
-        return sum(sizes)
-    assert kept(True) < 0.6 * kept(False)
+def kept_for_backward(net, images):
+    """Numbers that a forward pass keeps, the parameters left out."""
+    sizes, own = [], {p.data_ptr() for p in net.parameters()}
+
+    def pack(t):
+        sizes.append(0 if t.data_ptr() in own else t.numel())
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        net(images)[2].sum()
+    return sum(sizes)
 
 
-@pytest.fixture
-def plain_path(monkeypatch):
-    """Lets bench_train replace parts of the step for the length of one test."""
-    for owner, name in ((train, "proj_loss"), (train, "load_encoders"), (training, "update_ema"), (training, "guarded_updates"),
-                        (vae.GroupNorm, "forward"), (vae.AttnBlock, "forward"), (lpips.LPIPS, "layer_terms"), (pretrained, "lpips"),
-                        (encoders, "load_weights")):
-        monkeypatch.setattr(owner, name, getattr(owner, name))
+def test_less_is_kept_for_the_backward_pass(monkeypatch):
+    net, images = vae.VAE_models["f4d4"](), torch.zeros(4, 3, 32, 32)
+    usual = kept_for_backward(net, images)
+    net.save_memory()
+    assert kept_for_backward(net, images) < 0.75 * usual
+    monkeypatch.setattr(vae, "norm_silu_conv", bench_train.PLAIN[vae, "norm_silu_conv"])
+    assert usual < 0.6 * kept_for_backward(vae.VAE_models["f4d4"](), images)
 
 
-def losses(plain, steps, *flags):
-    mine = argparse.Namespace(plain=False)
-    args = bench_train.settings(mine, [*TINY, "--disc-weight", "0", "--batch-size", "2", *flags])
-    nets = bench_train.build(args, torch.device("cpu"))
-    if plain:
-        bench_train.make_plain(nets, args)
-    return bench_train.measure(nets, args, steps - 2, plain)[1]
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_norm_silu_conv_has_the_gradients_of_its_parts(dtype, memory_format, frozen):
+    torch.manual_seed(0)
+    norm, conv = vae.GroupNorm(64), torch.nn.Conv2d(64, 32, 3, padding=1)
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    if dtype == torch.float64:
+        norm.double(), conv.double()
+    norm.requires_grad_(not frozen), conv.requires_grad_(not frozen)
+    x = (torch.randn(2, 64, 8, 8) + 1).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
+    inputs = [x] if frozen else [x, *norm.parameters(), *conv.parameters()]
+    results = []
+    for function in (vae.norm_silu_conv, bench_train.PLAIN[vae, "norm_silu_conv"]):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = function(norm, conv, x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    for actual, expected in zip(*results):
+        assert actual.dtype == expected.dtype
+        torch.testing.assert_close(actual, expected, rtol=1e-12 if dtype == torch.float64 else 1e-2, atol=1e-12)
 
 
-def test_twenty_steps_of_the_fast_and_the_plain_path_agree(plain_path):
-    """At a small learning rate: Adam's first steps are signs of gradients and would make noise of rounding."""
-    fast = losses(False, 20, "--learning-rate", "1e-5")
-    plain = losses(True, 20, "--learning-rate", "1e-5")
-    assert len(fast) == len(plain) == 20
-    for k, (a, b) in enumerate(zip(fast, plain)):
+def losses(plain, *flags):
+    """Those of 20 steps at a small learning rate: Adam's first steps are signs of gradients and would make noise of rounding."""
+    args = bench_train.settings(*TINY, "--disc-weight", "0", "--batch-size", "2", "--learning-rate", "1e-5", *flags)
+    path = bench_train.Steps(args, torch.device("cpu"), plain)
+    for _ in range(20):
+        path.step()
+    return path.losses
+
+
+def test_twenty_steps_of_the_fast_and_the_plain_path_agree():
+    fast, plain = losses(False), losses(True)
+    for k, (a, b) in enumerate(zip(fast, plain, strict=True)):
         for name in a:
-            if name.endswith("loss"):
-                assert a[name] == pytest.approx(b[name], abs=1e-4), (k, name)
+            assert a[name] == pytest.approx(b[name], abs=1e-4), (k, name)
+
+
+def test_twenty_steps_in_bf16_stay_within_two_percent_of_float32():
+    for k, (a, b) in enumerate(zip(losses(False, "--mixed-precision", "bf16"), losses(False), strict=True)):
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=0.02, abs=1e-3), (k, name)
+
+
+def test_a_step_reads_nothing_on_the_host():
+    """item(), tolist(), bool(tensor) and data-dependent shapes pass through these; each would wait for a GPU."""
+    nets, args = tiny_nets("--disc-start", "0")
+    batch = tiny_batch(nets, args)
+    train.train_step(nets, args, batch)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        train.train_step(nets, args, batch)
+    reads = [e for e in trace.events() if e.name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")]
+    parents = {e.cpu_parent.cpu_parent.name if e.cpu_parent and e.cpu_parent.cpu_parent else e.name for e in reads}
+    assert parents <= {"aten::_fused_adamw_"}  # reads its count of steps in the CPU's kernel, and not in the GPU's
+
+
+@pytest.mark.gpu
+def test_a_step_waits_for_nothing_on_a_gpu():
+    path = bench_train.Steps(bench_train.settings(*TINY), torch.device("cuda"), False)
+    for _ in range(3):
+        path.step()
+    batch = train.make_batch(path.nets, path.args, 1, path.images, path.labels, 0, 1)
+    torch.cuda.synchronize()
+    with torch.profiler.profile() as trace:
+        train.train_step(path.nets, path.args, batch)
+    names = {event.name for event in trace.events()}
+    assert "cudaLaunchKernel" in names
+    assert not [n for n in names if "StreamSynchronize" in n or "DtoH" in n]
+
+
+def test_optimiser_state_follows_the_memory_format(tmp_path):
+    """A run begun without --compile goes on with it: its moments are laid out anew, not paired with the wrong weights."""
+    def steps(net, optimizer, number):
+        for k in range(number):
+            net(torch.linspace(-1, 1, 2 * 3 * 25).view(2, 3, 5, 5) * (k + 1)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    args = train.parse_args(["--learning-rate", "0.1"])
+    torch.manual_seed(0)
+    net = torch.nn.Conv2d(3, 4, 3)
+    optimizer = training.adamw(net.parameters(), args, 0.1)
+    steps(net, optimizer, 2)
+    other = copy.deepcopy(net)
+    training.channels_last(other)
+    resumed = training.adamw(other.parameters(), args, 0.1)
+    training.load_optimizer(resumed, copy.deepcopy(optimizer.state_dict()), "x.pt")
+    steps(net, optimizer, 2), steps(other, resumed, 2)
+    torch.testing.assert_close(other.weight, net.weight, rtol=1e-4, atol=1e-5)
 
 
 def test_compiled_blocks_give_the_same_step(monkeypatch):
