@@ -1,10 +1,11 @@
-"""Speed of the evaluator beside torch-fidelity's and pytorch-fid's, where those are installed; one JSON line each.
+"""Speed of the evaluator beside the plain way, and torch-fidelity and pytorch-fid where installed; one JSON line each.
 
-    python tests/bench_eval.py [--images 64] [--rounds 3] [--points 10000] [--threads 2] [--device cuda]
+    python tests/bench_eval.py [--plain] [--images 64] [--rounds 3] [--points 10000] [--threads 2] [--device cuda]
 
 Same PNG files, same (random) weights, same device, from files to pool features, each program with its own reading and
 resizing; the programs take turns and the best round of each counts. Then precision and recall at points x points x
-2048, half and float32, and the Frechet distance at 2048 dimensions beside scipy's matrix square root.
+2048, half and float32, and the Frechet distance at 2048 dimensions. The plain way: files read one after the other
+between the batches, whole matrices of distances, scipy's matrix square root; --plain runs nothing else.
 """
 import argparse
 import contextlib
@@ -50,6 +51,23 @@ def ours(folder, net, device):
     return evaluate_fid.extract(batches, [lambda x: {"": net(x)[0]}], device)["pool"]
 
 
+def plain_features(folder, net, device):
+    pool = []
+    files = sorted(Path(folder).glob("*.png"))
+    for names in (files[i:i + 32] for i in range(0, len(files), 32)):
+        images = np.stack([np.array(Image.open(name).convert("RGB")) for name in names])
+        with torch.no_grad():
+            pool.append(net(torch.from_numpy(images).to(device))[0].cpu())
+    return torch.cat(pool).numpy()
+
+
+def plain_precision_recall(ref, samples, device):
+    ref, samples = (torch.from_numpy(x).to(device) for x in (ref, samples))
+    radii = [torch.cdist(x, x).kthvalue(4, dim=1).values for x in (ref, samples)]
+    distances = torch.cdist(ref, samples)
+    return ((distances <= radii[0][:, None]).any(0).float().mean().item(), (distances <= radii[1]).any(1).float().mean().item())
+
+
 def peers(folder, weights, device):
     """{name: program} of the peers that are installed."""
     programs, files = {}, sorted(map(str, Path(folder).glob("*.png")))
@@ -83,25 +101,29 @@ def bench_features(args):
         for k, image in enumerate(coarse):
             Image.fromarray(image).resize((256, 256), Image.BICUBIC).save(images / f"{k:05d}.png")
         net.to(args.device)
-        programs = {"ours": lambda: ours(str(images), net, args.device)} | peers(str(images), weights, args.device)
+        programs = {"plain": lambda: plain_features(images, net, args.device)}
+        if not args.plain:
+            programs |= {"ours": lambda: ours(str(images), net, args.device)} | peers(str(images), weights, args.device)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             features = {name: program() for name, program in programs.items()}     # warm-up, and a check
             seconds = best_of(programs, args.rounds, args.device)
     rates = {f"{name}_images_per_s": args.images / s for name, s in seconds.items()}
-    others = [s for name, s in seconds.items() if name != "ours"]
+    rates |= {f"speedup_over_{name}": s / seconds["ours"] for name, s in seconds.items() if name != "ours" and not args.plain}
     if "torch_fidelity" in features:
         rates["largest_difference"] = float(np.abs(features["ours"] - features["torch_fidelity"]).max())
-    emit(bench="features", images=args.images, device=args.device, **rates,
-         ratio_to_better_peer=min(others) / seconds["ours"] if others else None)
+    emit(bench="features", images=args.images, device=args.device, **rates)
 
 
 def bench_precision_recall(args):
     random = np.random.default_rng(0)
     ref, samples = (np.maximum(random.standard_normal((args.points, 2048), dtype=np.float32), 0) for _ in range(2))
-    programs = {name: lambda exact=exact: evaluate_fid.precision_recall(ref, samples, exact=exact, device=args.device)
-                for name, exact in (("half", False), ("exact", True))}
+    programs = {"plain": lambda: plain_precision_recall(ref, samples, args.device)}
+    if not args.plain:
+        programs |= {name: lambda exact=exact: evaluate_fid.precision_recall(ref, samples, exact=exact, device=args.device)
+                     for name, exact in (("half", False), ("exact", True))}
     seconds = best_of(programs, 1, args.device)
-    emit(bench="precision_recall", points=args.points, device=args.device, **{f"{k}_s": v for k, v in seconds.items()})
+    emit(bench="precision_recall", points=args.points, device=args.device, **{f"{k}_s": v for k, v in seconds.items()},
+         **({} if args.plain else {"speedup": seconds["plain"] / seconds["exact"]}))
 
 
 def bench_frechet(args):
@@ -111,15 +133,17 @@ def bench_frechet(args):
     def by_root():
         root = scipy.linalg.sqrtm(a[1] @ b[1]).real
         return float((a[0] - b[0]) @ (a[0] - b[0]) + np.trace(a[1]) + np.trace(b[1]) - 2 * np.trace(root))
-    evaluate_fid.frechet_distance(*a, *b)
-    seconds = best_of({"ours": lambda: evaluate_fid.frechet_distance(*a, *b)}, args.rounds, "cpu")
-    seconds |= best_of({"sqrtm": by_root}, 1, "cpu")
+    seconds = best_of({"plain": by_root}, 1, "cpu")
+    if not args.plain:
+        evaluate_fid.frechet_distance(*a, *b)
+        seconds |= best_of({"ours": lambda: evaluate_fid.frechet_distance(*a, *b)}, args.rounds, "cpu")
     emit(bench="frechet", dimensions=2048, **{f"{k}_s": v for k, v in seconds.items()},
-         ratio=seconds["sqrtm"] / seconds["ours"])
+         **({} if args.plain else {"speedup": seconds["plain"] / seconds["ours"]}))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--plain", action="store_true")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--points", type=int, default=10_000, help="rows of each set in precision and recall")

@@ -1,6 +1,7 @@
 """Sampling speed, each figure beside the plain float32 path in the same run; one JSON line per figure.
 
     python tests/bench_sample.py            CPU at a small size always; SiT-B/2 and SiT-XL/2 at full size where a GPU is
+    python tests/bench_sample.py --plain    the plain path alone
     python tests/bench_sample.py --writer   20,000 256-pixel images through the .npz writer: seconds and peak memory
 
 Plain float32 path: one batch, no autocast, no TF32, and with guidance both halves at every step. Ours: what
@@ -70,25 +71,25 @@ def report(name, size, batch, steps, guided, device, times):
     images = {k: round(batch * steps / 250 / t, 4) for k, t in times.items()}
     speedup = {k: round(times["plain"] / t, 2) for k, t in times.items() if k != "plain"}
     print(json.dumps({"bench": "sample", "model": name, "latents": size, "batch": batch, "guided": guided,
-                      "device": device, "images_per_s": images, "speedup": speedup}), flush=True)
+                      "device": device, "torch": torch.__version__, "images_per_s": images, "speedup": speedup}), flush=True)
 
 
-def bench_cpu(name, size, batch=16, steps=5):
+def bench_cpu(name, size, only_plain, batch=16, steps=5):
     """Blocks of 4 on one thread each, as sample_ddp.py, against one batch with all threads inside each operation."""
     device, threads = torch.device("cpu"), torch.get_num_threads()
     sit = model(name, size, device)
     for guided in (False, True):
-        plain = seconds(lambda: run(sit, batch, size, steps, guided, True, device, False), device, 2)
+        times = {"plain": seconds(lambda: run(sit, batch, size, steps, guided, True, device, False), device, 2)}
         torch.set_num_threads(1)
         with ThreadPoolExecutor(threads) as pool:
             def blocks(): return list(pool.map(lambda _: run(sit, 4, size, steps, guided, False, device, False),
                                                range(batch // 4)))
-            ours = seconds(blocks, device, 2)
+            times |= {} if only_plain else {"ours": seconds(blocks, device, 2)}
         torch.set_num_threads(threads)
-        report(name, size, batch, steps, guided, f"cpu, {threads} threads", {"plain": plain, "ours": ours})
+        report(name, size, batch, steps, guided, f"cpu, {threads} threads", times)
 
 
-def bench_gpu(name, size=32, batch=64, steps=20):
+def bench_gpu(name, only_plain, size=32, batch=64, steps=20):
     device = torch.device("cuda")
     sit = model(name, size, device)
     compiled = torch.compile(sit, dynamic=False)
@@ -96,7 +97,7 @@ def bench_gpu(name, size=32, batch=64, steps=20):
         torch.backends.cudnn.allow_tf32 = False
         times = {"plain": seconds(lambda: run(sit, batch, size, steps, guided, True, device, False), device, 2)}
         torch.backends.cudnn.allow_tf32 = True
-        for key, network in (("ours", sit), ("ours_compiled", compiled)):
+        for key, network in () if only_plain else (("ours", sit), ("ours_compiled", compiled)):
             times[key] = seconds(lambda: run(network, batch, size, steps, guided, False, device, True), device, 2)
         report(name, size, batch, steps, guided, torch.cuda.get_device_name(), times)
 
@@ -115,12 +116,14 @@ def bench_writer(number=20000):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plain", action="store_true")
     parser.add_argument("--writer", action="store_true")
-    if parser.parse_args().writer:
+    args = parser.parse_args()
+    if args.writer:
         bench_writer()
     else:
-        bench_cpu("SiT-Ti/2", size=16)
-        bench_cpu("SiT-S/2", size=8)
+        bench_cpu("SiT-Ti/2", 16, args.plain)
+        bench_cpu("SiT-S/2", 8, args.plain)
         if torch.cuda.is_available():
             for name in ("SiT-B/2", "SiT-XL/2"):
-                bench_gpu(name)
+                bench_gpu(name, args.plain)
