@@ -78,15 +78,19 @@ def losses(plain, *flags):
     return path.losses
 
 
-def test_twenty_steps_of_the_fast_and_the_plain_path_agree():
-    fast, plain = losses(False), losses(True)
-    for k, (a, b) in enumerate(zip(fast, plain, strict=True)):
+@pytest.fixture(scope="module")
+def fast():
+    return losses(False)
+
+
+def test_twenty_steps_of_the_fast_and_the_plain_path_agree(fast):
+    for k, (a, b) in enumerate(zip(fast, losses(True), strict=True)):
         for name in a:
             assert a[name] == pytest.approx(b[name], abs=1e-4), (k, name)
 
 
-def test_twenty_steps_in_bf16_stay_within_two_percent_of_float32():
-    for k, (a, b) in enumerate(zip(losses(False, "--mixed-precision", "bf16"), losses(False), strict=True)):
+def test_twenty_steps_in_bf16_stay_within_two_percent_of_float32(fast):
+    for k, (a, b) in enumerate(zip(losses(False, "--mixed-precision", "bf16"), fast, strict=True)):
         for name in a:
             assert a[name] == pytest.approx(b[name], rel=0.02, abs=1e-3), (k, name)
 
