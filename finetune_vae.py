@@ -250,8 +250,9 @@ def prepare_training(nets, args):
     # What a step changes beside weights: it must not keep the NaN of a step that is skipped.
     nets.statistics = [b for name in nets.trained for b in getattr(nets, name).buffers() if b.is_floating_point()]
     nets.statistics.append(nets.lecam_means)
-    nets.dtype = training.autocast_type(args, nets.device)
-    nets.autocast = lambda: torch.autocast(nets.device.type, nets.dtype, enabled=nets.dtype != torch.float32)
+    nets.dtype = dtype = training.autocast_type(args, nets.device)
+    kind = nets.device.type  # not through nets: networks that know themselves outlive their last use
+    nets.autocast = lambda: torch.autocast(kind, dtype, enabled=dtype != torch.float32)
     nets.loss_scale = training.LossScale(nets.dtype == torch.float16, nets.device)
     if args.grad_checkpoint:
         nets.vae.save_memory()
@@ -345,7 +346,8 @@ def vae_gradient(nets, args, micro, outputs, recon, use_gan):
 
 def adaptive_weight(nets, args, micro, outputs, recon_grads):
     """|gradient of L1 + LPIPS| / (|gradient of the GAN loss| + 1e-4) at the decoder's last layer, in [0, 1e4] (VQGAN,
-    arXiv 2012.09841, eq. 7). Of the whole batch of all processes; with micro-batches it costs one more VAE forward.
+    arXiv 2012.09841, eq. 7). Of the whole batch of all processes; with micro-batches it costs one more VAE forward. The
+    gradients of that layer's input are computed on the way, and not used.
 
     recon_grads: gradient of the GAN loss times the loss scale at each micro-batch's reconstructions.
     """

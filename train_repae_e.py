@@ -226,8 +226,9 @@ def prepare_training(nets, args):
     nets.ema = copy.deepcopy(nets.sit).eval().requires_grad_(False)
     # What a step changes beside weights: it must not keep the NaN of a step that is skipped.
     nets.statistics = [b for name in nets.trained for b in getattr(nets, name).buffers() if b.is_floating_point()]
-    nets.dtype = training.autocast_type(args, nets.device)
-    nets.autocast = lambda: torch.autocast(nets.device.type, nets.dtype, enabled=nets.dtype != torch.float32)
+    nets.dtype = dtype = training.autocast_type(args, nets.device)
+    kind = nets.device.type  # not through nets: networks that know themselves outlive their last use
+    nets.autocast = lambda: torch.autocast(kind, dtype, enabled=dtype != torch.float32)
     nets.loss_scale = training.LossScale(nets.dtype == torch.float16, nets.device)
     if args.grad_checkpoint:
         nets.vae.save_memory()

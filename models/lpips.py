@@ -40,7 +40,7 @@ class LPIPS(nn.Module):
 
     def layer_terms(self, img0, img1):
         """The distance's five terms, [B, 5]."""
-        with torch.autocast("cuda" if img0.is_cuda else "cpu", enabled=False):
+        with torch.autocast("cuda" if img0.is_cuda else "cpu", enabled=False):  # "meta", where FLOPs are counted, has none
             img0, img1 = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (img0, img1))
             with torch.set_grad_enabled(torch.is_grad_enabled() and img0.requires_grad):
                 features0 = self.vgg_features(img0)

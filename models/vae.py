@@ -6,6 +6,7 @@ f4d4 a tiny one for 32-pixel images. Needs only torch.
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint as recompute
 
 
@@ -30,6 +31,11 @@ class Posterior:
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).sum((1, 2, 3))
 
 
+def no_autocast(x):
+    """Context without autocast on the device of x ("meta", on which FLOPs are counted, counts as the CPU)."""
+    return torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False)
+
+
 class GroupNorm(nn.GroupNorm):
     """GroupNorm (32 groups from 128 channels on) that keeps the type of its input: statistics are float32 inside the kernel either way,
     but autocast would store a float32 copy of every activation, half of the VAE's memory.
@@ -41,7 +47,7 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(min(32, channels // 4), channels, eps=1e-6)
 
     def forward(self, x):
-        with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
+        with no_autocast(x):
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
@@ -57,9 +63,11 @@ class NormSiLUConv(torch.autograd.Function):
         ctx.sizes, ctx.eps = (x.shape[0], x.shape[1], x.shape[2] * x.shape[3], groups), eps
         y, mean, rstd = torch.native_group_norm(x, scale, shift, *ctx.sizes, eps)
         ctx.save_for_backward(x, scale, shift, weight, mean, rstd)
-        return F.conv2d(F.silu(y, inplace=True), weight, bias, padding=1)
+        with no_autocast(x):
+            return F.conv2d(F.silu(y, inplace=True), weight, bias, padding=1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, scale, shift, weight, mean, rstd = ctx.saved_tensors
         need_x, need_scale, need_shift, *need_conv = ctx.needs_input_grad[:5]

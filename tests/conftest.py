@@ -1,4 +1,4 @@
-"""Shared by all tests: the golden vectors (GOLDEN_DIR, or the copy in tests/data/golden) and one thread per process."""
+"""Shared by all tests: the golden vectors (GOLDEN_DIR, or the copy in tests/data/golden), the device and the threads."""
 import json
 import os
 import sys
@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 
@@ -15,10 +16,27 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(GOLDEN if (GOLDEN / "fill.py").exists() else ROOT / "tests" / "data" / "golden"))
 
 
+THREADS, GPU = torch.get_num_threads(), torch.cuda.is_available()
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU, and skips where there is none")
-    import processes  # found only now: sys.path holds the root since the lines above
-    processes.begin()
+
+
+def pytest_collection_finish(session):
+    if any(hasattr(item.module, "processes") for item in session.items) and not session.config.option.collectonly:
+        processes.begin()
+
+
+@pytest.hookimpl(tryfirst=True)  # before the fixtures of whole modules too
+def pytest_runtest_setup(item):
+    """The same number of threads for every test (sample_ddp.main leaves one), and the CPU, but for tests marked gpu: the suite
+    compares runs bit by bit and with other processes."""
+    torch.set_num_threads(THREADS)
+    on_gpu = item.get_closest_marker("gpu") is not None
+    torch.cuda.is_available = lambda: GPU and on_gpu
+    if on_gpu and not GPU:
+        pytest.skip("there is no GPU here")
 
 
 @pytest.fixture
@@ -61,19 +79,21 @@ def plain_convolutions():
             yield
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(request, monkeypatch):
-    """The suite compares runs bit by bit and with other processes: it stays on the CPU where there is a GPU too, but for the
-    tests marked gpu."""
-    if not request.node.get_closest_marker("gpu"):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    elif not torch.cuda.is_available():
-        pytest.skip("there is no GPU here")
+COUNTED = {}  # FLOPs of the runs so far
 
 
 @pytest.fixture(autouse=True)
-def threads():
-    """Every test starts with the same number of threads; sample_ddp.main leaves one."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+def flops_counted_once(monkeypatch):
+    """Counting a step's FLOPs takes a second at the start of every run: here once for each kind of run."""
+    import finetune_vae
+    import train_repae_e
+
+    def remembered(module, count):
+        def step_flops(args, *rest):
+            key = module.__name__, str([v for k, v in vars(args).items() if k not in ("output_dir", "max_train_steps", "resume")])
+            if key not in COUNTED:
+                COUNTED[key] = count(args, *rest)
+            return COUNTED[key]
+        return step_flops
+    for module in (finetune_vae, train_repae_e):
+        monkeypatch.setattr(module, "step_flops", remembered(module, module.step_flops))

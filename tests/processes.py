@@ -17,10 +17,11 @@ context = multiprocessing.get_context("forkserver")
 
 
 def begin():
-    """Start the process that the others are forked from; it imports while the first tests run. Once per session."""
+    """Start the process that the others are forked from; it imports while the first tests run."""
     context.set_forkserver_preload(["train_repae_e", "finetune_vae", "sample_ddp", "evaluate_fid", "processes"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        for folder in (ROOT / "tests", ROOT):
+            patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
         forkserver.ensure_running()
 
 
@@ -51,17 +52,30 @@ def run_two(script, arguments, log, settings={}):
         port = str(s.getsockname()[1])
     both = [start(script, arguments, log, settings, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                   MASTER_PORT=port) for rank in ("0", "1")]
-    deadline = time.monotonic() + 240
-    while any(p.is_alive() for p in both) and all(p.exitcode in (None, 0) for p in both) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    codes = [p.exitcode for p in both]
-    for p in both:
-        kill(p)
-    assert codes == [0, 0], f"exit codes {codes} (None: still running after 240 s)\n{Path(log).read_text()}"
+    try:
+        wait_for(lambda: all(p.exitcode == 0 for p in both), both, log)
+    finally:
+        for p in both:
+            kill(p)
+
+
+def wait_for(condition, processes, log, seconds=240):
+    """Until condition() holds; fails with the log where a process ends badly before, or time runs out."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if any(p.exitcode not in (None, 0) for p in processes) or time.monotonic() > deadline:
+            codes = [p.exitcode for p in processes]
+            for p in processes:
+                kill(p)
+            raise AssertionError(f"exit codes {codes} (None: was still running)\n{Path(log).read_text()}")
+        time.sleep(0.005)
 
 
 def kill(process):
     """SIGKILL to the process and its children, if it still runs."""
     if process.is_alive():
-        os.killpg(process.pid, signal.SIGKILL)
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:  # it has not made its group yet
+            process.kill()
     process.join()

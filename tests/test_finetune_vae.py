@@ -2,7 +2,6 @@
 import json
 import os
 import re
-import time
 import zipfile
 from types import SimpleNamespace
 
@@ -274,9 +273,7 @@ def test_killed_and_resumed_gives_the_same_bits(tmp_path, start):
     whole = final_state(run(tmp_path / "whole", *flags), 4)
     process = processes.start("finetune_vae", [*TINY, "--output-dir", tmp_path / "killed", *flags], tmp_path / "log")
     folder = tmp_path / "killed" / "run"
-    while not (folder / "checkpoints" / "0000002.pt").exists():
-        assert process.is_alive(), "the run ended before it could be killed"
-        time.sleep(0.005)
+    processes.wait_for((folder / "checkpoints" / "0000002.pt").exists, [process], tmp_path / "log")
     processes.kill(process)
     assert not (folder / "checkpoints" / "0000004.pt").exists()
     resumed = final_state(run(tmp_path / "killed", *flags), 4)

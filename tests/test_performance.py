@@ -47,21 +47,22 @@ def test_less_is_kept_for_the_backward_pass(monkeypatch):
     assert usual < 0.6 * kept_for_backward(vae.VAE_models["f4d4"](), images)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_norm_silu_conv_has_the_gradients_of_its_parts(dtype, memory_format, frozen):
+def test_norm_silu_conv_has_the_gradients_of_its_parts(dtype, memory_format, frozen, device):
     torch.manual_seed(0)
-    norm, conv = vae.GroupNorm(64), torch.nn.Conv2d(64, 32, 3, padding=1)
+    norm, conv = vae.GroupNorm(64).to(device), torch.nn.Conv2d(64, 32, 3, padding=1).to(device)
     torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
     if dtype == torch.float64:
         norm.double(), conv.double()
     norm.requires_grad_(not frozen), conv.requires_grad_(not frozen)
-    x = (torch.randn(2, 64, 8, 8) + 1).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
+    x = (torch.randn(2, 64, 8, 8, device=device) + 1).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
     inputs = [x] if frozen else [x, *norm.parameters(), *conv.parameters()]
     results = []
     for function in (vae.norm_silu_conv, bench_train.PLAIN[vae, "norm_silu_conv"]):
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
             y = function(norm, conv, x)
         results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
     for actual, expected in zip(*results):
@@ -69,38 +70,51 @@ def test_norm_silu_conv_has_the_gradients_of_its_parts(dtype, memory_format, fro
         torch.testing.assert_close(actual, expected, rtol=1e-12 if dtype == torch.float64 else 1e-2, atol=1e-12)
 
 
-def losses(plain, *flags):
-    """Those of 20 steps at a small learning rate: Adam's first steps are signs of gradients and would make noise of rounding."""
-    args = bench_train.settings(*TINY, "--disc-weight", "0", "--batch-size", "2", "--learning-rate", "1e-5", *flags)
+def make_steps(plain, number, *flags):
+    """At a small learning rate: Adam's first steps are signs of gradients and would make noise of rounding."""
+    args = bench_train.settings(*TINY, "--batch-size", "2", "--learning-rate", "1e-5", "--ema-decay", "0.5", *flags)
     path = bench_train.Steps(args, torch.device("cpu"), plain)
-    for _ in range(20):
+    for _ in range(number):
         path.step()
-    return path.losses
+    return path
 
 
 @pytest.fixture(scope="module")
 def fast():
-    return losses(False)
+    return make_steps(False, 20, "--disc-weight", "0")
 
 
 def test_twenty_steps_of_the_fast_and_the_plain_path_agree(fast):
-    for k, (a, b) in enumerate(zip(fast, losses(True), strict=True)):
+    plain = make_steps(True, 20, "--disc-weight", "0")
+    for name, value in plain.nets.ema.state_dict().items():
+        torch.testing.assert_close(fast.nets.ema.state_dict()[name], value, atol=1e-4, rtol=1e-4, msg=name)
+    for k, (a, b) in enumerate(zip(fast.losses, plain.losses, strict=True)):
         for name in a:
             assert a[name] == pytest.approx(b[name], abs=1e-4), (k, name)
 
 
+def test_first_steps_with_a_discriminator_agree():
+    fast, plain = (make_steps(plain, 1).losses[0] for plain in (False, True))
+    assert {"d_loss", "gan_loss"} <= set(fast)
+    for name in fast:
+        assert fast[name] == pytest.approx(plain[name], abs=1e-5), name
+
+
 def test_twenty_steps_in_bf16_stay_within_two_percent_of_float32(fast):
-    for k, (a, b) in enumerate(zip(losses(False, "--mixed-precision", "bf16"), fast, strict=True)):
+    bf16 = make_steps(False, 20, "--disc-weight", "0", "--mixed-precision", "bf16")
+    for k, (a, b) in enumerate(zip(bf16.losses, fast.losses, strict=True)):
         for name in a:
             assert a[name] == pytest.approx(b[name], rel=0.02, abs=1e-3), (k, name)
 
 
-def test_a_step_reads_nothing_on_the_host():
-    """item(), tolist(), bool(tensor) and data-dependent shapes pass through these; each would wait for a GPU."""
+def test_a_step_reads_nothing_on_the_host(monkeypatch):
+    """item(), bool(), int() and boolean masks show in the trace, the rest is forbidden; each would wait for a GPU."""
     nets, args = tiny_nets("--disc-start", "0")
     batch = tiny_batch(nets, args)
     train.train_step(nets, args, batch)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace, monkeypatch.context() as patch:
+        for name in ("tolist", "numpy", "cpu"):
+            patch.setattr(torch.Tensor, name, lambda *a, name=name: pytest.fail(f"a step calls {name}()"))
         train.train_step(nets, args, batch)
     reads = [e for e in trace.events() if e.name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")]
     parents = {e.cpu_parent.cpu_parent.name if e.cpu_parent and e.cpu_parent.cpu_parent else e.name for e in reads}
@@ -121,7 +135,7 @@ def test_a_step_waits_for_nothing_on_a_gpu():
     assert not [n for n in names if "StreamSynchronize" in n or "DtoH" in n]
 
 
-def test_optimiser_state_follows_the_memory_format(tmp_path):
+def test_optimiser_state_follows_the_memory_format():
     """A run begun without --compile goes on with it: its moments are laid out anew, not paired with the wrong weights."""
     def steps(net, optimizer, number):
         for k in range(number):

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -114,9 +113,8 @@ def test_killed_and_continued(ckpt, tmp_path):
     whole, path = tmp_path / "whole.npz", tmp_path / "a.npz"
     sample_ddp.main(["--ckpt", ckpt, *flags, "--npz", str(whole)])
     run = processes.start("sample_ddp", ["--ckpt", ckpt, *flags, "--npz", path, "--pproc-batch-size", "4"], tmp_path / "log")
-    shards, deadline = tmp_path / "a.shards", time.time() + 60
-    while len(sample_files.list_shards(shards)) < 2 and time.time() < deadline:
-        time.sleep(0.01)
+    shards = tmp_path / "a.shards"
+    processes.wait_for(lambda: len(sample_files.list_shards(shards)) >= 2, [run], tmp_path / "log")
     processes.kill(run)
     done = sum(b - a for a, b in sample_files.list_shards(shards))
     assert 0 < done < 40 and not path.exists()

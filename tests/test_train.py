@@ -2,9 +2,9 @@
 import ast
 import json
 import os
+import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import processes
@@ -160,11 +160,19 @@ def test_accumulation_equals_the_whole_batch():
 
 
 def test_two_processes_equal_one(tmp_path):
-    one = run(tmp_path / "one", "--max-train-steps", "3", "--learning-rate", "1e-4")
+    flags = ("--max-train-steps", "3", "--learning-rate", "1e-4")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*torchrun, str(ROOT / "train_repae_e.py"), *TINY, "--output-dir", str(tmp_path / "two"), "--max-train-steps", "3",
-                    "--learning-rate", "1e-4"], env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-                   capture_output=True, text=True, timeout=240, check=True)
+    with open(tmp_path / "log", "w") as log:
+        both = subprocess.Popen([*torchrun, str(ROOT / "train_repae_e.py"), *TINY, "--output-dir", str(tmp_path / "two"), *flags],
+                                env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, stdout=log, stderr=log,
+                                start_new_session=True)
+    torch.set_num_threads(1)
+    one = run(tmp_path / "one", *flags)  # meanwhile
+    try:
+        assert both.wait(240) == 0, (tmp_path / "log").read_text()
+    finally:
+        if both.poll() is None:
+            os.killpg(both.pid, signal.SIGKILL)
     a, b = metrics(one), metrics(tmp_path / "two" / "demo")
     assert [m["step"] for m in a] == [m["step"] for m in b] == [1, 2, 3]
     for x, y in zip(a, b):
@@ -179,9 +187,7 @@ def test_killed_and_resumed_gives_the_same_bits(tmp_path):
     whole = final_state(run(tmp_path / "whole", *flags), 5)
     process = processes.start("train_repae_e", [*TINY, "--output-dir", tmp_path / "killed", *flags], tmp_path / "log")
     folder = tmp_path / "killed" / "demo"
-    while not (folder / "checkpoints" / "0000002.pt").exists():
-        assert process.is_alive(), "the run ended before it could be killed"
-        time.sleep(0.005)
+    processes.wait_for((folder / "checkpoints" / "0000002.pt").exists, [process], tmp_path / "log")
     processes.kill(process)
     assert not (folder / "checkpoints" / "0000005.pt").exists()
     resumed = final_state(run(tmp_path / "killed", *flags), 5)
