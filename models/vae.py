@@ -80,7 +80,8 @@ class NormSiLUConv(torch.autograd.Function):
 
 
 def norm_silu_conv(norm, conv, x):
-    """conv(silu(norm(x))) in the type of x, with less kept for the backward pass. (The compiler decides that for itself.)"""
+    """conv(silu(norm(x))) for x [B, C, H, W] and a 3x3 convolution: [B, C', H, W] in the type of x, with less kept for the
+    backward pass. (The compiler decides that for itself.)"""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return conv(F.silu(norm(x)))
     parameters = (p.to(x.dtype) for p in (norm.weight, norm.bias, conv.weight, conv.bias))
