@@ -251,7 +251,7 @@ def prepare_training(nets, args):
     nets.statistics = [b for name in nets.trained for b in getattr(nets, name).buffers() if b.is_floating_point()]
     nets.statistics.append(nets.lecam_means)
     nets.dtype = dtype = training.autocast_type(args, nets.device)
-    kind = nets.device.type  # not through nets: networks that know themselves outlive their last use
+    kind = nets.device.type  # not through nets: a cycle would keep the networks alive
     nets.autocast = lambda: torch.autocast(kind, dtype, enabled=dtype != torch.float32)
     nets.loss_scale = training.LossScale(nets.dtype == torch.float16, nets.device)
     if args.grad_checkpoint:

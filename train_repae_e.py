@@ -227,7 +227,7 @@ def prepare_training(nets, args):
     # What a step changes beside weights: it must not keep the NaN of a step that is skipped.
     nets.statistics = [b for name in nets.trained for b in getattr(nets, name).buffers() if b.is_floating_point()]
     nets.dtype = dtype = training.autocast_type(args, nets.device)
-    kind = nets.device.type  # not through nets: networks that know themselves outlive their last use
+    kind = nets.device.type  # not through nets: a cycle would keep the networks alive
     nets.autocast = lambda: torch.autocast(kind, dtype, enabled=dtype != torch.float32)
     nets.loss_scale = training.LossScale(nets.dtype == torch.float16, nets.device)
     if args.grad_checkpoint:

@@ -226,7 +226,8 @@ def load_optimizer(optimizer, state, path):
         group.update(own)
     for p, values in optimizer.state.items():
         for name, value in values.items():
-            if value.shape == p.shape and value.stride() != p.stride():  # the fused kernels walk through memory side by side
+            if torch.is_tensor(value) and value.shape == p.shape and value.stride() != p.stride():
+                # fused kernels pair a weight with its moments by their places in memory
                 values[name] = torch.empty_like(p).copy_(value)
 
 
