@@ -21,17 +21,17 @@ from types import SimpleNamespace
 
 import torch
 
-from evaluate_fid import extract, inception_features, load_inception
-from models import checkpoint, distributed, pretrained, training, vae_io
-from models.alignment import proj_loss
-from models.data import ImageError
+from models.runtime import distributed, files, runlog, trainer, vae_files, weights
+from models.runtime.features import extract, inception_features, load_inception
+from models.losses import proj_loss
+from models.runtime.data import ImageError
 from models.encoders import check_encoders, load_encoders
-from models.flops import forward_flops, matmul_rate
-from models.image_sets import InputError
+from models.runtime.flops import forward_flops, matmul_rate
+from models.runtime.images import InputError
 from models.losses import discriminator_loss, gan_loss, reconstruction_losses
 from models.lpips import LPIPS
 from models.vae import Posterior, ResnetBlock, VAE_models
-from models.vae_eval import TokenPairs, held_out_images, measure, picture
+from models.runtime.vae_report import TokenPairs, held_out_images, measure, picture
 
 # What a run cannot change when it is continued.
 FIXED_IN_A_RUN = ("ckpt", "vae", "train_encoder", "resolution", "batch_size", "seed")
@@ -51,7 +51,7 @@ def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # one line, without the page of usage
-    flag = training.flag
+    flag = trainer.flag
     data = parser.add_argument_group("data")
     flag(data, "--data-dir", None, "folder of class folders, a .zip of one, or 'shapes' (built in, drawn); with --eval "
          "any folder, .zip or .npz of held-out images; default: data/imagenet/train, with --eval data/imagenet/val")
@@ -135,16 +135,16 @@ def parse_args(argv=None):
 def load_vae(source, vae=None, stats_file=None):
     """(name of the architecture, state dict, statistics or None) of any VAE; ValueError if it is not of type `vae`.
     The statistics are those of `stats_file` if given."""
-    state, stats = vae_io.load_vae_file(source)
-    stats = vae_io.load_stats_file(stats_file) if stats_file else stats
+    state, stats = vae_files.load_vae_file(source)
+    stats = vae_files.load_stats_file(stats_file) if stats_file else stats
     try:
-        name = vae_io.vae_name(state)
+        name = vae_files.vae_name(state)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     if vae not in (None, name):
         raise ValueError(f"{source}: holds a VAE of type {name}, not --vae {vae}")
     with torch.device("meta"):
-        checkpoint.check_state(VAE_models[name](), state, source)
+        files.check_state(VAE_models[name](), state, source)
     if stats is not None and stats[0].numel() != state["decoder.conv_in.weight"].shape[1]:
         raise ValueError(f"{stats_file or source}: latent statistics of {stats[0].numel()} channels, unlike the VAE")
     return name, state, stats
@@ -155,7 +155,7 @@ def check_settings(args, world_size, old_args=None):
 
     old_args: those of the checkpoint that a run continues from; it holds all weights, so no other file is read.
     """
-    training.check_numbers(args, world_size, fractions=("ema_decay", "lecam_decay"))
+    trainer.check_numbers(args, world_size, fractions=("ema_decay", "lecam_decay"))
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
         raise ValueError(f"--report-to {args.report_to}: the package is not installed; pip install {args.report_to}")
     if args.vae_align_proj_coeff and not args.train_encoder:
@@ -167,7 +167,7 @@ def check_settings(args, world_size, old_args=None):
         args.disc_ckpt = old_args["disc_ckpt"]
         args.disc_start = old_args["disc_start"] if args.disc_start < 0 else args.disc_start
     check_resolution(args.resolution, args.vae)
-    dataset = training.open_data(args)
+    dataset = trainer.open_data(args)
     if len(dataset) < args.batch_size:
         raise ValueError(f"{args.data_dir}: {len(dataset)} images are fewer than one batch; lower --batch-size")
     return dataset, state, stats
@@ -185,7 +185,7 @@ def find_weights(args):
         args.vae, state, stats = load_vae(args.ckpt, args.vae, args.latents_stats)
     if args.disc_ckpt == "auto":
         has_own = args.ckpt in ("REPA-E/sdvae", "REPA-E/invae", "REPA-E/vavae") or (
-            os.path.isfile(args.ckpt) and "discriminator" in checkpoint.load(args.ckpt))
+            os.path.isfile(args.ckpt) and "discriminator" in files.load(args.ckpt))
         args.disc_ckpt = args.ckpt if has_own else "none"
     if args.disc_start < 0:  # an untrained discriminator learns for a while before the VAE listens to it
         args.disc_start = 5000 if args.disc_ckpt == "none" else 0
@@ -223,9 +223,9 @@ def build_networks(args, device, vae_state, disc_ckpt="none"):
         nets.vae.load_state_dict(vae_state)
     nets.vae.to(device)
     if args.perceptual_weight > 0:
-        nets.lpips = pretrained.lpips().to(device)
+        nets.lpips = weights.lpips().to(device)
     if args.disc_weight > 0:
-        nets.disc = pretrained.discriminator(disc_ckpt, args.vae).to(device)
+        nets.disc = weights.discriminator(disc_ckpt, args.vae).to(device)
         nets.trained["disc"] = args.learning_rate if args.disc_learning_rate is None else args.disc_learning_rate
     if args.vae_align_proj_coeff:
         nets.encoders = load_encoders(args.encoder, args.encoder_ckpt, args.resolution, device)
@@ -239,25 +239,25 @@ def prepare_training(nets, args):
     nets.vae.requires_grad_(False)
     trained_part(nets.vae, args).requires_grad_(True)
     if args.compile:
-        training.channels_last(nets.vae, nets.disc, nets.lpips)
+        trainer.channels_last(nets.vae, nets.disc, nets.lpips)
     nets.opts, nets.ddp = {}, {}
     for name, learning_rate in nets.trained.items():
         net = distributed.sync_batch_norms(getattr(nets, name)).train()
-        nets.opts[name] = training.adamw([p for p in net.parameters() if p.requires_grad], args, learning_rate)
-        nets.ddp[name] = training.wrap_ddp(net, nets.device)
+        nets.opts[name] = trainer.adamw([p for p in net.parameters() if p.requires_grad], args, learning_rate)
+        nets.ddp[name] = trainer.wrap_ddp(net, nets.device)
     nets.ema = copy.deepcopy(nets.vae).eval().requires_grad_(False)
     nets.lecam_means = torch.zeros(2, device=nets.device)  # moving averages of the logits of images and reconstructions
     # What a step changes beside weights: it must not keep the NaN of a step that is skipped.
     nets.statistics = [b for name in nets.trained for b in getattr(nets, name).buffers() if b.is_floating_point()]
     nets.statistics.append(nets.lecam_means)
-    nets.dtype = dtype = training.autocast_type(args, nets.device)
+    nets.dtype = dtype = trainer.autocast_type(args, nets.device)
     kind = nets.device.type  # not through nets: a cycle would keep the networks alive
     nets.autocast = lambda: torch.autocast(kind, dtype, enabled=dtype != torch.float32)
-    nets.loss_scale = training.LossScale(nets.dtype == torch.float16, nets.device)
+    nets.loss_scale = trainer.LossScale(nets.dtype == torch.float16, nets.device)
     if args.grad_checkpoint:
         nets.vae.save_memory()
     if args.compile:
-        training.compile_blocks(m for m in nets.vae.modules() if isinstance(m, ResnetBlock))
+        trainer.compile_blocks(m for m in nets.vae.modules() if isinstance(m, ResnetBlock))
 
 
 def step_flops(args, nets):
@@ -300,13 +300,13 @@ def train_step(nets, args, batch, use_gan=True):
         metrics.update(discriminator_gradient(nets, args, batch.images, recon))
     # 4) Clip, update all, average what was trained of the VAE.
     for name in nets.trained:
-        metrics[f"grad_norm_{name}"] = training.clip_gradients(getattr(nets, name).parameters(), args.max_grad_norm, nets.loss_scale)
+        metrics[f"grad_norm_{name}"] = trainer.clip_gradients(getattr(nets, name).parameters(), args.max_grad_norm, nets.loss_scale)
     finite = torch.stack([value.double() for value in metrics.values()]).isfinite().all()
     skip = distributed.all_reduce_sum((~finite).float()).clamp(max=1)  # one process's NaN must stop all of them
-    training.guarded_updates(nets.opts.values(), skip)
-    training.restore_where(skip, nets.statistics, before)
+    trainer.guarded_updates(nets.opts.values(), skip)
+    trainer.restore_where(skip, nets.statistics, before)
     nets.loss_scale.update(skip)
-    training.update_ema(trained_part(nets.ema, args), trained_part(nets.vae, args), args.ema_decay)
+    trainer.update_ema(trained_part(nets.ema, args), trained_part(nets.vae, args), args.ema_decay)
     return metrics, skip
 
 
@@ -326,7 +326,7 @@ def vae_gradient(nets, args, micro, outputs, recon, use_gan):
     sums = {}
     for i, m in enumerate(micro):
         last = i == n - 1
-        with training.sync_if(last, nets.ddp["vae"]), training.sync_if(last, nets.ddp.get("proj")), nets.autocast():
+        with trainer.sync_if(last, nets.ddp["vae"]), trainer.sync_if(last, nets.ddp.get("proj")), nets.autocast():
             moments, z, r = outputs[i] if n == 1 else nets.ddp["vae"](m.images, m.eps)
             losses = reconstruction_losses(m.images, r, Posterior(moments), nets.lpips, args.reconstruction_weight,
                                            args.perceptual_weight, args.kl_weight)
@@ -406,8 +406,8 @@ def save_checkpoint(nets, args, step, folder, stats):
             state |= {key: getattr(nets, name).state_dict(), f"opt_{name}": nets.opts[name].state_dict()}
     state |= {"lecam_means": nets.lecam_means.cpu(), "loss_scale": nets.loss_scale.state_dict(), "args": vars(args),
               "steps": step}
-    checkpoint.save(state, os.path.join(folder, "checkpoints", f"{step:07d}.pt"))
-    training.keep_newest(os.path.join(folder, "checkpoints"), args.keep_checkpoints)
+    files.save(state, os.path.join(folder, "checkpoints", f"{step:07d}.pt"))
+    trainer.keep_newest(os.path.join(folder, "checkpoints"), args.keep_checkpoints)
 
 
 def restore(nets, path, state):
@@ -415,9 +415,9 @@ def restore(nets, path, state):
     for name, key in (("ema", "vae_ema"), *(pair for pair in KEYS if pair[0] in nets.trained)):
         if key not in state:
             raise ValueError(f"{path}: holds no {key}; it is no checkpoint of this kind of run")
-        checkpoint.load_weights(getattr(nets, name), state[key], f"{path} ({key})")
+        files.load_weights(getattr(nets, name), state[key], f"{path} ({key})")
     for name in nets.trained:
-        training.load_optimizer(nets.opts[name], state.get(f"opt_{name}", {}), f"{path} (opt_{name})")
+        trainer.load_optimizer(nets.opts[name], state.get(f"opt_{name}", {}), f"{path} (opt_{name})")
     nets.lecam_means.copy_(state["lecam_means"])
     nets.loss_scale.load_state_dict(state["loss_scale"])
     return state["steps"], (state["latents_scale"], state["latents_bias"])
@@ -426,7 +426,7 @@ def restore(nets, path, state):
 def measure_stats(args, vae, dataset, device, rank, world_size):
     """(latents_scale, latents_bias), [1, C, 1, 1] each, of the latents of the run's first images."""
     batches = max(1, min(STATS_IMAGES, len(dataset)) // args.batch_size)
-    mean, variance = training.measure_latents(args, vae, dataset, device, rank, world_size, batches)
+    mean, variance = trainer.measure_latents(args, vae, dataset, device, rank, world_size, batches)
     return variance.rsqrt().float().view(1, -1, 1, 1), mean.float().view(1, -1, 1, 1)
 
 
@@ -437,12 +437,12 @@ def train(args):
         rank, world_size, device = distributed.init()
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         with distributed.main_first():
-            path, state = training.find_checkpoint(args, folder)
+            path, state = trainer.find_checkpoint(args, folder)
             if state is not None:
                 if not isinstance(state, dict) or "vae_ema" not in state:
                     raise ValueError(f"{path}: holds no vae_ema; it is no checkpoint of this kind of run")
-                args.vae = args.vae or vae_io.vae_name(state["vae_ema"])
-                training.check_resume(args, path, state, FIXED_IN_A_RUN)
+                args.vae = args.vae or vae_files.vae_name(state["vae_ema"])
+                trainer.check_resume(args, path, state, FIXED_IN_A_RUN)
             dataset, vae_state, stats = check_settings(args, world_size, state and state["args"])
             disc_ckpt = "none" if state else args.disc_ckpt
             nets = None if args.dry_run else build_networks(args, device, vae_state, disc_ckpt)
@@ -453,20 +453,20 @@ def train(args):
         start = 0
         if state is not None:
             start, stats = restore(nets, path, state)
-        training.check_same_start(start, device)
+        trainer.check_same_start(start, device)
         if state is None and stats is None and not args.train_encoder:
             stats = measure_stats(args, nets.vae, dataset, device, rank, world_size)
     except (ValueError, OSError) as error:
-        training.exit_with(error)
+        trainer.exit_with(error)
     del vae_state, state
-    log = training.RunLog(folder, args, step_flops(args, nets), matmul_rate(device, nets.dtype))
+    log = runlog.RunLog(folder, args, step_flops(args, nets), matmul_rate(device, nets.dtype))
     log.rewind(start)
     if rank == 0:
-        with checkpoint.replace(os.path.join(folder, "args.json")) as temporary, open(temporary, "w") as f:
+        with files.replace(os.path.join(folder, "args.json")) as temporary, open(temporary, "w") as f:
             json.dump(vars(args), f, indent=1)
     log.say(f"{'VAE' if args.train_encoder else 'decoder'} of {args.vae} ({args.ckpt}), {len(dataset)} images, "
             f"{world_size} x {device.type}, from step {start}" + (f" of {path}" if path else ""))
-    loader = iter(training.data_loader(args, dataset, device, rank, world_size, start, args.num_workers))
+    loader = iter(trainer.data_loader(args, dataset, device, rank, world_size, start, args.num_workers))
     skipped_files, last_good = 0, path
     try:
         for step in range(start + 1, args.max_train_steps + 1):
@@ -478,7 +478,7 @@ def train(args):
             if step % args.log_every == 0 or final:
                 log.write(step, args.batch_size, skipped_files=skipped_files)
             if args.sampling_steps and step % args.sampling_steps == 0 and rank == 0:
-                with log.paused(), checkpoint.replace(os.path.join(folder, "reconstructions", f"{step:07d}.png")) as temporary:
+                with log.paused(), files.replace(os.path.join(folder, "reconstructions", f"{step:07d}.png")) as temporary:
                     picture(images[:8], [nets.ema], ["EMA"]).save(temporary, format="png")
             if step % args.checkpointing_steps == 0 or final:
                 with log.paused():
@@ -488,11 +488,11 @@ def train(args):
                         save_checkpoint(nets, args, step, folder, stats)
                     distributed.barrier()
                 last_good = os.path.join(folder, "checkpoints", f"{step:07d}.pt")
-    except training.Collapse as error:
+    except runlog.Collapse as error:
         log.say(f"stopped: {error}; the last good checkpoint is {last_good or 'none yet'}")
         sys.exit(1)
     except ImageError as error:
-        training.exit_with(error)
+        trainer.exit_with(error)
     log.say(f"done: {folder}")
     distributed.shut_down()
 
@@ -502,13 +502,13 @@ def train(args):
 def model_of(args, source, vae):
     """The SiT whose tokens CKNNA compares for this VAE: of --model-ckpt, or of the VAE's own checkpoint; or None."""
     path = args.model_ckpt or source
-    content = checkpoint.load(path) if os.path.isfile(path) else {}
+    content = files.load(path) if os.path.isfile(path) else {}
     if "ema" not in content:
         if args.model_ckpt:
             raise ValueError(f"--model-ckpt {path}: no training checkpoint with a SiT")
         return None
-    settings = pretrained.training_args(content, path)
-    sit = pretrained.build_sit(content["ema"], settings, path)
+    settings = weights.training_args(content, path)
+    sit = weights.build_sit(content["ema"], settings, path)
     sit.encoder_depth, sit.path_type = settings.get("encoder_depth", 8), settings.get("path_type") or "linear"
     if (sit.in_channels, sit.input_size) != (vae.latent_channels, args.resolution // vae.downsample):
         raise ValueError(f"{path}: its model takes {sit.in_channels} x {sit.input_size}^2 latents, {source} gives "
@@ -535,7 +535,7 @@ def prepare_eval(args, device):
     tools.images = held_out_images(args.data_dir, args.resolution, args.limit, args.seed + 1)
     remedy = "leave it out with --metrics " + (",".join(m for m in wanted if m not in ("lpips", "rfid")) or "psnr,ssim")
     if "lpips" in wanted:
-        tools.lpips = pretrained.lpips(remedy).to(device)
+        tools.lpips = weights.lpips(remedy).to(device)
     if "rfid" in wanted:
         try:
             tools.inception = load_inception(args.inception_weights, device)
@@ -554,12 +554,12 @@ def evaluate(args):
     """--eval: a table on the terminal; metrics.json and images.png in the run folder."""
     try:
         rank, world_size, device = distributed.init()
-        dtype = torch.float32 if args.mixed_precision == "auto" else training.autocast_type(args, device)
+        dtype = torch.float32 if args.mixed_precision == "auto" else trainer.autocast_type(args, device)
         torch.backends.cudnn.allow_tf32 = dtype != torch.float32
         with distributed.main_first():
             tools = prepare_eval(args, device)
     except (ValueError, OSError) as error:
-        training.exit_with(error)
+        trainer.exit_with(error)
     size = max(1, min(256, EVAL_PIXELS // args.resolution ** 2))
     results, features = {}, None
     if tools.inception is not None:
@@ -575,7 +575,7 @@ def evaluate(args):
             if sit:
                 results[source]["cknna"] = tokens.cknna(device)
     except InputError as error:
-        training.exit_with(error)
+        trainer.exit_with(error)
     if rank == 0:
         report(args, tools, results)
     distributed.shut_down()
@@ -603,9 +603,9 @@ def report(args, tools, results):
     figures = {source: {k: None if k in columns and not math.isfinite(result[k]) else result[k]
                         for k in columns + moments if k in result} for source, result in results.items()}
     about = {"data_dir": args.data_dir, "images": n, "resolution": args.resolution, "notes": notes}
-    with checkpoint.replace(os.path.join(folder, "metrics.json")) as temporary, open(temporary, "w") as f:
+    with files.replace(os.path.join(folder, "metrics.json")) as temporary, open(temporary, "w") as f:
         json.dump({**about, "vaes": figures}, f, indent=1)
-    with checkpoint.replace(os.path.join(folder, "images.png")) as temporary:
+    with files.replace(os.path.join(folder, "images.png")) as temporary:
         picture(tools.images.shown, tools.vaes.values(), list(results)).save(temporary, format="png")
     print(f"wrote {folder}/metrics.json and images.png")
 
@@ -615,7 +615,7 @@ def export(args):
     if args.ckpt in (None, "none"):
         raise ValueError("--export needs the VAE's --ckpt")
     name, state, stats = load_vae(args.ckpt, args.vae, args.latents_stats)
-    vae_io.export_vae(args.export, state, stats, args.format, args.resolution, args.force)
+    vae_files.export_vae(args.export, state, stats, args.format, args.resolution, args.force)
     print(f"{args.export}: {name} VAE for {args.format}, with " + ("its latent statistics" if stats else
           "no latent statistics, because it came without (--latents-stats gives them)"))
 
@@ -628,7 +628,7 @@ def main(argv=None):
         if int(os.environ.get("RANK", 0)) == 0:
             export(args)
     except (ValueError, OSError) as error:
-        training.exit_with(error)
+        trainer.exit_with(error)
 
 
 if __name__ == "__main__":

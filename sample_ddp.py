@@ -32,8 +32,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from models import checkpoint, distributed, pretrained, sample_files, samplers
-from models.grid import label_grid
+from models import samplers
+
+from models.runtime import distributed, files, images, weights
+from models.runtime.images import label_grid
 
 GRID = 64      # samples in the grid
 CPU_BLOCK = 4  # on the CPU samples 4k .. 4k+3 are always computed together, see cpu_sampler
@@ -89,7 +91,7 @@ def check_args(args):
         raise ValueError("--train-steps goes with --exp-path")
     if args.exp_path is not None:
         folder = os.path.join(args.exp_path, "checkpoints")
-        steps = checkpoint.checkpoint_steps(folder)
+        steps = files.checkpoint_steps(folder)
         if not steps:
             raise FileNotFoundError(f"{folder}: no checkpoints there")
         if args.train_steps is not None and args.train_steps not in steps:
@@ -137,11 +139,11 @@ def make_protocol(args, sit, vae, settings, vae_source):
     """What the samples depend on, as a dict, for the .npz and the JSON beside it. No paths: they differ by machine."""
     code = hashlib.sha256()
     for name in ("sample_ddp.py", "models/samplers.py", "models/sit.py", "models/vae.py"):
-        code.update(checkpoint.sha256(os.path.join(os.path.dirname(os.path.abspath(__file__)), name)).encode())
+        code.update(files.sha256(os.path.join(os.path.dirname(os.path.abspath(__file__)), name)).encode())
     return {
-        "checkpoint": os.path.basename(args.ckpt), "checkpoint_sha256": checkpoint.sha256(args.ckpt),
+        "checkpoint": os.path.basename(args.ckpt), "checkpoint_sha256": files.sha256(args.ckpt),
         "train_steps": settings["steps"], "model": settings["model"], "weights": "ema", "num_classes": sit.num_classes,
-        "vae": os.path.basename(vae_source.rstrip("/")), "vae_sha256": pretrained.state_digest(vae),
+        "vae": os.path.basename(vae_source.rstrip("/")), "vae_sha256": weights.state_digest(vae),
         "resolution": sit.input_size * vae.downsample, "num_fid_samples": args.num_fid_samples,
         "global_seed": args.global_seed, "label_sampling": "classes" if args.classes else args.label_sampling,
         "classes": args.classes, "mode": args.mode, "solver": solver_name(args),
@@ -214,7 +216,7 @@ def cpu_sampler(sample, threads):
 
 
 def write_json(path, content):
-    with checkpoint.replace(path) as temporary, open(temporary, "w") as f:
+    with files.replace(path) as temporary, open(temporary, "w") as f:
         json.dump(content, f, indent=2)
 
 
@@ -244,7 +246,7 @@ def open_output(args, protocol, npz, shards):
             check_same(json.load(f), shards, names | {"num_fid_samples"})  # a sample does not depend on their number
     else:
         write_json(own, protocol)
-    return sample_files.missing_ranges(sample_files.list_shards(shards), args.first, args.end)
+    return images.missing_ranges(images.list_shards(shards), args.first, args.end)
 
 
 def from_main(function):
@@ -272,9 +274,9 @@ def sample_ranges(ranges, sample, size, shards, rank, world_size, args):
             first = stop
     total, begin = sum(b - a for a, b in ranges), time.time()
     for first, end in batches[rank::world_size]:
-        sample_files.write_shard(shards, first, sample(first, end - first))
+        images.write_shard(shards, first, sample(first, end - first))
         if rank == 0:
-            missing = sample_files.missing_ranges(sample_files.list_shards(shards), args.first, args.end)
+            missing = images.missing_ranges(images.list_shards(shards), args.first, args.end)
             left = sum(b - a for a, b in missing)
             rate = max(total - left, 1) / (time.time() - begin)
             print(f"\r{args.end - args.first - left}/{args.end - args.first} samples, {rate:.2f} images/s, "
@@ -288,20 +290,20 @@ def write_outputs(args, protocol, npz, shards, run):
     stem, number, size = npz[:-4], args.num_fid_samples, protocol["resolution"]
     labels = draw_labels(args, range(number), protocol["num_classes"]).numpy()
     if not os.path.exists(npz) and not args.grid_only:
-        sample_files.write_npz(npz, sample_files.shard_rows(shards, number), (number, size, size, 3), labels, protocol)
+        images.write_npz(npz, images.shard_rows(shards, number), (number, size, size, 3), labels, protocol)
 
     def rows():
-        return sample_files.npz_rows(npz) if os.path.exists(npz) else sample_files.shard_rows(shards, number)
+        return images.npz_rows(npz) if os.path.exists(npz) else images.shard_rows(shards, number)
 
     first = []
     for part in rows():
         first.extend(part[:min(GRID, number) - len(first)])
         if len(first) == min(GRID, number):
             break
-    with checkpoint.replace(f"{stem}.png") as temporary:
+    with files.replace(f"{stem}.png") as temporary:
         label_grid(np.stack(first), labels).save(temporary, "PNG")
     if args.png:
-        sample_files.write_pngs(stem, rows())
+        images.write_pngs(stem, rows())
     if run or not os.path.exists(f"{stem}.json"):
         write_json(f"{stem}.json", protocol | {"run": run})
     print(f"wrote {stem}.png" if args.grid_only else f"{npz}: {number} samples, with {stem}.json and {stem}.png")
@@ -332,7 +334,7 @@ def main(argv=None):
         rank, world_size, device = distributed.init()
         args.mixed_precision = args.mixed_precision or ("bf16" if device.type == "cuda" else "no")
         with distributed.main_first():  # a VAE from the hub is fetched once
-            sit, vae, settings, vae_source = pretrained.load(args.ckpt, args.vae_ckpt)
+            sit, vae, settings, vae_source = weights.load(args.ckpt, args.vae_ckpt)
         if args.cfg_scale > 1 and len(sit.y_embedder.embedding_table.weight) == sit.num_classes:
             raise ValueError(f"{args.ckpt}: trained without label dropout, so it has no null class; use --cfg-scale 1")
         draw_labels(args, [], sit.num_classes)  # raises for a class out of range
@@ -372,8 +374,8 @@ def main(argv=None):
 
     # 3) One file out of the shards, and a picture.
     if rank == 0:
-        have = [] if os.path.exists(npz) else sample_files.list_shards(shards)
-        left = [] if os.path.exists(npz) else sample_files.missing_ranges(have, 0, args.num_fid_samples)
+        have = [] if os.path.exists(npz) else images.list_shards(shards)
+        left = [] if os.path.exists(npz) else images.missing_ranges(have, 0, args.num_fid_samples)
         if left:
             print(f"{shards} still lacks samples {', '.join(f'{a}:{b}' for a, b in left)}; when they are there, run "
                   "this command without --range for the .npz")

@@ -18,17 +18,17 @@ from types import SimpleNamespace
 import torch
 from torch.func import functional_call
 
-from evaluate_fid import load_inception, load_reference
-from models import checkpoint, distributed, pretrained, preview, training
-from models.alignment import proj_loss
-from models.data import ImageError
+from models.runtime import distributed, files, online, runlog, trainer, weights
+from models.runtime.features import load_inception, load_reference
+from models.losses import proj_loss
+from models.runtime.data import ImageError
 from models.encoders import check_encoders, load_encoders
-from models.flops import matmul_rate, step_flops
+from models.runtime.flops import matmul_rate, step_flops
 from models.losses import discriminator_loss, gan_loss, reconstruction_losses
 from models.sit import SiT_models
-from models.transport import PATHS, WEIGHTINGS, denoising_loss, noisy_latents, sample_time
+from models.losses import PATHS, WEIGHTINGS, denoising_loss, noisy_latents, sample_time
 from models.vae import Posterior, ResnetBlock, VAE_models
-from models.vae_io import load_stats_file, load_vae_file
+from models.runtime.vae_files import load_stats_file, load_vae_file
 
 # What a run cannot change when it is continued: the networks, the losses, and the order of the data.
 FIXED_IN_A_RUN = ("model", "vae", "resolution", "num_classes", "encoder", "encoder_depth", "qk_norm", "freeze_vae", "batch_size",
@@ -49,7 +49,7 @@ def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # one line, without the page of usage
 
-    flag = training.flag
+    flag = trainer.flag
     data = parser.add_argument_group("data")
     flag(data, "--data-dir", "data/imagenet/train", "folder of class folders, a .zip of one, or 'shapes' (built in, drawn)")
     flag(data, "--resolution", 256, "side of the ADM centre crop in pixels")
@@ -137,7 +137,7 @@ def parse_args(argv=None):
 def check_settings(args, world_size, continued):
     """Everything that can be checked before something heavy is built. Returns (dataset, VAE state or None, stats or None).
     A run that is `continued` has the weights of its VAE and discriminator in its checkpoint."""
-    training.check_numbers(args, world_size, fractions=("cfg_prob", "ema_decay", "bn_momentum"), positive=("num_classes",))
+    trainer.check_numbers(args, world_size, fractions=("cfg_prob", "ema_decay", "bn_momentum"), positive=("num_classes",))
     if args.freeze_vae and args.diffusion_to_vae:
         raise ValueError("--freeze-vae and --diffusion-to-vae exclude each other")
     if args.freeze_vae and args.vae_ckpt == "none":
@@ -160,20 +160,20 @@ def check_settings(args, world_size, continued):
         raise ValueError(f"--report-to {args.report_to}: the package is not installed; pip install {args.report_to}")
     if uses_encoders(args):
         check_encoders(args.encoder, args.encoder_ckpt)
-    dataset = training.open_data(args)
+    dataset = trainer.open_data(args)
     if dataset.num_classes > args.num_classes:
         raise ValueError(f"--num-classes {args.num_classes} is below the {dataset.num_classes} classes found in {args.data_dir}")
     fetch_vae = args.vae_ckpt != "none" and (args.freeze_vae or not continued)
     vae_state, stats = load_vae_file(args.vae_ckpt) if fetch_vae else (None, None)
     if vae_state is not None:
-        checkpoint.check_state(vae, vae_state, f"{args.vae_ckpt} (for --vae {args.vae})")
+        files.check_state(vae, vae_state, f"{args.vae_ckpt} (for --vae {args.vae})")
     if args.latents_stats is not None:
         stats = load_stats_file(args.latents_stats)
     if stats is not None and stats[0].numel() != vae.latent_channels:
         raise ValueError(f"{args.latents_stats or args.vae_ckpt}: statistics of {stats[0].numel()} channels, but {args.vae} has "
                          f"{vae.latent_channels}")
     if has_disc and not continued:
-        pretrained.discriminator(args.disc_ckpt, args.vae)
+        weights.discriminator(args.disc_ckpt, args.vae)
     if args.inception_weights is not None and not os.path.isfile(args.inception_weights):
         raise FileNotFoundError(f"--inception-weights {args.inception_weights}: no such file")
     return dataset, vae_state, stats
@@ -207,9 +207,9 @@ def build_networks(args, device, vae_state, continued=False):
         return nets
     nets.trained["vae"] = args.learning_rate if args.vae_learning_rate is None else args.vae_learning_rate
     if args.perceptual_weight > 0:
-        nets.lpips = pretrained.lpips().to(device)
+        nets.lpips = weights.lpips().to(device)
     if args.disc_weight > 0:
-        nets.disc = pretrained.discriminator("none" if continued else args.disc_ckpt, args.vae).to(device)
+        nets.disc = weights.discriminator("none" if continued else args.disc_ckpt, args.vae).to(device)
         nets.trained["disc"] = args.learning_rate if args.disc_learning_rate is None else args.disc_learning_rate
     return nets
 
@@ -217,25 +217,25 @@ def build_networks(args, device, vae_state, continued=False):
 def prepare_training(nets, args):
     """Add to `nets` what training needs: optimisers, DDP wrappers, the EMA, autocast and the loss scale."""
     if args.compile:
-        training.channels_last(nets.vae, nets.disc, nets.lpips)
+        trainer.channels_last(nets.vae, nets.disc, nets.lpips)
     nets.opts, nets.ddp = {}, {}
     for name, learning_rate in nets.trained.items():
         net = distributed.sync_batch_norms(getattr(nets, name)).train()
-        nets.opts[name] = training.adamw(net.parameters(), args, learning_rate)
-        nets.ddp[name] = training.wrap_ddp(net, nets.device)
+        nets.opts[name] = trainer.adamw(net.parameters(), args, learning_rate)
+        nets.ddp[name] = trainer.wrap_ddp(net, nets.device)
     nets.ema = copy.deepcopy(nets.sit).eval().requires_grad_(False)
     # What a step changes beside weights: it must not keep the NaN of a step that is skipped.
     nets.statistics = [b for name in nets.trained for b in getattr(nets, name).buffers() if b.is_floating_point()]
-    nets.dtype = dtype = training.autocast_type(args, nets.device)
+    nets.dtype = dtype = trainer.autocast_type(args, nets.device)
     kind = nets.device.type  # not through nets: a cycle would keep the networks alive
     nets.autocast = lambda: torch.autocast(kind, dtype, enabled=dtype != torch.float32)
-    nets.loss_scale = training.LossScale(nets.dtype == torch.float16, nets.device)
+    nets.loss_scale = trainer.LossScale(nets.dtype == torch.float16, nets.device)
     if args.grad_checkpoint:
         nets.vae.save_memory()
         nets.sit.grad_checkpoint = True
     if args.compile:
         encoders = [encoder.model for encoder in nets.encoders if hasattr(encoder, "model")]
-        training.compile_blocks([*nets.sit.blocks, *nets.ema.blocks, *(m for m in nets.vae.modules() if isinstance(m, ResnetBlock)),
+        trainer.compile_blocks([*nets.sit.blocks, *nets.ema.blocks, *(m for m in nets.vae.modules() if isinstance(m, ResnetBlock)),
                                  *(block for encoder in encoders for block in getattr(encoder, "blocks", ()))])
 
 
@@ -274,13 +274,13 @@ def train_step(nets, args, batch, use_gan=True):
     metrics.update(sit_gradient(nets, args, batch, z))
     # 5) Clip, update all, average the SiT.
     for name in nets.trained:
-        metrics[f"grad_norm_{name}"] = training.clip_gradients(getattr(nets, name).parameters(), args.max_grad_norm, nets.loss_scale)
+        metrics[f"grad_norm_{name}"] = trainer.clip_gradients(getattr(nets, name).parameters(), args.max_grad_norm, nets.loss_scale)
     finite = torch.stack([value.double() for value in metrics.values()]).isfinite().all()
     skip = distributed.all_reduce_sum((~finite).float()).clamp(max=1)  # one process's NaN must stop all of them
-    training.guarded_updates(nets.opts.values(), skip)
-    training.restore_where(skip, nets.statistics, before)
+    trainer.guarded_updates(nets.opts.values(), skip)
+    trainer.restore_where(skip, nets.statistics, before)
     nets.loss_scale.update(skip)
-    training.update_ema(nets.ema, nets.sit, args.ema_decay)
+    trainer.update_ema(nets.ema, nets.sit, args.ema_decay)
     return metrics, skip
 
 
@@ -302,7 +302,7 @@ def vae_gradient(nets, args, micro, outputs, recon, use_gan):
     frozen_sit = {name: p.detach() for name, p in nets.sit.named_parameters()}
     sums = {}
     for i, m in enumerate(micro):
-        with training.sync_if(i == n - 1, nets.ddp["vae"]):
+        with trainer.sync_if(i == n - 1, nets.ddp["vae"]):
             with nets.autocast():
                 moments, z, r = outputs[i] if n == 1 else nets.ddp["vae"](m.images, m.eps)
                 losses = reconstruction_losses(m.images, r, Posterior(moments), nets.lpips, args.reconstruction_weight,
@@ -347,7 +347,7 @@ def sit_gradient(nets, args, batch, z):
     sums = {"denoising_loss": 0, "proj_loss": 0}
     for i in range(n):
         part = lambda v: v.chunk(n)[i]  # noqa: E731
-        with training.sync_if(i == n - 1, nets.ddp["sit"]):
+        with trainer.sync_if(i == n - 1, nets.ddp["sit"]):
             with nets.autocast():
                 velocity, zs_tilde = nets.ddp["sit"](part(x_t), part(batch.t), part(batch.labels_dropped))
             denoising = denoising_loss(velocity, part(target)).mean()
@@ -390,7 +390,7 @@ def set_latents_stats(nets, args, dataset, stats, rank, world_size):
         bn.running_var.copy_(scale.flatten() ** -2.0)
     else:
         batches = 40 if args.freeze_vae else 2  # a trained VAE moves on, and bn follows it within some 20 steps
-        mean, variance = training.measure_latents(args, nets.vae, dataset, nets.device, rank, world_size, batches)
+        mean, variance = trainer.measure_latents(args, nets.vae, dataset, nets.device, rank, world_size, batches)
         bn.running_mean.copy_(mean)
         bn.running_var.copy_(variance)
     nets.ema.load_state_dict(nets.sit.state_dict())
@@ -403,8 +403,8 @@ def save_checkpoint(nets, args, step, folder):
         if name in nets.trained:
             state |= {key: getattr(nets, name).state_dict(), f"opt_{name}": nets.opts[name].state_dict()}
     state |= {"loss_scale": nets.loss_scale.state_dict(), "args": vars(args), "steps": step}
-    checkpoint.save(state, os.path.join(folder, "checkpoints", f"{step:07d}.pt"))
-    training.keep_newest(os.path.join(folder, "checkpoints"), args.keep_checkpoints)
+    files.save(state, os.path.join(folder, "checkpoints", f"{step:07d}.pt"))
+    trainer.keep_newest(os.path.join(folder, "checkpoints"), args.keep_checkpoints)
 
 
 def restore(nets, path, state):
@@ -413,10 +413,10 @@ def restore(nets, path, state):
                                                           for n in nets.trained if n != "sit")):
         if key not in state:
             raise ValueError(f"{path}: holds no {key}; it is no checkpoint of this kind of run")
-        checkpoint.load_weights(getattr(nets, name), state[key], f"{path} ({key})")
+        files.load_weights(getattr(nets, name), state[key], f"{path} ({key})")
     for name in nets.trained:
         key = "opt" if name == "sit" else f"opt_{name}"
-        training.load_optimizer(nets.opts[name], state.get(key, {}), f"{path} ({key})")
+        trainer.load_optimizer(nets.opts[name], state.get(key, {}), f"{path} ({key})")
     if "loss_scale" in state:
         nets.loss_scale.load_state_dict(state["loss_scale"])
     return state["steps"]
@@ -429,9 +429,9 @@ def main(argv=None):
         rank, world_size, device = distributed.init()
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         with distributed.main_first():
-            path, state = training.find_checkpoint(args, folder)
+            path, state = trainer.find_checkpoint(args, folder)
             if state is not None:
-                training.check_resume(args, path, state, FIXED_IN_A_RUN)
+                trainer.check_resume(args, path, state, FIXED_IN_A_RUN)
             dataset, vae_state, stats = check_settings(args, world_size, continued=state is not None)
             nets = None if args.dry_run else build_networks(args, device, vae_state, continued=state is not None)
             if args.eval_steps and nets is not None:
@@ -442,21 +442,21 @@ def main(argv=None):
         ref = load_reference(args.eval_ref, inception, device, pool=False) if args.eval_steps else None
         os.makedirs(folder, exist_ok=True)
         start = 0 if state is None else restore(nets, path, state)
-        training.check_same_start(start, device)
+        trainer.check_same_start(start, device)
         if state is None:
             set_latents_stats(nets, args, dataset, stats, rank, world_size)
     except (ValueError, OSError) as error:
-        training.exit_with(error)
+        trainer.exit_with(error)
     del vae_state, state
     flops = step_flops(args, nets, lambda: build_sit(args, nets.vae, nets.encoders))
-    log = training.RunLog(folder, args, flops, matmul_rate(device, nets.dtype))
+    log = runlog.RunLog(folder, args, flops, matmul_rate(device, nets.dtype))
     log.rewind(start)
     if rank == 0:
-        with checkpoint.replace(os.path.join(folder, "args.json")) as temporary, open(temporary, "w") as f:
+        with files.replace(os.path.join(folder, "args.json")) as temporary, open(temporary, "w") as f:
             json.dump(vars(args), f, indent=1)
     log.say(f"{args.model} ({sum(p.numel() for p in nets.sit.parameters()) / 1e6:.1f} M) with {args.vae}, {len(dataset)} images of "
             f"{dataset.num_classes} classes, {world_size} x {device.type}, from step {start}" + (f" of {path}" if path else ""))
-    loader = iter(training.data_loader(args, dataset, device, rank, world_size, start, args.num_workers))
+    loader = iter(trainer.data_loader(args, dataset, device, rank, world_size, start, args.num_workers))
     skipped_files, last_good = 0, path
     try:
         for step in range(start + 1, args.max_train_steps + 1):
@@ -467,23 +467,23 @@ def main(argv=None):
             final, scores = step == args.max_train_steps, {}
             if args.eval_steps and step % args.eval_steps == 0:
                 with log.paused():
-                    scores = preview.online_scores(nets, args, inception, ref, rank, world_size)
+                    scores = online.online_scores(nets, args, inception, ref, rank, world_size)
             if step % args.log_every == 0 or final or (args.eval_steps and step % args.eval_steps == 0):
                 log.write(step, args.batch_size, skipped_files=skipped_files, **scores)
             if args.sampling_steps and step % args.sampling_steps == 0 and rank == 0:
                 with log.paused():
-                    preview.save_grids(nets, args, step, folder, images)
+                    online.save_grids(nets, args, step, folder, images)
             if step % args.checkpointing_steps == 0 or final:
                 with log.paused():
                     if rank == 0:
                         save_checkpoint(nets, args, step, folder)
                     distributed.barrier()
                 last_good = os.path.join(folder, "checkpoints", f"{step:07d}.pt")
-    except training.Collapse as error:
+    except runlog.Collapse as error:
         log.say(f"stopped: {error}; the last good checkpoint is {last_good or 'none yet'}")
         sys.exit(1)
     except ImageError as error:
-        training.exit_with(error)
+        trainer.exit_with(error)
     log.say(f"done: {folder}")
     distributed.shut_down()
 

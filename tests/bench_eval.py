@@ -23,7 +23,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate_fid
-from models.image_sets import open_input
+from models.runtime.images import open_input
 from models.inception import FIDInception
 
 

@@ -28,9 +28,10 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_repae_e as train  # noqa: E402
-from models import encoders, flops, losses, lpips, pretrained, training, vae  # noqa: E402
-from models.alignment import resize_tokens  # noqa: E402
-from models.data import ShapesData  # noqa: E402
+from models import encoders, losses, lpips, vae  # noqa: E402
+from models.runtime import flops, runlog, trainer, weights  # noqa: E402
+from models.losses import resize_tokens  # noqa: E402
+from models.runtime.data import ShapesData  # noqa: E402
 
 
 def settings(*flags):
@@ -54,7 +55,7 @@ def replaced(changes):
 def build(args, device):
     """Networks ready for training, all with random weights, so that no download is needed."""
     with replaced({(encoders, "load_weights"): lambda *a: None, (encoders, "_fetch"): lambda *a: os.devnull,
-                   (pretrained, "lpips"): lpips.LPIPS}):
+                   (weights, "lpips"): lpips.LPIPS}):
         nets = train.build_networks(args, device, None)
     train.prepare_training(nets, args)
     return nets
@@ -75,8 +76,8 @@ def plain_attention(block, x):
     b, c, h, w = x.shape
     y = block.norm(x)
     q, k, v = (conv(y).flatten(2) for conv in (block.q, block.k, block.v))
-    weights = torch.softmax(torch.bmm(q.transpose(1, 2), k) * c ** -0.5, dim=2)
-    return x + block.proj_out(torch.bmm(v, weights.transpose(1, 2)).view(b, c, h, w))
+    attention = torch.softmax(torch.bmm(q.transpose(1, 2), k) * c ** -0.5, dim=2)
+    return x + block.proj_out(torch.bmm(v, attention.transpose(1, 2)).view(b, c, h, w))
 
 
 def in_float32(loss):
@@ -99,7 +100,7 @@ def plain_updates(optimizers, skip):
 
 
 PLAIN = {
-    (train, "proj_loss"): plain_proj_loss, (training, "update_ema"): plain_ema, (training, "guarded_updates"): plain_updates,
+    (train, "proj_loss"): plain_proj_loss, (trainer, "update_ema"): plain_ema, (trainer, "guarded_updates"): plain_updates,
     (train, "gan_loss"): in_float32(losses.gan_loss), (train, "discriminator_loss"): in_float32(losses.discriminator_loss),
     (vae.GroupNorm, "forward"): torch.nn.GroupNorm.forward,  # float32 under autocast
     (vae, "norm_silu_conv"): lambda norm, conv, x: conv(F.silu(norm(x))), (vae.AttnBlock, "forward"): plain_attention,
@@ -160,7 +161,7 @@ class Steps:
 
     def report(self, warm_up):
         seconds = statistics.median(self.seconds[warm_up:])
-        memory = {"peak_memory_gib": training.peak_memory_gib(self.device)} if self.device.type == "cuda" else {}
+        memory = {"peak_memory_gib": runlog.peak_memory_gib(self.device)} if self.device.type == "cuda" else {}
         return {"seconds_per_step": seconds, "images_per_s": self.args.batch_size / seconds, **memory}
 
 
@@ -201,10 +202,10 @@ def phases(path, repeats):
     def optimisers():
         for p, grad in gradients.items():
             p.grad = grad
-        training.guarded_updates(nets.opts.values(), skip)
+        trainer.guarded_updates(nets.opts.values(), skip)
 
     part("optimisers", optimisers)
-    part("ema", lambda: training.update_ema(nets.ema, nets.sit, args.ema_decay))
+    part("ema", lambda: trainer.update_ema(nets.ema, nets.sit, args.ema_decay))
     return result
 
 

@@ -1,4 +1,4 @@
-"""models/data.py: folder and .zip read alike, ADM's crop, the drawn shapes, the order and its resume, user errors."""
+"""models/runtime/data.py: folder and .zip read alike, ADM's crop, the drawn shapes, the order and its resume, user errors."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from models.data import (EndlessSampler, ImageData, ShapesData, center_crop, check_images, find_images, make_loader,
+from models.runtime.data import (EndlessSampler, ImageData, ShapesData, center_crop, check_images, find_images, make_loader,
                          open_image)
 
 

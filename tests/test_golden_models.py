@@ -4,12 +4,12 @@ import pytest
 import torch
 from fill import fill_, fill_array
 
-from models.alignment import proj_loss
+from models.losses import proj_loss
 from models.discriminator import Discriminator
 from models.losses import discriminator_loss, gan_loss, reconstruction_losses
 from models.lpips import LPIPS
 from models.sit import SiT, SiT_models
-from models.transport import denoising_loss, noisy_latents
+from models.losses import denoising_loss, noisy_latents
 from models.vae import Posterior, VAE_models
 
 pytestmark = pytest.mark.usefixtures("plain_convolutions")

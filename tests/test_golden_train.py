@@ -12,7 +12,7 @@ import torch
 from fill import fill_
 
 import train_repae_e as train
-from models import training
+from models.runtime import trainer
 from models.discriminator import Discriminator
 from models.lpips import LPIPS
 from models.sit import SiT
@@ -44,10 +44,10 @@ def build(config, g, dtype):
     nets.sit.bn.running_var.copy_(g["in.latents_scale"].to(dtype).flatten() ** -2.0)
     nets.ema = copy.deepcopy(nets.sit).eval().requires_grad_(False)
     nets.ddp = {name: getattr(nets, name) for name in nets.trained}
-    nets.opts = {name: training.adamw(net.parameters(), args, args.learning_rate) for name, net in nets.ddp.items()}
+    nets.opts = {name: trainer.adamw(net.parameters(), args, args.learning_rate) for name, net in nets.ddp.items()}
     nets.statistics = [nets.sit.bn.running_mean, nets.sit.bn.running_var]
     nets.autocast = lambda: torch.autocast("cpu", enabled=False)
-    nets.dtype, nets.loss_scale = dtype, training.LossScale(False, "cpu")
+    nets.dtype, nets.loss_scale = dtype, trainer.LossScale(False, "cpu")
     return nets, args
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import train_repae_e as train
-from models import training, vae
+from models import vae
+from models.runtime import trainer
 from test_train import TINY, tiny_batch, tiny_nets
 
 
@@ -145,12 +146,12 @@ def test_optimiser_state_follows_the_memory_format():
     args = train.parse_args(["--learning-rate", "0.1"])
     torch.manual_seed(0)
     net = torch.nn.Conv2d(3, 4, 3)
-    optimizer = training.adamw(net.parameters(), args, 0.1)
+    optimizer = trainer.adamw(net.parameters(), args, 0.1)
     steps(net, optimizer, 2)
     other = copy.deepcopy(net)
-    training.channels_last(other)
-    resumed = training.adamw(other.parameters(), args, 0.1)
-    training.load_optimizer(resumed, copy.deepcopy(optimizer.state_dict()), "x.pt")
+    trainer.channels_last(other)
+    resumed = trainer.adamw(other.parameters(), args, 0.1)
+    trainer.load_optimizer(resumed, copy.deepcopy(optimizer.state_dict()), "x.pt")
     steps(net, optimizer, 2), steps(other, resumed, 2)
     torch.testing.assert_close(other.weight, net.weight, rtol=1e-4, atol=1e-5)
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from fill import fill_
 
-from models.data import ShapesData
+from models.runtime.data import ShapesData
 from models.lpips import LPIPS
-from models.reconstruction import cknna, latent_moments, principal_colors, psnr, spatial_variance, ssim, total_variation
+from models.metrics import cknna, latent_moments, principal_colors, psnr, spatial_variance, ssim, total_variation
 from models.vae import Posterior
 
 

@@ -16,7 +16,8 @@ from PIL import Image
 
 import sample_ddp
 import train_repae_e
-from models import checkpoint, sample_files, samplers
+from models import samplers
+from models.runtime import files, images
 from models.sit import SiT_models
 from models.vae import VAE_models
 
@@ -31,7 +32,7 @@ def tiny_checkpoint(path, **changes):
     vae = fill_(VAE_models["f4d4"]())
     args = {"model": "SiT-Ti/2", "num_classes": 10, "path_type": "linear", "vae": "f4d4", "exp_name": "run"}
     content = {"model": {}, "ema": sit.state_dict(), "vae": vae.state_dict(), "args": args, "steps": 3} | changes
-    checkpoint.save({k: v for k, v in content.items() if v is not None}, path)
+    files.save({k: v for k, v in content.items() if v is not None}, path)
     return str(path)
 
 
@@ -59,7 +60,7 @@ def test_contents(ckpt, reference):
     assert images.shape == (N, 32, 32, 3) and images.dtype == np.uint8 and images.std() > 10
     assert len(np.unique(images, axis=0)) == N
     assert labels.tolist() == samplers.sample_labels(0, range(N), 10).tolist()
-    assert protocol["checkpoint_sha256"] == checkpoint.sha256(ckpt) and protocol["resolution"] == 32
+    assert protocol["checkpoint_sha256"] == files.sha256(ckpt) and protocol["resolution"] == 32
     assert (protocol["solver"], protocol["num_steps"], protocol["cfg_scale"]) == ("euler-maruyama", 3, 1.5)
     beside = json.loads(reference.with_suffix(".json").read_text())
     assert beside.pop("run")["samples"] == N and beside == protocol
@@ -68,7 +69,7 @@ def test_contents(ckpt, reference):
 
 def test_samples_are_what_the_functions_give(ckpt, reference):
     """Samples 4..7 by hand: float32 network, float64 state, statistics without eps, truncation."""
-    content = checkpoint.load(ckpt)
+    content = files.load(ckpt)
     sit = SiT_models["SiT-Ti/2"](input_size=8, num_classes=10, encoder_depth=4, z_dims=[16], projector_dim=32).eval()
     sit.load_state_dict(content["ema"])
     vae = VAE_models["f4d4"]()
@@ -114,9 +115,9 @@ def test_killed_and_continued(ckpt, tmp_path):
     sample_ddp.main(["--ckpt", ckpt, *flags, "--npz", str(whole)])
     run = processes.start("sample_ddp", ["--ckpt", ckpt, *flags, "--npz", path, "--pproc-batch-size", "4"], tmp_path / "log")
     shards = tmp_path / "a.shards"
-    processes.wait_for(lambda: len(sample_files.list_shards(shards)) >= 2, [run], tmp_path / "log")
+    processes.wait_for(lambda: len(images.list_shards(shards)) >= 2, [run], tmp_path / "log")
     processes.kill(run)
-    done = sum(b - a for a, b in sample_files.list_shards(shards))
+    done = sum(b - a for a, b in images.list_shards(shards))
     assert 0 < done < 40 and not path.exists()
     sample_ddp.main(["--ckpt", ckpt, *flags, "--npz", str(path)])
     assert path.read_bytes() == whole.read_bytes()
@@ -178,9 +179,9 @@ def test_equal_labels_and_folder_flags(ckpt, tmp_path, capsys):
 
 def test_args_beside_frozen_vae_and_other_vae_files(ckpt, reference, tmp_path):
     """args.json in the run folder instead of args; no VAE in the checkpoint, named by its args or by --vae-ckpt."""
-    content = checkpoint.load(ckpt)
+    content = files.load(ckpt)
     frozen = tiny_checkpoint(tmp_path / "exp" / "checkpoints" / "0000003.pt", vae=None, args=None)
-    checkpoint.save(content["vae"], tmp_path / "vae.pt")
+    files.save(content["vae"], tmp_path / "vae.pt")
     args = dict(content["args"], vae_ckpt=str(tmp_path / "vae.pt"))
     (tmp_path / "exp" / "args.json").write_text(json.dumps(args))
     with np.load(reference) as expected:
@@ -226,12 +227,12 @@ def test_writing_needs_little_memory(tmp_path):
     """2,000 256-pixel images are 393 MB; the writer must not hold them (20,000 are in tests/bench_sample.py)."""
     code = """
 import resource, sys, numpy as np
-from models import sample_files
+from models.runtime import images
 part = np.random.default_rng(0).integers(0, 256, (50, 256, 256, 3), dtype=np.uint8)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
-sample_files.write_npz(sys.argv[1], (part for _ in range(40)), (2000, 256, 256, 3), np.zeros(2000, int), {"seed": 0})
-print(sum(len(rows) for rows in sample_files.npz_rows(sys.argv[1])), (peak() - before) / 1024)
+images.write_npz(sys.argv[1], (part for _ in range(40)), (2000, 256, 256, 3), np.zeros(2000, int), {"seed": 0})
+print(sum(len(rows) for rows in images.npz_rows(sys.argv[1])), (peak() - before) / 1024)
 """
     out = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.npz")], capture_output=True, text=True,
                          cwd=ROOT, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}).stdout.split()
@@ -243,15 +244,15 @@ print(sum(len(rows) for rows in sample_files.npz_rows(sys.argv[1])), (peak() - b
 def test_an_unfinished_or_short_npz_is_never_left(tmp_path):
     rows = np.zeros((3, 2, 2, 3), np.uint8)
     with pytest.raises(ValueError, match="3 samples instead of 4"):
-        sample_files.write_npz(str(tmp_path / "a.npz"), [rows], (4, 2, 2, 3), np.zeros(4), {})
+        images.write_npz(str(tmp_path / "a.npz"), [rows], (4, 2, 2, 3), np.zeros(4), {})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_ranges():
-    assert sample_files.missing_ranges([], 0, 5) == [(0, 5)]
-    assert sample_files.missing_ranges([(0, 4), (6, 9)], 0, 12) == [(4, 6), (9, 12)]
-    assert sample_files.missing_ranges([(0, 4), (2, 9)], 3, 8) == []
-    assert sample_files.missing_ranges([(0, 4), (20, 30)], 6, 12) == [(6, 12)]
+    assert images.missing_ranges([], 0, 5) == [(0, 5)]
+    assert images.missing_ranges([(0, 4), (6, 9)], 0, 12) == [(4, 6), (9, 12)]
+    assert images.missing_ranges([(0, 4), (2, 9)], 3, 8) == []
+    assert images.missing_ranges([(0, 4), (20, 30)], 6, 12) == [(6, 12)]
 
 
 BAD = [
@@ -289,11 +290,11 @@ def test_bad_flags(ckpt, tmp_path, monkeypatch, capsys, flags, message):
 
 def test_bad_checkpoints(ckpt, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    content = checkpoint.load(ckpt)
+    content = files.load(ckpt)
     no_bn = {k: v for k, v in content["ema"].items() if not k.startswith("bn.")}
     no_null = dict(content["ema"], **{"y_embedder.embedding_table.weight": torch.zeros(10, 192)})
     wide = dict(content["ema"], **{"final_layer.linear.bias": torch.zeros(3)})
-    files = {
+    broken = {
         "latent statistics": dict(ema=no_bn), "none of": dict(args=content["args"] | {"model": "DiT-XL/2"}),
         "another layout": dict(ema={"weight": torch.zeros(1)}), "no args": dict(args=None),
         "null class": dict(ema=no_null), "another architecture": dict(ema=wide),
@@ -304,10 +305,10 @@ def test_bad_checkpoints(ckpt, tmp_path, monkeypatch, capsys):
                                                            z_dims=()).state_dict()),
         "not the weights of a VAE": dict(vae={"a": torch.zeros(1)}),
     }
-    for message, changes in files.items():
+    for message, changes in broken.items():
         path = tiny_checkpoint(tmp_path / "in" / "bad.pt", **changes)
         assert message in refused(capsys, "--ckpt", path, "--cfg-scale", "2"), message
-    checkpoint.save(content["vae"], tmp_path / "in" / "bad.pt")
+    files.save(content["vae"], tmp_path / "in" / "bad.pt")
     assert "no 'ema'" in refused(capsys, "--ckpt", path)
     Path(path).write_bytes(b"not a checkpoint")
     assert "cannot be read" in refused(capsys, "--ckpt", path)
@@ -331,7 +332,7 @@ def test_output_of_other_settings_is_not_touched(ckpt, reference, tmp_path, caps
 
 
 def test_samples_that_are_not_finite_stop_the_run(ckpt, tmp_path, capsys):
-    content = checkpoint.load(ckpt)
+    content = files.load(ckpt)
     ema = dict(content["ema"], **{"final_layer.linear.bias": torch.full((16,), float("nan"))})
     path = tiny_checkpoint(tmp_path / "nan.pt", ema=ema)
     assert "not finite" in refused(capsys, "--ckpt", path, *FAST, "--npz", tmp_path / "a.npz")

@@ -14,10 +14,10 @@ from conftest import ROOT
 from PIL import Image
 
 import train_repae_e as train
-from models import checkpoint, flops, training
-from models.data import ShapesData
+from models.runtime import files, flops, runlog, trainer
+from models.runtime.data import ShapesData
 from models.losses import reconstruction_losses
-from models.transport import denoising_loss, noisy_latents
+from models.losses import denoising_loss, noisy_latents
 
 TINY = ["--preset", "demo", "--model", "SiT-Ti/4", "--batch-size", "4", "--sampling-steps", "0", "--log-every", "1", "--checkpointing-steps", "2",
         "--keep-checkpoints", "0", "--disc-weight", "0.1", "--disc-start", "1"]
@@ -53,7 +53,7 @@ def metrics(folder):
 
 
 def final_state(folder, step):
-    return checkpoint.load(folder / "checkpoints" / f"{step:07d}.pt")
+    return files.load(folder / "checkpoints" / f"{step:07d}.pt")
 
 
 def assert_same(a, b, path=""):
@@ -225,7 +225,7 @@ def test_run_folder_and_checkpoint_layout(tmp_path):
 
 def test_frozen_vae_run(tmp_path):
     vae = train.VAE_models["f4d4"]()
-    checkpoint.save(vae.state_dict(), tmp_path / "vae.pt")
+    files.save(vae.state_dict(), tmp_path / "vae.pt")
     folder = run(tmp_path, "--freeze-vae", "--vae-ckpt", str(tmp_path / "vae.pt"), "--max-train-steps", "2")
     state = final_state(folder, 2)
     assert list(state) == ["model", "ema", "opt", "loss_scale", "args", "steps"]
@@ -266,16 +266,16 @@ def test_collapse_stops_the_run_and_names_the_last_good_checkpoint(tmp_path, mon
 
 
 def test_vanishing_gradients_stop_the_run(tmp_path):
-    log = training.RunLog(tmp_path, SimpleNamespace(report_to="none", max_train_steps=10))
+    log = runlog.RunLog(tmp_path, SimpleNamespace(report_to="none", max_train_steps=10))
     log.add({"grad_norm_sit": torch.tensor(2.0)}, torch.tensor(0.0))
     log.write(1, 4)
     log.add({"grad_norm_sit": torch.tensor(1e-6)}, torch.tensor(0.0))
-    with pytest.raises(training.Collapse, match="grad_norm_sit"):
+    with pytest.raises(runlog.Collapse, match="grad_norm_sit"):
         log.write(2, 4)
 
 
 def test_loss_scale_backs_off_and_grows():
-    scale = training.LossScale(True, "cpu")
+    scale = trainer.LossScale(True, "cpu")
     scale.update(torch.tensor(1.0))
     assert scale.value == 32768
     scale.good_steps.fill_(1999)
@@ -312,7 +312,7 @@ def test_bf16_step_stays_close_to_float32():
 
 def test_every_flag_is_read_and_every_setting_is_a_flag():
     used = set()
-    for name in ("train_repae_e.py", "models/training.py", "models/flops.py", "models/preview.py"):
+    for name in ("train_repae_e.py", "models/runtime/trainer.py", "models/runtime/runlog.py", "models/runtime/flops.py", "models/runtime/online.py"):
         used |= {node.attr for node in ast.walk(ast.parse((ROOT / name).read_text()))
                  if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"}
     flags = set(vars(train.parse_args([])))
@@ -402,8 +402,8 @@ def corrupt(photos):
 ])
 def test_user_errors_are_one_line_and_exit_code_2(tmp_path, photos, capsys, monkeypatch, flags, words):
     (tmp_path / "empty").mkdir()
-    checkpoint.save({"decoder.conv_in.weight": torch.zeros(4, 4, 3, 3)}, tmp_path / "other.pt")
-    checkpoint.save({k: torch.ones(1, 16, 1, 1) for k in ("latents_scale", "latents_bias")}, tmp_path / "stats.pt")
+    files.save({"decoder.conv_in.weight": torch.zeros(4, 4, 3, 3)}, tmp_path / "other.pt")
+    files.save({k: torch.ones(1, 16, 1, 1) for k in ("latents_scale", "latents_bias")}, tmp_path / "stats.pt")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)

@@ -12,7 +12,7 @@ import os
 import torch
 import torchvision
 
-from models import checkpoint, vae_io
+from models.runtime import files, vae_files
 from models.discriminator import Discriminator
 from models.lpips import LPIPS, load_pretrained
 from models.sit import SiT_models
@@ -24,9 +24,9 @@ def load(path, vae_ckpt=None):
 
     The SiT has the EMA weights and no alignment heads, which do not act on samples: no encoder is needed. Label
     sit.num_classes is the null class where the label table has a row for it. `settings` holds the training flags and
-    `steps`. `vae_ckpt`: decode with this VAE instead (anything that vae_io.load_vae_file takes).
+    `steps`. `vae_ckpt`: decode with this VAE instead (anything that vae_files.load_vae_file takes).
     """
-    content = checkpoint.load(path)
+    content = files.load(path)
     if not isinstance(content, dict) or not isinstance(content.get("ema"), dict):
         raise ValueError(f"{path}: checkpoint of another layout, it has no 'ema' weights")
     settings = training_args(content, path) | {"steps": content.get("steps")}
@@ -73,7 +73,7 @@ def build_sit(state, settings, path):
             input_size=math.isqrt(state["pos_embed"].shape[1]) * patch, in_channels=channels, num_classes=num_classes,
             class_dropout_prob=float(rows > num_classes), encoder_depth=1, z_dims=(),
             qk_norm="blocks.0.attn.q_norm.weight" in state)
-    return checkpoint.load_weights(sit.to_empty(device="cpu"), state, path).eval()
+    return files.load_weights(sit.to_empty(device="cpu"), state, path).eval()
 
 
 def build_vae(content, settings, path, vae_ckpt=None):
@@ -86,20 +86,20 @@ def build_vae(content, settings, path, vae_ckpt=None):
     else:
         what = source
         try:
-            state, _ = vae_io.load_vae_file(source)
+            state, _ = vae_files.load_vae_file(source)
         except OSError as error:
             if vae_ckpt:
                 raise
-            hub = {file: repo for repo, file in vae_io.RELEASED.items()}.get(os.path.basename(source))
+            hub = {file: repo for repo, file in vae_files.RELEASED.items()}.get(os.path.basename(source))
             raise FileNotFoundError(f"{path}: trained on a frozen {settings.get('vae')} VAE, {source}, which is not "
                                     f"here; give it with --vae-ckpt{f', for example {hub}' if hub else ''}") from error
     try:
-        name = vae_io.vae_name(state)
+        name = vae_files.vae_name(state)
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
     with torch.device("meta"):
         vae = VAE_models[name]()
-    return checkpoint.load_weights(vae.to_empty(device="cpu"), state, what).eval(), source
+    return files.load_weights(vae.to_empty(device="cpu"), state, what).eval(), source
 
 
 def state_digest(module):
@@ -118,10 +118,10 @@ def lpips(remedy="pass --perceptual-weight 0"):
     """LPIPS with torchvision's VGG16 and the published linear weights, both fetched once. `remedy` ends the error."""
     try:
         vgg = torchvision.models.VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
-        path = checkpoint.download(LPIPS_URL, checkpoint.cache_path("lpips_vgg.pth"), 7289, LPIPS_SHA256)
+        path = files.download(LPIPS_URL, files.cache_path("lpips_vgg.pth"), 7289, LPIPS_SHA256)
     except OSError as error:
         raise OSError(f"the weights of LPIPS cannot be fetched ({error}); without a network {remedy}") from error
-    return load_pretrained(LPIPS(), vgg, checkpoint.load(path))
+    return load_pretrained(LPIPS(), vgg, files.load(path))
 
 
 def discriminator(source, vae_name):
@@ -132,7 +132,7 @@ def discriminator(source, vae_name):
         return disc
     path = source
     if not os.path.exists(source) and source.count("/") == 1 and not source.endswith((".pt", ".pth")):
-        path = checkpoint.hub_file(source, f"{source.split('/')[1]}-{vae_name}-discriminator-ckpt.pt")
-    state = checkpoint.load(path)
+        path = files.hub_file(source, f"{source.split('/')[1]}-{vae_name}-discriminator-ckpt.pt")
+    state = files.load(path)
     state = state["discriminator"] if "discriminator" in state else state
-    return checkpoint.load_weights(disc, state, f"--disc-ckpt {source}")
+    return files.load_weights(disc, state, f"--disc-ckpt {source}")

@@ -3,9 +3,9 @@ import os
 
 import torch
 
-from evaluate_fid import score_samples
-from models import checkpoint
-from models.grid import label_grid
+from models.runtime import files
+from models.runtime.features import score_samples
+from models.runtime.images import label_grid
 from models.samplers import decode, draw_noise, euler, sample_generators, sample_labels, to_uint8
 
 
@@ -31,7 +31,7 @@ def save_grids(nets, args, step, folder, images):
     both = to_uint8(torch.cat([originals, copies.float()]))
     for kind, grid in (("samples", label_grid(samples.cpu(), labels.tolist(), columns=min(args.num_classes, 10))),
                        ("reconstructions", label_grid(both.cpu(), columns=len(originals)))):
-        with checkpoint.replace(os.path.join(folder, kind, f"{step:07d}.png")) as temporary:
+        with files.replace(os.path.join(folder, kind, f"{step:07d}.png")) as temporary:
             grid.save(temporary, format="png")
 
 

@@ -10,12 +10,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from models import distributed, reconstruction
-from models.data import ShapesData, center_crop, open_image
-from models.grid import label_grid
-from models.image_sets import open_input
+from models import metrics
+
+from models.runtime import distributed
+from models.runtime.data import ShapesData, center_crop, open_image
+from models.runtime.images import label_grid
+from models.runtime.images import open_input
 from models.metrics import float32_exactly, frechet_distance
-from models.transport import noisy_latents
+from models.losses import noisy_latents
 
 SUMS = ("images", "psnr", "ssim", "lpips", "spatial_variance", "total_variation")
 
@@ -76,11 +78,11 @@ def reconstructions(vae, batches, device, sums, dtype=torch.float32, lpips=None,
             copies = to_uint8(vae.decode(posterior.mean))
         with torch.inference_mode(), float32_exactly():
             a, b = originals.float(), copies.permute(0, 3, 1, 2).float()
-            values = [torch.ones(len(a), device=device), reconstruction.psnr(a, b), reconstruction.ssim(a, b),
+            values = [torch.ones(len(a), device=device), metrics.psnr(a, b), metrics.ssim(a, b),
                       torch.zeros(len(a), device=device) if lpips is None else lpips(a / 127.5 - 1, b / 127.5 - 1),
-                      reconstruction.spatial_variance(posterior.mean), reconstruction.total_variation(posterior.mean)]
+                      metrics.spatial_variance(posterior.mean), metrics.total_variation(posterior.mean)]
             sums[:len(SUMS)] += torch.stack([value.double().sum() for value in values])
-            sums[len(SUMS):] += len(a) * reconstruction.latent_moments(posterior).flatten()
+            sums[len(SUMS):] += len(a) * metrics.latent_moments(posterior).flatten()
             if tokens is not None:
                 tokens(originals, posterior.mean)
         yield copies
@@ -139,7 +141,7 @@ class TokenPairs:
             everyone = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, found)
             found = [[x for part in everyone for x in part[k]] for k in (0, 1)]
-        return reconstruction.cknna(*(torch.cat(x)[:most].to(device) for x in found))
+        return metrics.cknna(*(torch.cat(x)[:most].to(device) for x in found))
 
 
 @torch.inference_mode()
@@ -149,7 +151,7 @@ def picture(images, vaes, captions):
     rows, labels = [images.permute(0, 2, 3, 1)], ["original"]
     for vae, caption in zip(vaes, captions, strict=True):
         z = vae.encode(images.to(next(vae.parameters()).device).float() / 127.5 - 1).mean
-        colors = (reconstruction.principal_colors(z.cpu()) * 255).round().to(torch.uint8)
+        colors = (metrics.principal_colors(z.cpu()) * 255).round().to(torch.uint8)
         rows += [to_uint8(vae.decode(z)).cpu(), F.interpolate(colors, images.shape[-2:]).permute(0, 2, 3, 1)]
         labels += [caption, f"latents of {caption}"]
     captions = [text for label in labels for text in (label, *[""] * (len(images) - 1))]

@@ -32,6 +32,11 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def rank():
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def is_main():
     """True in the process that writes files and prints."""
     return not dist.is_initialized() or dist.get_rank() == 0

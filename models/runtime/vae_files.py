@@ -14,7 +14,7 @@ import shutil
 import safetensors.torch
 import torch
 
-from models import checkpoint
+from models.runtime import files
 
 # (levels, latent channels) -> name in VAE_models
 ARCHITECTURES = {(4, 4): "f8d4", (5, 32): "f16d32", (4, 16): "f8d16", (3, 4): "f4d4"}
@@ -154,16 +154,16 @@ def export_vae(out, state, stats=None, format="diffusers", sample_size=256, forc
     temporary, old = (os.path.join(parent, f".{name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:
         if format == "compvis":
-            checkpoint.save(state, os.path.join(temporary, f"{name}.pt"))
+            files.save(state, os.path.join(temporary, f"{name}.pt"))
             if stats is not None:
                 content = {"latents_scale": stats[0], "latents_bias": stats[1]}
-                checkpoint.save(content, os.path.join(temporary, _stats_name(f"{name}.pt")))
+                files.save(content, os.path.join(temporary, _stats_name(f"{name}.pt")))
         else:
             data = safetensors.torch.save({k: v.contiguous() for k, v in to_diffusers(state).items()}, {"format": "pt"})
             weights = os.path.join(temporary, "diffusion_pytorch_model.safetensors")
-            with checkpoint.replace(weights) as path, open(path, "wb") as f:
+            with files.replace(weights) as path, open(path, "wb") as f:
                 f.write(data)  # safetensors' own save_file makes a file that only its owner can read
-            with checkpoint.replace(os.path.join(temporary, "config.json")) as path, open(path, "w") as f:
+            with files.replace(os.path.join(temporary, "config.json")) as path, open(path, "w") as f:
                 json.dump(diffusers_config(state, stats, sample_size), f, indent=2)
         if os.path.lexists(out):
             os.rename(out, old)
@@ -212,7 +212,7 @@ def load_vae_file(source):
 
 
 def _load_compvis_file(path):
-    content = checkpoint.load(path)
+    content = files.load(path)
     state, stats = content, None
     if "vae" in content:
         state, bn = content.get("vae_ema", content["vae"]), content.get("ema", {})  # vae_ema: from finetune_vae.py
@@ -241,7 +241,7 @@ def _check_is_vae(state, path):
 
 def load_stats_file(path):
     """(latents_scale, latents_bias) of a latent statistics file, each [1, C, 1, 1]."""
-    content = checkpoint.load(path)
+    content = files.load(path)
     if not isinstance(content, dict) or not {"latents_scale", "latents_bias"} <= set(content):
         raise ValueError(f"{path}: a latent statistics file holds latents_scale and latents_bias")
     return tuple(content[k].float().view(1, -1, 1, 1) for k in ("latents_scale", "latents_bias"))
@@ -262,7 +262,7 @@ def _load_diffusers_folder(folder):
         raise ValueError(f"{config_path}: norm_num_groups {config['norm_num_groups']}; only 32 is supported")
     for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
         if os.path.isfile(os.path.join(folder, name)):
-            state = from_diffusers(checkpoint.load(os.path.join(folder, name)))
+            state = from_diffusers(files.load(os.path.join(folder, name)))
             _check_is_vae(state, os.path.join(folder, name))
             return state, stats_from_config(config, state["decoder.conv_in.weight"].shape[1])
     raise FileNotFoundError(f"{folder}: no diffusion_pytorch_model.safetensors")
@@ -271,12 +271,12 @@ def _load_diffusers_folder(folder):
 def _load_from_hub(repo):
     file = RELEASED.get(repo)
     if file is None:
-        config = checkpoint.hub_file(repo, "config.json")
-        checkpoint.hub_file(repo, "diffusion_pytorch_model.safetensors")
+        config = files.hub_file(repo, "config.json")
+        files.hub_file(repo, "diffusion_pytorch_model.safetensors")
         return _load_diffusers_folder(os.path.dirname(config))
-    path = checkpoint.hub_file(repo, file)
+    path = files.hub_file(repo, file)
     try:
-        checkpoint.hub_file(repo, _stats_name(file))
+        files.hub_file(repo, _stats_name(file))
     except OSError:
         pass  # a VAE without statistics is whole: the diffusion model's batch norm holds them too
     return _load_compvis_file(path)

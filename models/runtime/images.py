@@ -10,6 +10,7 @@ shows is InputError.
 """
 import hashlib
 import json
+import math
 import os
 import zipfile
 import zlib
@@ -17,7 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+
+from models.runtime import files
 
 # of the pool features and of the spatial features
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
@@ -116,7 +119,7 @@ def stored_protocol(path, names):
 
 def open_images(path, resolution=None):
     """The same for a folder or .zip of images: all headers are read at once, pixels when they are needed."""
-    from models.data import center_crop, find_images, open_image
+    from models.runtime.data import center_crop, find_images, open_image
     names, sizes, modes = find_images(path), {}, {}
     archive = None if os.path.isdir(path) else zipfile.ZipFile(path)
     for name in names:
@@ -169,3 +172,109 @@ def input_digest(images):
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+CAPTION = 14  # height of a caption in pixels
+
+
+def label_grid(images, captions=None, columns=None):
+    """PIL.Image of uint8 images [N, H, W, 3] (numpy array or CPU tensor) in rows of `columns` (default: nearly square).
+
+    captions: one per image, written above it, anything that str() takes such as a class number. Images smaller than 64
+    pixels are enlarged by a whole factor.
+    """
+    images = np.asarray(images)
+    n, height, width, _ = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    zoom = max(1, math.ceil(64 / max(height, width)))
+    top = CAPTION if captions is not None else 0
+    cell_h, cell_w = height * zoom + top + 2, width * zoom + 2
+    sheet = Image.new("RGB", (columns * cell_w, math.ceil(n / columns) * cell_h), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    for i in range(n):
+        x, y = i % columns * cell_w, i // columns * cell_h
+        if captions is not None:
+            draw.text((x + 2, y + 1), str(captions[i]), fill="black", font=font)
+        image = Image.fromarray(images[i]).resize((width * zoom, height * zoom), Image.NEAREST)
+        sheet.paste(image, (x + 1, y + top + 1))
+    return sheet
+
+
+def write_shard(folder, first, images):
+    """Write the samples first, first + 1, ... (uint8 [k, H, W, 3]) to their shard, atomically."""
+    path = os.path.join(folder, f"{first:08d}-{first + len(images):08d}.npy")
+    with files.replace(path) as temporary, open(temporary, "wb") as f:
+        np.save(f, images)
+
+
+def list_shards(folder):
+    """Sorted [(first, end)] of the shards in `folder`; [] if it does not exist."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted(tuple(map(int, n[:-4].split("-"))) for n in names if n.endswith(".npy") and not n.startswith("."))
+
+
+def missing_ranges(shards, first, end):
+    """[(first, end)] of what sorted shards leave out of first .. end - 1."""
+    gaps = []
+    for start, stop in shards + [(end, end)]:
+        if min(start, end) > first:
+            gaps.append((first, min(start, end)))
+        first = max(first, stop)
+    return gaps
+
+
+def shard_rows(folder, number):
+    """Yields samples 0 .. number - 1 from the shards, in order, as uint8 arrays [k, H, W, 3]."""
+    done = 0
+    for first, end in list_shards(folder):
+        if first <= done < min(end, number):
+            rows = np.load(os.path.join(folder, f"{first:08d}-{end:08d}.npy"))[done - first:number - first]
+            done += len(rows)
+            yield rows
+
+
+def npz_rows(path, at_once=64):
+    """Yields the images of a .npz that write_npz wrote as uint8 arrays [<= at_once, H, W, 3], never all of them."""
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as f:
+        np.lib.format.read_magic(f)
+        shape, _, _ = np.lib.format.read_array_header_1_0(f)
+        while data := f.read(at_once * int(np.prod(shape[1:]))):
+            yield np.frombuffer(data, np.uint8).reshape(-1, *shape[1:])
+
+
+def write_npz(path, rows, shape, labels, protocol):
+    """Write an uncompressed .npz atomically, with memory for one array of `rows` at a time.
+
+    arr_0: uint8, `shape` [N, H, W, 3], from the iterable `rows` of arrays [k, H, W, 3]; arr_1: labels [N]; protocol:
+    JSON text of a dict. The bytes depend on these alone. ValueError if `rows` does not give N samples.
+    """
+    with files.replace(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        def member(name):  # a fixed date, and room for more than 4 GiB, which a stream must announce
+            return archive.open(zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), "w", force_zip64=True)
+
+        with member("arr_0") as f:
+            np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)})
+            written = 0
+            for part in rows:
+                f.write(np.ascontiguousarray(part, dtype=np.uint8).data)
+                written += len(part)
+        if written != shape[0]:
+            raise ValueError(f"{path}: {written} samples instead of {shape[0]}")
+        for name, value in (("arr_1", np.asarray(labels)), ("protocol", np.array(json.dumps(protocol)))):
+            with member(name) as f:
+                np.lib.format.write_array(f, value, allow_pickle=False)
+
+
+def write_pngs(folder, rows):
+    """Sample i of `rows` (iterable of uint8 arrays [k, H, W, 3]) to folder/00000i.png; those that are there stay."""
+    def write(item):
+        path = os.path.join(folder, f"{item[0]:06d}.png")
+        if not os.path.exists(path):
+            Image.fromarray(item[1]).save(path + ".tmp", "PNG")
+            os.replace(path + ".tmp", path)
+
+    os.makedirs(folder, exist_ok=True)
+    first = 0
+    with ThreadPoolExecutor(8) as pool:
+        for part in rows:
+            list(pool.map(write, enumerate(part, first)))
+            first += len(part)

@@ -1,0 +1,47 @@
+"""The house's two rules: a file of models/ stands alone, and what runs stages never imports a script."""
+import ast
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = ("train_repae_e", "finetune_vae", "sample_ddp", "evaluate_fid")
+PAPER = sorted((ROOT / "models").glob("*.py"))
+RUNTIME = sorted((ROOT / "models" / "runtime").glob("*.py"))
+
+
+def imported(path):
+    """Full names of the modules that a file imports, at any depth of its code."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} has a relative import"
+            yield node.module
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda p: p.name)
+def test_a_file_of_models_imports_nothing_of_the_project(path):
+    own = {"models", *SCRIPTS, *(p.stem for p in (*PAPER, *RUNTIME))}
+    assert not own & {name.split(".")[0] for name in imported(path)}
+
+
+def test_files_of_models_import_alone(tmp_path):
+    """Each copied into an empty folder; one process imports them all, each with only its own folder on the path."""
+    for path in PAPER:
+        (tmp_path / path.stem).mkdir()
+        shutil.copy(path, tmp_path / path.stem)
+    code = ("import importlib, sys\n"
+            "for name in sys.argv[2:]:\n"
+            "    sys.path.insert(0, f'{sys.argv[1]}/{name}')\n"
+            "    importlib.import_module(name)\n"
+            "    sys.path.pop(0)\n")
+    names = [path.stem for path in PAPER]
+    subprocess.run([sys.executable, "-I", "-c", code, str(tmp_path), *names], check=True, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("path", [*RUNTIME, *(ROOT / f"{s}.py" for s in SCRIPTS)], ids=lambda p: p.name)
+def test_nothing_imports_a_script(path):
+    assert not set(SCRIPTS) & {name.split(".")[0] for name in imported(path)}
