@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_repae_e as train  # noqa: E402
-from models import encoders, losses, lpips, vae  # noqa: E402
+from models import encoders, lpips, vae  # noqa: E402
 from models.runtime import flops, runlog, trainer, weights  # noqa: E402
 from models.losses import resize_tokens  # noqa: E402
 from models.runtime.data import ShapesData  # noqa: E402
@@ -57,7 +57,7 @@ def build(args, device):
     with replaced({(encoders, "load_weights"): lambda *a: None, (encoders, "_fetch"): lambda *a: os.devnull,
                    (weights, "lpips"): lpips.LPIPS}):
         nets = train.build_networks(args, device, None)
-    train.prepare_training(nets, args)
+    trainer.prepare(nets, args)
     return nets
 
 
@@ -80,13 +80,6 @@ def plain_attention(block, x):
     return x + block.proj_out(torch.bmm(v, attention.transpose(1, 2)).view(b, c, h, w))
 
 
-def in_float32(loss):
-    def function(discriminator, *images):
-        with torch.autocast("cuda" if images[0].is_cuda else "cpu", enabled=False):
-            return loss(discriminator, *(x.float() for x in images))
-    return function
-
-
 @torch.no_grad()
 def plain_ema(ema, model, decay):
     for e, p in zip(ema.state_dict().values(), model.state_dict().values()):
@@ -101,8 +94,7 @@ def plain_updates(optimizers, skip):
 
 PLAIN = {
     (train, "proj_loss"): plain_proj_loss, (trainer, "update_ema"): plain_ema, (trainer, "guarded_updates"): plain_updates,
-    (train, "gan_loss"): in_float32(losses.gan_loss), (train, "discriminator_loss"): in_float32(losses.discriminator_loss),
-    (vae.GroupNorm, "forward"): torch.nn.GroupNorm.forward,  # float32 under autocast
+        (vae.GroupNorm, "forward"): torch.nn.GroupNorm.forward,  # float32 under autocast
     (vae, "norm_silu_conv"): lambda norm, conv, x: conv(F.silu(norm(x))), (vae.AttnBlock, "forward"): plain_attention,
 }
 
@@ -155,7 +147,7 @@ class Steps:
         self.losses.append({k: float(v) for k, v in metrics.items() if "loss" in k})
 
     def _step(self):
-        batch = train.make_batch(self.nets, self.args, len(self.losses), self.images, self.labels, 0, 1)
+        batch = train.make_batch(self.nets, self.args, len(self.losses), self.images, self.labels)
         metrics, _ = train.train_step(self.nets, self.args, batch)
         return {k: v.item() for k, v in metrics.items()} if self.changes else metrics
 
@@ -175,7 +167,7 @@ def phases(path, repeats):
         return value
 
     part("data", lambda: [data[i] for i in range(args.batch_size)])
-    batch = train.make_batch(nets, args, 1, path.images, path.labels, 0, 1)
+    batch = train.make_batch(nets, args, 1, path.images, path.labels)
     with torch.no_grad(), nets.autocast():
         part("encoder", lambda: [encoder(path.images.to(device)) for encoder in nets.encoders])
 
@@ -185,16 +177,28 @@ def phases(path, repeats):
 
     outputs = part("vae_forward", vae_forward)
     z, recon = outputs[1].detach(), outputs[2].detach()
-    both, _ = median_of(lambda: train.vae_gradient(nets, args, [batch], [vae_forward()], recon, True), device, repeats)
+
+    def vae_update():
+        parts = trainer.micro_batches(batch, 1)
+        trainer.first_pass(nets, parts)
+        if nets.disc is not None:
+            trainer.gan_gradient(nets, parts, recon, args.disc_weight)
+        trainer.backward(nets, parts, lambda part: train.vae_losses(nets, args, part), "vae_loss", "vae")
+
+    both, _ = median_of(vae_update, device, repeats)
     result["vae_losses_and_backward"] = both - result["vae_forward"]
-    part("discriminator", lambda: train.discriminator_gradient(nets, batch.images, recon))
+    if nets.disc is not None:
+        batch.recon = recon
+        part("discriminator", lambda: trainer.backward(nets, [batch], lambda b: train.disc_losses(nets, b), "d_loss", "disc"))
 
     def sit_forward():
         with nets.autocast():
             return nets.sit(nets.sit.normalize(z), batch.t, batch.labels_dropped)
 
     part("sit_forward", sit_forward)
-    both, _ = median_of(lambda: train.sit_gradient(nets, args, batch, z), device, repeats)
+    batch.u = nets.sit.normalize(z)
+    both, _ = median_of(lambda: trainer.backward(nets, [batch], lambda b: train.sit_losses(nets, args, b), "sit_loss", "sit"),
+                        device, repeats)
     result["sit_losses_and_backward"] = both - result["sit_forward"]
     skip = torch.zeros((), device=device)
     gradients = {p: p.grad for name in nets.trained for p in getattr(nets, name).parameters()}

@@ -95,5 +95,5 @@ def flops_counted_once(monkeypatch):
                 COUNTED[key] = count(args, *rest)
             return COUNTED[key]
         return step_flops
-    for module in (finetune_vae, train_repae_e):
-        monkeypatch.setattr(module, "step_flops", remembered(module, module.step_flops))
+    for module, name in ((finetune_vae, "vae_step_flops"), (train_repae_e, "step_flops")):
+        monkeypatch.setattr(module, name, remembered(module, getattr(module, name)))

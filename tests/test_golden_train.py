@@ -36,9 +36,10 @@ def build(config, g, dtype):
         perceptual_weight=config["loss"]["perceptual_weight"],
         disc_weight=config["loss"]["discriminator_weight"] * config["loss"]["discriminator_factor"])
     fill = lambda module, **more: fill_(module, salt=config["salt"], **more).to(dtype)  # noqa: E731
-    nets = SimpleNamespace(device=torch.device("cpu"), trained=["sit", "vae", "disc"], encoders=[])
+    nets = trainer.Networks(torch.device("cpu"), vae=fill(VAE_models[config["vae"]]()),
+                            trained=dict.fromkeys(["sit", "vae", "disc"], args.learning_rate))
     nets.sit = fill(SiT(**config["sit"], learn_pos_embed=True)).train()
-    nets.vae, nets.disc = fill(VAE_models[config["vae"]]()), fill(Discriminator()).train()
+    nets.disc = fill(Discriminator()).train()
     nets.lpips = fill(LPIPS(), post=lambda name, value: np.abs(value) if name.startswith("lin") else value)
     nets.sit.bn.running_mean.copy_(g["in.latents_bias"].flatten())
     nets.sit.bn.running_var.copy_(g["in.latents_scale"].to(dtype).flatten() ** -2.0)
@@ -46,7 +47,6 @@ def build(config, g, dtype):
     nets.ddp = {name: getattr(nets, name) for name in nets.trained}
     nets.opts = {name: trainer.adamw(net.parameters(), args, args.learning_rate) for name, net in nets.ddp.items()}
     nets.statistics = [nets.sit.bn.running_mean, nets.sit.bn.running_var]
-    nets.autocast = lambda: torch.autocast("cpu", enabled=False)
     nets.dtype, nets.loss_scale = dtype, trainer.LossScale(False, "cpu")
     return nets, args
 

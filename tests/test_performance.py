@@ -73,7 +73,8 @@ def test_norm_silu_conv_has_the_gradients_of_its_parts(dtype, memory_format, fro
 
 def make_steps(plain, number, *flags):
     """At a small learning rate: Adam's first steps are signs of gradients and would make noise of rounding."""
-    args = bench_train.settings(*TINY, "--batch-size", "2", "--learning-rate", "1e-5", "--ema-decay", "0.5", *flags)
+    args = bench_train.settings(*TINY, "--batch-size", "2", "--learning-rate", "1e-5", "--vae-learning-rate",
+                                  "1e-5", "--disc-learning-rate", "1e-5", "--ema-decay", "0.5", *flags)
     path = bench_train.Steps(args, torch.device("cpu"), plain)
     for _ in range(number):
         path.step()
@@ -127,7 +128,7 @@ def test_a_step_waits_for_nothing_on_a_gpu():
     path = bench_train.Steps(bench_train.settings(*TINY), torch.device("cuda"), False)
     for _ in range(3):
         path.step()
-    batch = train.make_batch(path.nets, path.args, 1, path.images, path.labels, 0, 1)
+    batch = train.make_batch(path.nets, path.args, 1, path.images, path.labels)
     torch.cuda.synchronize()
     with torch.profiler.profile() as trace:
         train.train_step(path.nets, path.args, batch)
@@ -149,7 +150,7 @@ def test_optimiser_state_follows_the_memory_format():
     optimizer = trainer.adamw(net.parameters(), args, 0.1)
     steps(net, optimizer, 2)
     other = copy.deepcopy(net)
-    trainer.channels_last(other)
+    other.to(memory_format=torch.channels_last)
     resumed = trainer.adamw(other.parameters(), args, 0.1)
     trainer.load_optimizer(resumed, copy.deepcopy(optimizer.state_dict()), "x.pt")
     steps(net, optimizer, 2), steps(other, resumed, 2)

@@ -16,8 +16,7 @@ from PIL import Image
 import train_repae_e as train
 from models.runtime import files, flops, runlog, trainer
 from models.runtime.data import ShapesData
-from models.losses import reconstruction_losses
-from models.losses import denoising_loss, noisy_latents
+from models.losses import denoising_loss, noisy_latents, reconstruction_losses
 
 TINY = ["--preset", "demo", "--model", "SiT-Ti/4", "--batch-size", "4", "--sampling-steps", "0", "--log-every", "1", "--checkpointing-steps", "2",
         "--keep-checkpoints", "0", "--disc-weight", "0.1", "--disc-start", "1"]
@@ -33,14 +32,14 @@ def tiny_nets(*flags):
     nets = train.build_networks(args, torch.device("cpu"), None)
     for p in nets.sit.parameters():  # zero gates would hide what flows through the branches
         torch.nn.init.normal_(p, std=0.05) if p.abs().sum() == 0 else None
-    train.prepare_training(nets, args)
+    trainer.prepare(nets, args)
     return nets, args
 
 
 def tiny_batch(nets, args, step=1):
     data = ShapesData(64, args.resolution)
     images, labels = (torch.stack([torch.as_tensor(data[i][k]) for i in range(args.batch_size)]) for k in (0, 1))
-    return train.make_batch(nets, args, step, images, labels, 0, 1)
+    return train.make_batch(nets, args, step, images, labels)
 
 
 def run(folder, *flags):
@@ -77,11 +76,26 @@ def gradient_norms(net):
     return {n: 0.0 if p.grad is None else p.grad.norm().item() for n, p in net.named_parameters()}
 
 
+def vae_backward(nets, args, batch, use_gan=False):
+    """Part 2 of the step alone; returns the reconstructions."""
+    parts = trainer.micro_batches(batch, 1)
+    _, recon = trainer.first_pass(nets, parts)
+    if use_gan:
+        trainer.gan_gradient(nets, parts, recon, args.disc_weight)
+    trainer.backward(nets, parts, lambda part: train.vae_losses(nets, args, part), "vae_loss", "vae")
+    return recon
+
+
+def sit_backward(nets, args, batch, z):
+    """Part 4 of the step alone."""
+    batch.u = nets.sit.bn(z)
+    trainer.backward(nets, [batch], lambda part: train.sit_losses(nets, args, part), "sit_loss", "sit")
+
+
 def test_alignment_reaches_vae_in_its_update_and_nothing_else():
     nets, args = tiny_nets("--reconstruction-weight", "0", "--kl-weight", "0", "--disc-weight", "0")
     batch = tiny_batch(nets, args)
-    outputs = [nets.vae(batch.images, batch.eps)]
-    train.vae_gradient(nets, args, [batch], outputs, outputs[0][2].detach(), use_gan=False)
+    vae_backward(nets, args, batch)
     norms = gradient_norms(nets.vae)
     assert all(norm > 0 for name, norm in norms.items() if name.startswith("encoder.conv"))
     assert all(norm == 0 for name, norm in norms.items() if name.startswith("decoder."))  # alignment sees latents only
@@ -91,11 +105,11 @@ def test_alignment_reaches_vae_in_its_update_and_nothing_else():
 def test_gan_reaches_the_vae_but_not_the_discriminator():
     nets, args = tiny_nets("--reconstruction-weight", "0", "--kl-weight", "0", "--vae-align-proj-coeff", "0")
     batch = tiny_batch(nets, args)
-    outputs = [nets.vae(batch.images, batch.eps)]
-    train.vae_gradient(nets, args, [batch], outputs, outputs[0][2].detach(), use_gan=True)
+    recon = vae_backward(nets, args, batch, use_gan=True)
     assert gradient_norms(nets.vae)["decoder.conv_out.weight"] > 0
     assert set(gradient_norms(nets.disc).values()) == {0.0}
-    train.discriminator_gradient(nets, batch.images, outputs[0][2].detach())
+    part = SimpleNamespace(images=batch.images, recon=recon)
+    trainer.backward(nets, [part], lambda part: train.disc_losses(nets, part), "d_loss", "disc")
     assert all(norm > 0 for name, norm in gradient_norms(nets.disc).items() if "weight" in name)
 
 
@@ -106,9 +120,8 @@ def test_diffusion_loss_never_reaches_the_vae_unless_asked(ablation):
                            "--vae-align-proj-coeff", "0", *flags)
     before = {k: v.clone() for k, v in nets.vae.state_dict().items()}
     batch = tiny_batch(nets, args)
-    outputs = [nets.vae(batch.images, batch.eps)]
-    train.vae_gradient(nets, args, [batch], outputs, outputs[0][2].detach(), use_gan=False)
-    train.sit_gradient(nets, args, batch, outputs[0][1].detach())
+    vae_backward(nets, args, batch)
+    sit_backward(nets, args, batch, nets.vae(batch.images, batch.eps)[1].detach())
     norms = gradient_norms(nets.vae)
     if ablation:
         assert norms["encoder.conv_in.weight"] > 0
@@ -123,11 +136,11 @@ def test_both_losses_reach_sit_and_projector_in_its_update():
     nets, args = tiny_nets()
     batch = tiny_batch(nets, args)
     z = nets.vae(batch.images, batch.eps)[1].detach()
-    train.sit_gradient(nets, args, batch, z)
+    sit_backward(nets, args, batch, z)
     norms = gradient_norms(nets.sit)
     assert all(norm > 0 for name, norm in norms.items() if not name.startswith("y_embedder")), norms
     only_diffusion, args0 = tiny_nets("--proj-coeff", "0")
-    train.sit_gradient(only_diffusion, args0, batch, z)
+    sit_backward(only_diffusion, args0, batch, z)
     assert set(v for k, v in gradient_norms(only_diffusion.sit).items() if k.startswith("projectors")) == {0.0}
 
 
@@ -160,7 +173,7 @@ def test_accumulation_equals_the_whole_batch():
 
 
 def test_two_processes_equal_one(tmp_path):
-    flags = ("--max-train-steps", "3", "--learning-rate", "1e-4")
+    flags = ("--max-train-steps", "3", "--learning-rate", "1e-4", "--vae-learning-rate", "1e-4", "--disc-learning-rate", "1e-4")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     with open(tmp_path / "log", "w") as log:
         both = subprocess.Popen([*torchrun, str(ROOT / "train_repae_e.py"), *TINY, "--output-dir", str(tmp_path / "two"), *flags],
@@ -218,7 +231,8 @@ def test_run_folder_and_checkpoint_layout(tmp_path):
              "seconds_per_step mfu skipped_steps")
     assert set(names.split()) <= set(line) and line["step"] == 2 and 0 < line["mfu"] < 2
     state = final_state(folder, 2)
-    assert list(state) == ["model", "ema", "opt", "vae", "opt_vae", "discriminator", "opt_disc", "loss_scale", "args", "steps"]
+    assert list(state) == ["model", "ema", "opt", "vae", "opt_vae", "discriminator", "opt_disc", "log",
+                           "loss_scale", "args", "steps"]
     assert state["args"]["model"] == "SiT-Ti/4" and json.loads((folder / "args.json").read_text()) == state["args"]
     assert not torch.equal(state["model"]["final_layer.linear.weight"], state["ema"]["final_layer.linear.weight"])
 
@@ -228,7 +242,7 @@ def test_frozen_vae_run(tmp_path):
     files.save(vae.state_dict(), tmp_path / "vae.pt")
     folder = run(tmp_path, "--freeze-vae", "--vae-ckpt", str(tmp_path / "vae.pt"), "--max-train-steps", "2")
     state = final_state(folder, 2)
-    assert list(state) == ["model", "ema", "opt", "loss_scale", "args", "steps"]
+    assert list(state) == ["model", "ema", "opt", "log", "loss_scale", "args", "steps"]
     bn = {k: v for k, v in state["model"].items() if k.startswith("bn.")}
     assert bn["bn.num_batches_tracked"] == 0 and not torch.equal(bn["bn.running_var"], torch.ones(4))  # measured, then fixed
     assert "proj_loss" in metrics(folder)[0] and "vae_loss" not in metrics(folder)[0]
@@ -312,7 +326,7 @@ def test_bf16_step_stays_close_to_float32():
 
 def test_every_flag_is_read_and_every_setting_is_a_flag():
     used = set()
-    for name in ("train_repae_e.py", "models/runtime/trainer.py", "models/runtime/runlog.py", "models/runtime/flops.py", "models/runtime/online.py"):
+    for name in ("train_repae_e.py", "models/runtime/trainer.py", "models/runtime/runlog.py", "models/runtime/online.py"):
         used |= {node.attr for node in ast.walk(ast.parse((ROOT / name).read_text()))
                  if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"}
     flags = set(vars(train.parse_args([])))
@@ -391,8 +405,8 @@ def corrupt(photos):
     (["--learning-rate", "0"], "--learning-rate"),
     (["--freeze-vae", "--diffusion-to-vae"], "exclude"),
     (["--freeze-vae"], "--vae-ckpt"),
-    (["--cfg-scale", "0.5"], "--cfg-scale 0.5"),
-    (["--num-workers", "-1"], "--num-workers -1"),
+    (["--cfg-scale", "0.5"], "--cfg-scale: 0.5"),
+    (["--num-workers", "-1"], "--num-workers: -1"),
     (["--resolution", "16"], "--resolution 16"),
     (["--disc-ckpt", "{tmp}/nope.pt"], "nope.pt"),
     (["--latents-stats", "{tmp}/stats.pt"], "16 channels"),

@@ -64,3 +64,15 @@ def step_flops(args, nets, build_sit):
     if nets.disc is not None:  # the generator's pass, and real and fake images in its own update
         flops += (2 + 2 * 3) * forward_flops(Discriminator, image)
     return flops
+
+
+def vae_step_flops(args, nets):
+    """FLOPs of one step of finetune_vae.py per image; a frozen encoder has no backward pass."""
+    image = (1, 3, args.resolution, args.resolution)
+    encoder = forward_flops(lambda: VAE_models[args.vae]().encoder, image)
+    flops = 3 * forward_flops(VAE_models[args.vae], image) - (0 if args.train_encoder else 2 * encoder)
+    if nets.lpips is not None:  # two images forward, one of them backward, without weight gradients
+        flops += 3 / 2 * forward_flops(LPIPS, image, image)
+    if nets.disc is not None:  # the generator's pass, and real and fake images in its own update
+        flops += (2 + 2 * 3) * forward_flops(Discriminator, image)
+    return flops + sum(encoder.flops for encoder in nets.encoders)

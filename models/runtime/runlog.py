@@ -1,4 +1,4 @@
-"""The log of one training run: what is written, and the watch on a collapse."""
+"""The log of one training run: log.txt, metrics.jsonl, optional tensorboard or wandb, and the watch on a collapse."""
 import contextlib
 import json
 import math
@@ -13,11 +13,11 @@ from models.runtime import distributed, files
 
 
 class Collapse(RuntimeError):
-    """Training has stopped learning; the message names the step, the sign and the last good checkpoint."""
+    """Training has stopped learning; the message names the step and the sign of it."""
 
 
 class RunLog:
-    """The log of one run: sums metrics on the device, reads them every log_every steps, writes and watches.
+    """Sums metrics on the device, reads them every log_every steps, writes them and watches.
 
     Files in `folder`: log.txt (what the terminal showed), metrics.jsonl (one object per logged step). Only the main
     process writes; all processes take part in the sums.
@@ -26,9 +26,11 @@ class RunLog:
     def __init__(self, folder, args, flops_per_image=None, peak_flops=None):
         self.folder, self.args, self.main = folder, args, distributed.is_main()
         self.flops_per_image, self.peak_flops = flops_per_image, peak_flops
-        self.names, self.sums, self.counted = None, None, 0
-        self.in_a_row, self.longest, self.largest_norms = None, None, {}
-        self.started = self.last = time.perf_counter()
+        # Sums since the last line, by the names of a step's metrics: a loss that sets in later has sums of its own.
+        self.sums, self.counted, self.timed = {}, 0, 0
+        self.in_a_row = self.longest = self.first_bad = None
+        self.largest_norms, self.any_good = {}, False
+        self.last = time.perf_counter()
         self.writers = []
         if self.main:
             os.makedirs(folder, exist_ok=True)
@@ -56,52 +58,103 @@ class RunLog:
                 f.writelines(kept)
 
     def add(self, metrics, skip):
-        """Add one step's metrics (dict of scalar tensors); those of a skipped step count only as skipped."""
-        self.names = list(metrics)
-        values = torch.stack([metrics[n].detach().double() for n in self.names] + [torch.ones_like(skip).double()])
-        values = torch.where(skip > 0, torch.zeros_like(values), values)
-        self.sums = values if self.sums is None else self.sums + values
-        self.in_a_row = torch.where(skip > 0, skip + (0 if self.in_a_row is None else self.in_a_row), 0)
-        self.longest = self.in_a_row if self.longest is None else torch.maximum(self.longest, self.in_a_row)
+        """Add one step's metrics (dict of scalar tensors); those of a skipped step count only as skipped.
+
+        Nothing is read on the host here: a GPU would have to be waited for.
+        """
+        names = tuple(metrics)
+        values = torch.stack([metrics[n].detach().double() for n in names])
+        if self.in_a_row is None:
+            self.in_a_row = self.longest = torch.zeros_like(skip)
+            self.first_bad = torch.full_like(skip, -1.0)
+        # The first metric that is not finite, in the order of computation, is the one to look at: the rest follow from it.
+        bad = ~values.isfinite()
+        first = torch.where(bad.any(), bad.float().argmax().to(skip), -1.0)
+        self.first_bad = torch.where((self.first_bad < 0) & (skip > 0), first, self.first_bad)
+        values = torch.where(skip > 0, 0.0, torch.cat([values, torch.ones_like(values[:1])]))
+        self.sums[names] = self.sums[names] + values if names in self.sums else values
+        self.in_a_row = torch.where(skip > 0, self.in_a_row + 1, 0)
+        self.longest = torch.maximum(self.longest, self.in_a_row)
         self.counted += 1
+        self.timed += 1     # not those of before a resume
+        self.names = names
+
+    def reduced(self):
+        """{names: sums over all processes [len(names) + 1]}; the last number counts steps that were not skipped."""
+        return {names: distributed.all_reduce_sum(values.clone()) / distributed.world_size()
+                for names, values in self.sums.items()}
+
+    def state_dict(self):
+        """What the next line is made of, for a checkpoint between two lines; all processes must call it."""
+        return {"sums": [[list(names), values.tolist()] for names, values in self.reduced().items()],
+                "counted": self.counted}
+
+    def load_state_dict(self, state, device):
+        """Go on where state_dict() was: the first line after a resume is the one that an undisturbed run writes."""
+        self.counted = state["counted"]
+        self.sums = {tuple(names): torch.tensor(values, dtype=torch.float64, device=device)
+                     for names, values in state["sums"]}
 
     def write(self, step, batch_size, **extra):
         """Read the sums (the one host synchronisation), write a line everywhere, raise Collapse if learning stopped."""
-        *sums, longest = [*distributed.all_reduce_sum(self.sums).tolist(), int(self.longest)]
-        steps, good = self.counted, round(sums[-1] / distributed.world_size())
+        means, good = {}, 0
+        for names, values in self.reduced().items():
+            *sums, count = values.tolist()
+            good += round(count)
+            for name, value in zip(names, sums):
+                total, n = means.get(name, (0.0, 0.0))
+                means[name] = (total + value, n + count)
+        means = {name: total / n if n else math.nan for name, (total, n) in means.items()}
         now = time.perf_counter()
-        seconds = (now - self.last) / steps
-        means = {n: s / sums[-1] if good else math.nan for n, s in zip(self.names, sums)}
+        seconds = (now - self.last) / self.timed
+        steps, longest, first_bad = self.counted, int(self.longest), int(self.first_bad)
         rate = batch_size / seconds
         line = {"step": step, **means, "skipped_steps": steps - good, "images_per_s": rate, "seconds_per_step": seconds,
-                "peak_memory_gib": peak_memory_gib(self.sums.device), **extra}
+                "peak_memory_gib": peak_memory_gib(self.longest.device), **extra}
+        if first_bad >= 0:
+            line["not_finite_first"] = self.names[first_bad]
         if self.peak_flops and self.flops_per_image:
             line["mfu"] = rate * self.flops_per_image / (self.peak_flops * distributed.world_size())
-        self.sums, self.longest, self.counted, self.last = None, None, 0, now
+        self.sums, self.counted, self.timed, self.last = {}, 0, 0, now
+        self.longest, self.first_bad = torch.zeros_like(self.longest), torch.full_like(self.first_bad, -1.0)
         if self.main:
-            with open(os.path.join(self.folder, "metrics.jsonl"), "a") as f:
-                f.write(json.dumps({k: (None if isinstance(v, float) and not math.isfinite(v) else v)
-                                    for k, v in line.items()}) + "\n")
-            for writer in self.writers:
-                writer(line)
-            losses = "  ".join(f"{n} {v:.4g}" for n, v in means.items() if n.endswith("loss") or n.startswith("grad_norm"))
-            mfu = f"  mfu {line['mfu']:.0%}" if "mfu" in line else ""
-            left = time_text((self.args.max_train_steps - step) * seconds)
-            self.say(f"step {step}/{self.args.max_train_steps}  {rate:.1f} img/s  {seconds:.3g} s/step  "
-                     f"{line['peak_memory_gib']:.2f} GiB{mfu}  {left} left  {losses}")
-        self.watch(step, longest, good, means)
+            self.publish(step, line, means)
+        self.watch(step, longest, good, means, line.get("not_finite_first"))
         return line
 
-    def watch(self, step, longest, good, means):
-        """Raise Collapse after 50 skipped steps in a row, or when the SiT's or VAE's gradient norm is 0 or falls to 1e-4 of
-        the largest logged. (The discriminator's may well be 0: the hinge loss is, where it is sure.)"""
-        if longest >= 50:
-            raise Collapse(f"step {step}: {longest} steps in a row had non-finite losses or gradients")
+    def publish(self, step, line, means):
+        """One line of figures to metrics.jsonl, the terminal and the optional writers."""
+        with open(os.path.join(self.folder, "metrics.jsonl"), "a") as f:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+            f.write(json.dumps(finite) + "\n")
+        for writer in self.writers:
+            writer(line)
+        losses = "  ".join(f"{n} {v:.4g}" for n, v in means.items() if n.endswith("loss") or n.startswith("grad_norm"))
+        mfu = f"  mfu {line['mfu']:.0%}" if "mfu" in line else ""
+        skipped = f"  skipped {line['skipped_steps']}" if line["skipped_steps"] else ""
+        if "not_finite_first" in line:
+            skipped += f" (not finite first: {line['not_finite_first']})"
+        left = time_text((self.args.max_train_steps - step) * line["seconds_per_step"])
+        self.say(f"step {step}/{self.args.max_train_steps}  {line['images_per_s']:.1f} img/s  "
+                 f"{line['seconds_per_step']:.3g} s/step  {line['peak_memory_gib']:.2f} GiB{mfu}  {left} left{skipped}  "
+                 f"{losses}")
+
+    def watch(self, step, longest, good, means, first_bad):
+        """Raise Collapse after 50 skipped steps in a row or a run of nothing else, or when the SiT's or VAE's gradient norm is 0 or falls to 1e-4
+        of the largest logged.
+
+        (The discriminator's may well be 0: the hinge loss is, where it is sure.)
+        """
+        self.any_good |= good > 0
+        if longest >= 50 or (step == self.args.max_train_steps and not self.any_good):
+            raise Collapse(f"step {step}: {longest} steps in a row had non-finite losses or gradients, "
+                           f"{first_bad} first")
         for name in ("grad_norm_sit", "grad_norm_vae"):
             if good and name in means:
                 value, largest = means[name], max(means[name], self.largest_norms.get(name, 0.0))
                 if value <= 1e-4 * largest:
-                    raise Collapse(f"step {step}: {name} fell to {value:.2g} from {largest:.2g}: nothing is learnt any more")
+                    raise Collapse(f"step {step}: {name} fell to {value:.2g} from {largest:.2g}: "
+                                   "nothing is learnt any more")
                 self.largest_norms[name] = largest
 
     @contextlib.contextmanager
@@ -119,7 +172,8 @@ def open_writers(report_to, folder, args):
     if report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(folder)
-        return [lambda line: [writer.add_scalar(k, v, line["step"]) for k, v in line.items() if k != "step"]]
+        return [lambda line: [writer.add_scalar(k, v, line["step"]) for k, v in line.items()
+                              if k != "step" and not isinstance(v, str)]]
     if report_to == "wandb":
         import wandb
         path = os.path.join(folder, "wandb_id")  # kept, so that a resumed run goes on in the same curves
@@ -127,7 +181,8 @@ def open_writers(report_to, folder, args):
             with files.replace(path) as temporary, open(temporary, "w") as f:
                 f.write(wandb.util.generate_id())
         with open(path) as f:
-            wandb.init(project="repa-e", name=os.path.basename(folder), dir=folder, config=vars(args), resume="allow", id=f.read())
+            run_id = f.read()
+        wandb.init(project="repa-e", name=os.path.basename(folder), dir=folder, config=vars(args), resume="allow", id=run_id)
         return [lambda line: wandb.log(line, step=line["step"])]
     return []
 

@@ -1,94 +1,150 @@
-"""What the training scripts share: flags to data and precision, guarded updates, EMA, resuming, the log, the watch on collapse."""
+"""The plumbing that both training scripts share. No loss is computed here: the scripts say what is trained and by what.
+
+In the order in which a script calls it: the networks of a run, its data, what `prepare` adds for training, the five
+functions around the losses of one step (micro_batches, first_pass, gan_gradient, backward, update), checkpoints, and
+the watch for signals. Errors a user can cause are ValueError or OSError with a message of one line.
+"""
 import argparse
 import contextlib
+import copy
+import importlib.util
+import json
 import os
-import sys
 import warnings
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from models.losses import gan_loss, wide
+from models.metrics import latent_moments
 from models.runtime import distributed, files
 from models.runtime.data import EndlessSampler, ImageData, ShapesData, check_images, make_loader
-from models.metrics import latent_moments
+from models.vae import ResnetBlock
+
+LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def flag(group, name, default, help, **more):
-    """group.add_argument(name) with the default's type; False makes a switch, None a string unless `type` is given."""
-    kind = {} if isinstance(default, bool) else {"type": more.pop("type", str if default is None else type(default))}
-    if isinstance(default, bool):
-        kind["action"] = "store_true"
-    group.add_argument(name, default=default, help=help, **kind, **more)
+@dataclass
+class Networks:
+    """The networks of a run and what trains them. The scripts declare the first block, `prepare` makes the second."""
+
+    device: torch.device
+    vae: nn.Module
+    sit: nn.Module = None           # with its projectors; finetune_vae.py has none
+    disc: nn.Module = None          # None: no GAN loss
+    lpips: nn.Module = None         # None: no perceptual loss
+    proj: nn.Module = None          # finetune_vae.py only: latents to encoder tokens
+    lecam_means: torch.Tensor = None    # likewise: [2], moving averages of the mean logits of images, reconstructions
+    encoders: list = field(default_factory=list)
+    trained: dict = field(default_factory=dict)     # name of each network that learns -> its learning rate
+    averaged: str = "sit"           # name of the network whose weights `ema` averages
+
+    ema: nn.Module = None
+    opts: dict = field(default_factory=dict)        # name -> AdamW
+    ddp: dict = field(default_factory=dict)         # name -> the network, in DistributedDataParallel where needed
+    dtype: torch.dtype = torch.float32              # of autocast; float32: none
+    loss_scale: "LossScale" = None
+    # What a step changes beside weights: it must not keep the NaN of a step that is skipped.
+    statistics: list = field(default_factory=list)
+
+    def autocast(self, enabled=True):
+        """Context in which the networks run in `dtype`; with enabled=False, in float32 within such a context."""
+        low = self.dtype if self.dtype in LOW_PRECISION.values() else None
+        return torch.autocast(self.device.type, low, enabled=enabled and low is not None)
 
 
-def check_numbers(args, world_size, fractions, positive=()):
-    """Raise a one-line ValueError unless the settings are above 0, those named `fractions` lie in [0, 1], and the batch can
-    be divided among processes and accumulation steps. The settings that all training has need not be named."""
-    for name in ("resolution", "batch_size", "gradient_accumulation_steps", "max_train_steps", "log_every",
-                 "checkpointing_steps", "learning_rate", "max_grad_norm", *positive):
-        if getattr(args, name) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be above 0")
-    for name in ("num_workers", "keep_checkpoints", "sampling_steps"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must not be negative")
-    for name in fractions:
-        if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must lie in [0, 1]")
+# ---------------------------------------------------------------- settings and data
+
+def check_settings(args, world_size):
+    """Raise a one-line ValueError for settings of any training run that contradict each other."""
     parts = world_size * args.gradient_accumulation_steps
     if args.batch_size % parts:
         raise ValueError(f"--batch-size {args.batch_size} is not divisible by {world_size} processes x "
                          f"{args.gradient_accumulation_steps} accumulation steps")
+    if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
+        raise ValueError(f"--report-to {args.report_to}: the package is not installed; pip install {args.report_to}")
 
 
 def open_data(args):
-    """The images of --data-dir ("shapes": the built-in set); every file's first bytes are looked at, by the main process."""
+    """The images of --data-dir ("shapes": the built-in set); every file's first bytes are looked at, by one process."""
     if args.data_dir == "shapes":
         return ShapesData(50000, args.resolution, hflip=args.hflip, seed=args.seed)
-    dataset = ImageData(args.data_dir, args.resolution, hflip=args.hflip, seed=args.seed, skip_corrupt=args.skip_corrupt)
+    dataset = ImageData(args.data_dir, args.resolution, args.hflip, args.seed, args.skip_corrupt)
     bad = check_images(args.data_dir, dataset.names) if distributed.is_main() else []
     if bad and (not args.skip_corrupt or len(bad) == len(dataset)):
-        raise ValueError(f"{args.data_dir}: {bad[0]} is no image ({len(bad)} such files); remove them or pass --skip-corrupt")
+        raise ValueError(f"{args.data_dir}: {bad[0]} is no image ({len(bad)} such files); remove them or pass "
+                         "--skip-corrupt")
     if bad:
         print(f"{len(bad)} of {len(dataset)} files are no images and will be skipped, e.g. {bad[0]}", flush=True)
     return dataset
 
 
-def data_loader(args, dataset, device, rank, world_size, step, workers):
+def data_loader(args, dataset, device, step, workers):
     """This process's share of the global batches that follow `step`: (uint8 images, labels, files skipped) without end."""
+    rank, world_size = distributed.rank(), distributed.world_size()
     sampler = EndlessSampler(len(dataset), args.batch_size, rank, world_size, args.seed, start_step=step)
-    return make_loader(dataset, sampler, args.batch_size // world_size, workers, device)
+    return iter(make_loader(dataset, sampler, args.batch_size // world_size, workers, device))
+
+
+def draw_generator(args, step, device):
+    """The generator of a step's draws. They are made for the global batch and cut by `my_share`: a run does not depend on
+    the number of processes, and a resumed one needs no random state but the step."""
+    return torch.Generator(device).manual_seed((args.seed * 1_000_003 + step) % 2 ** 32)
+
+
+def my_share(args):
+    """The slice of the global batch that this process works on."""
+    rank, world_size = distributed.rank(), distributed.world_size()
+    return slice(rank * args.batch_size // world_size, (rank + 1) * args.batch_size // world_size)
 
 
 @torch.no_grad()
-def measure_latents(args, vae, dataset, device, rank, world_size, batches):
-    """(mean, variance), each [C] float64, of the latents of the run's first `batches` global batches, all processes together."""
-    sums, loader = 0, data_loader(args, dataset, device, rank, world_size, 0, workers=0)
+def measure_latents(args, vae, dataset, device, batches):
+    """(mean, variance), each [C] float64, of the latents of the run's first `batches` global batches."""
+    sums, loader = 0, data_loader(args, dataset, device, 0, workers=0)
     for _, (images, _, _) in zip(range(batches), loader):
         for part in images.chunk(args.gradient_accumulation_steps):
             moments = latent_moments(vae.encode(part.to(device).float() / 127.5 - 1))
             sums = sums + moments / args.gradient_accumulation_steps
-    mean, square = distributed.all_reduce_sum(sums) / (batches * world_size)
+    mean, square = distributed.all_reduce_sum(sums) / (batches * distributed.world_size())
     return mean, square - mean.square()
+
+
+# ---------------------------------------------------------------- from networks to a run
+
+def prepare(nets, args):
+    """Add to `nets` what training needs: optimisers, processes, the average, precision, memory savers, compiled blocks."""
+    if args.compile:
+        # Tensor cores want channels_last. It pays with --compile only: torch's own group norm would turn
+        # every activation back.
+        for net in filter(None, (nets.vae, nets.disc, nets.lpips)):
+            net.to(memory_format=torch.channels_last)
+    for name, learning_rate in nets.trained.items():
+        net = distributed.sync_batch_norms(getattr(nets, name)).train()
+        nets.opts[name] = adamw([p for p in net.parameters() if p.requires_grad], args, learning_rate)
+        nets.ddp[name] = wrap_ddp(net, nets.device)
+        nets.statistics += [b for b in net.buffers() if b.is_floating_point()]
+    nets.ema = copy.deepcopy(getattr(nets, nets.averaged)).eval().requires_grad_(False)
+    nets.dtype = autocast_type(args, nets.device)
+    nets.loss_scale = LossScale(nets.dtype == torch.float16, nets.device)
+    if args.grad_checkpoint:
+        nets.vae.save_memory()
+        if nets.sit is not None:
+            nets.sit.grad_checkpoint = True
+    if args.compile:
+        compile_blocks(nets)
 
 
 def autocast_type(args, device):
     """torch type of --mixed-precision: auto is bfloat16 on a GPU and float32 (no autocast) on the CPU."""
-    precision = ("bf16" if device.type == "cuda" else "no") if args.mixed_precision == "auto" else args.mixed_precision
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[precision]
-
-
-def wrap_ddp(net, device):
-    """`net` in DistributedDataParallel, or as it is in one process. Buffers are kept equal by synced batch norms."""
-    if distributed.world_size() == 1:
-        return net
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # newer versions rename broadcast_buffers; both know this name
-        return DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
-
-
-def sync_if(last, ddp):
-    """Context in which DDP averages gradients over the processes only if `last`: once per step, not per micro-batch."""
-    return contextlib.nullcontext() if last or not isinstance(ddp, DistributedDataParallel) else ddp.no_sync()
+    precision = args.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "no"
+    return LOW_PRECISION.get(precision, torch.float32)
 
 
 def adamw(parameters, args, learning_rate):
@@ -97,60 +153,33 @@ def adamw(parameters, args, learning_rate):
                              eps=args.adam_epsilon, weight_decay=args.adam_weight_decay, fused=True)
 
 
-def channels_last(*networks):
-    """Put those convolutional networks that are not None in channels_last: on a GPU tensor cores want it. It pays with
-    --compile only, since torch's own group norm would turn every activation back."""
-    for network in networks:
-        if network is not None:
-            network.to(memory_format=torch.channels_last)
+def wrap_ddp(net, device):
+    """`net` in DistributedDataParallel, or as it is in one process. Buffers are kept equal by synced batch norms."""
+    if distributed.world_size() == 1:
+        return net
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions rename broadcast_buffers; both know this name
+        return DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None,
+                                       broadcast_buffers=False)
 
 
-def compile_blocks(blocks):
-    """torch.compile modules one by one, in place: equal ones share their code, which takes seconds instead of minutes."""
+def compile_blocks(nets):
+    """torch.compile the repeated blocks one by one, in place: equal ones share their code, which takes seconds instead of
+    the minutes that whole networks take."""
     limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
     setattr(torch._dynamo.config, limit, 64)  # every width and resolution of the VAE is one more graph of the same code
+    blocks = [m for m in nets.vae.modules() if isinstance(m, ResnetBlock)]
+    if nets.sit is not None:
+        blocks += [*nets.sit.blocks, *nets.ema.blocks]
+    for encoder in nets.encoders:
+        blocks += getattr(getattr(encoder, "model", None), "blocks", ())
     for block in blocks:
         block.compile(dynamic=False)
 
 
-def clip_gradients(parameters, max_norm, loss_scale):
-    """Undo the LossScale, clip to total L2 norm max_norm, return the norm before clipping (a scalar tensor)."""
-    parameters = list(parameters)
-    if loss_scale.enabled:
-        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1.0 / loss_scale.value)
-    return torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
-
-
-def guarded_updates(optimizers, skip):
-    """One step of each optimiser, or none of them where `skip` (float scalar tensor) is 1; gradients are freed."""
-    for optimizer in optimizers:
-        optimizer.found_inf = skip  # the fused kernels read it on the device; mixed-precision scalers use the same door
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-
-def restore_where(skip, buffers, saved):
-    """Put back `saved` values into `buffers` where `skip` is 1: a skipped step must not leave NaN statistics."""
-    for buffer, old in zip(buffers, saved):
-        buffer.copy_(torch.where(skip > 0, old, buffer))
-
-
-@torch.no_grad()
-def update_ema(ema, model, decay):
-    """e <- decay e + (1 - decay) p for every parameter and float buffer; integer buffers are copied."""
-    pairs = list(zip(ema.state_dict().values(), model.state_dict().values()))
-    averaged = [(e, p) for e, p in pairs if e.is_floating_point()]
-    torch._foreach_lerp_([e for e, _ in averaged], [p for _, p in averaged], 1 - decay)
-    for e, p in pairs:
-        if not e.is_floating_point():
-            e.copy_(p)
-
-
 class LossScale:
-    """Dynamic loss scale of fp16 training, kept on the device: halved when a step is skipped, doubled after 2,000 good ones.
-
-    Constant 1 when not enabled. `value` multiplies every loss before its backward pass.
-    """
+    """Dynamic loss scale of fp16 training, kept on the device: halved when a step is skipped, doubled after 2,000 good
+    ones. Constant 1 when not enabled. `value` multiplies every loss before its backward pass."""
 
     def __init__(self, enabled, device):
         self.enabled = enabled
@@ -172,43 +201,172 @@ class LossScale:
         self.good_steps.copy_(state["good_steps"])
 
 
-def find_checkpoint(args, folder):
-    """(path, state) to continue from by --resume, or (None, None). A file that cannot be read is passed over, with a note.
+# ---------------------------------------------------------------- around the losses of one step
 
-    Raises ValueError if the folder holds later checkpoints than the one asked for: the next run would mix both.
+def micro_batches(batch, n):
+    """A namespace of tensors [b, ...] and lists of such -> n namespaces, each with its part of every one."""
+    parts = [SimpleNamespace() for _ in range(n)]
+    for name, value in vars(batch).items():
+        for i, part in enumerate(parts):
+            cut = [v.chunk(n)[i] for v in value] if isinstance(value, list) else value.chunk(n)[i]
+            setattr(part, name, cut)
+    return parts
+
+
+def first_pass(nets, parts):
+    """The VAE's forward pass: (latents z [b, C, h, w], reconstructions r [b, 3, R, R]) of the whole batch, detached.
+
+    The discriminator's batch norm must see the reconstructions of the whole batch before any gradient is taken. One
+    micro-batch keeps its graph for `vae_outputs`; several are run without, and again with it one at a time: that is what
+    accumulation costs, and what it saves.
     """
-    steps = files.checkpoint_steps(os.path.join(folder, "checkpoints"))
-    if args.resume != "auto":
-        path, state = (None, None) if args.resume == "none" else (args.resume, files.load(args.resume))
-        begin = state.get("steps", 0) if isinstance(state, dict) else 0
-        if steps and steps[-1] > begin:
-            raise ValueError(f"{folder} holds a checkpoint of step {steps[-1]}, beyond --resume {args.resume}; "
-                             "use another --exp-name or remove it")
-        return path, state
-    folder = os.path.join(folder, "checkpoints")
-    for step in reversed(steps):
-        path = os.path.join(folder, f"{step:07d}.pt")
-        try:
-            return path, files.load(path)
-        except ValueError as error:
-            print(f"passed over: {error}", flush=True)
-    return None, None
+    keep = len(parts) == 1
+    vae = nets.ddp["vae"] if keep else nets.vae
+    with torch.set_grad_enabled(keep), nets.autocast():
+        outputs = [vae(part.images, part.eps) for part in parts]
+    parts[0].outputs = outputs[0] if keep else None
+    z, recon = (torch.cat([output[k].detach() for output in outputs]) for k in (1, 2))
+    return z, recon
 
 
-def check_resume(args, path, state, names):
-    """Raise a one-line ValueError if this is no checkpoint, or its run differs in one of the settings `names`; other
-    changed settings are printed."""
-    if not isinstance(state, dict) or not {"steps", "args"} <= set(state):
-        raise ValueError(f"{path}: is no training checkpoint (it has no steps and args)")
-    old = vars(state["args"]) if isinstance(state["args"], argparse.Namespace) else state["args"] or {}
-    changed = [f"--{name.replace('_', '-')} {old[name]} -> {value}" for name, value in vars(args).items()
-               if name in old and old[name] != value and name not in names]
-    if changed and distributed.is_main():
-        print(f"changed since {path}: {', '.join(changed)}", flush=True)
-    for name in names:
-        if name in old and old[name] != getattr(args, name):
-            raise ValueError(f"{path}: was trained with --{name.replace('_', '-')} {old[name]}, not {getattr(args, name)}; "
-                             "use another --exp-name to start anew")
+def vae_outputs(nets, part):
+    """(posterior's moments [b, 2C, h, w], z [b, C, h, w], r [b, 3, R, R]) of one micro-batch, with their graph."""
+    kept = getattr(part, "outputs", None)
+    return nets.ddp["vae"](part.images, part.eps) if kept is None else kept
+
+
+def gan_gradient(nets, parts, recon, weight=1.0):
+    """Give every part what `gan_share` needs: the generator's loss, and its share of the gradient of weight * loss at the
+    reconstructions [b, 3, R, R]. The discriminator's weights receive nothing.
+
+    Of the whole batch at once, because of the discriminator's batch norms. In float32, as in the reference: in bf16 this
+    gradient is off by an eighth, and the discriminator is small.
+    """
+    leaf = wide(recon).requires_grad_()
+    with nets.autocast(False):
+        loss = gan_loss(nets.disc, leaf)
+        gradient, = torch.autograd.grad(weight * loss, leaf)
+    for part, share in zip(parts, gradient.chunk(len(parts))):
+        part.gan_loss, part.gan_weight, part.gan_gradient = loss.detach(), weight, share * len(parts)
+
+
+def weigh_gan(parts, weight):
+    """Multiply what gan_gradient found by `weight`, which came out of those gradients themselves."""
+    for part in parts:
+        part.gan_weight, part.gan_gradient = weight * part.gan_weight, weight * part.gan_gradient
+
+
+def gan_share(part, recon):
+    """The weighted GAN loss as a scalar whose gradient at the part's `recon` is the one that gan_gradient found."""
+    return known_gradient(part.gan_weight * part.gan_loss, recon, part.gan_gradient)
+
+
+def known_gradient(value, x, gradient):
+    """A scalar equal to `value` whose gradient at x is `gradient`: a loss that was computed elsewhere joins a sum."""
+    product = (x.to(gradient.dtype) * gradient).sum()
+    return value + (product - product.detach())
+
+
+def backward(nets, parts, losses_of, total, *trained):
+    """Add the gradient of losses_of(part)[total], averaged over `parts`, to the weights' .grad.
+
+    The one place for autocast, the loss scale, the mean over micro-batches, and the exchange with other processes, which
+    waits for the last micro-batch of the networks `trained`. losses_of(part) returns scalars by name; their means over
+    the parts are returned, detached.
+    """
+    means = {}
+    for i, part in enumerate(parts):
+        last = i == len(parts) - 1
+        with contextlib.ExitStack() as stack:
+            for name in trained:
+                if not last and isinstance(nets.ddp[name], DistributedDataParallel):
+                    stack.enter_context(nets.ddp[name].no_sync())
+            with nets.autocast():
+                losses = losses_of(part)
+            (nets.loss_scale.value * losses[total] / len(parts)).backward()
+        for name, loss in losses.items():
+            means[name] = means.get(name, 0) + loss.detach() / len(parts)
+    return means
+
+
+def update(nets, args, metrics, before):
+    """Clip, one step of each optimiser, the average. Adds the gradient norms to `metrics`.
+
+    If a metric is not finite in any process, nothing changes in any of them: weights and moments stay, `before` (a copy
+    of nets.statistics from the beginning of the step) is put back. Returns skip: 1.0 in that case, else 0.0.
+    """
+    for name in nets.trained:
+        parameters = [p for p in getattr(nets, name).parameters() if p.requires_grad]
+        metrics[f"grad_norm_{name}"] = clip_gradients(parameters, args.max_grad_norm, nets.loss_scale)
+    finite = torch.stack([value.double() for value in metrics.values()]).isfinite().all()
+    skip = distributed.all_reduce_sum((~finite).float()).clamp(max=1)
+    guarded_updates(nets.opts.values(), skip)
+    for buffer, old in zip(nets.statistics, before):
+        buffer.copy_(torch.where(skip > 0, old, buffer))
+    nets.loss_scale.update(skip)
+    update_ema(nets.ema, getattr(nets, nets.averaged), args.ema_decay)
+    return skip
+
+
+def clip_gradients(parameters, max_norm, loss_scale):
+    """Undo the LossScale, clip to total L2 norm max_norm, return the norm before clipping (a scalar tensor)."""
+    if loss_scale.enabled:
+        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1.0 / loss_scale.value)
+    return nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
+
+
+def guarded_updates(optimizers, skip):
+    """One step of each optimiser, or none of them where `skip` (float scalar tensor) is 1; gradients are freed."""
+    for optimizer in optimizers:
+        optimizer.found_inf = skip  # the fused kernels read it on the device; mixed-precision scalers use the same door
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay):
+    """e <- decay e + (1 - decay) p for every parameter and float buffer; integer buffers are copied.
+
+    The buffers count: the sampler and the exported latent statistics use the average's batch norm (paper, section 3).
+    """
+    pairs = list(zip(ema.state_dict().values(), model.state_dict().values()))
+    averaged = [(e, p) for e, p in pairs if e.is_floating_point()]
+    torch._foreach_lerp_([e for e, _ in averaged], [p for _, p in averaged], 1 - decay)
+    for e, p in pairs:
+        if not e.is_floating_point():
+            e.copy_(p)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+WEIGHTS = {"sit": "model", "vae": "vae", "disc": "discriminator", "proj": "proj"}    # network -> key in a checkpoint
+OPTIMISERS = {"sit": "opt", "vae": "opt_vae", "disc": "opt_disc", "proj": "opt_proj"}
+AVERAGES = {"sit": "ema", "vae": "vae_ema"}
+
+
+def checkpoint_state(nets, args, step, **more):
+    """The content of a checkpoint: weights, their average, optimisers, loss scale, settings (a plain dict), step."""
+    state = {}
+    for name in nets.trained:
+        state[WEIGHTS[name]] = getattr(nets, name).state_dict()
+        if name == nets.averaged:
+            state[AVERAGES[name]] = nets.ema.state_dict()
+        state[OPTIMISERS[name]] = nets.opts[name].state_dict()
+    return state | more | {"loss_scale": nets.loss_scale.state_dict(), "args": vars(args), "steps": step}
+
+
+def restore(nets, path, state):
+    """Put a checkpoint's networks, optimisers and loss scale in place. Returns its step."""
+    named = {AVERAGES[nets.averaged]: nets.ema, **{WEIGHTS[name]: getattr(nets, name) for name in nets.trained}}
+    for key, net in named.items():
+        if key not in state:
+            raise ValueError(f"{path}: holds no {key}; it is no checkpoint of this kind of run")
+        files.load_weights(net, state[key], f"{path} ({key})")
+    for name, optimizer in nets.opts.items():
+        load_optimizer(optimizer, state.get(OPTIMISERS[name], {}), f"{path} ({OPTIMISERS[name]})")
+    if "loss_scale" in state:
+        nets.loss_scale.load_state_dict(state["loss_scale"])
+    return state["steps"]
 
 
 def load_optimizer(optimizer, state, path):
@@ -227,22 +385,76 @@ def load_optimizer(optimizer, state, path):
                 values[name] = torch.empty_like(p).copy_(value)
 
 
+def find_checkpoint(args, folder):
+    """(path, state) to continue from by --resume, or (None, None). A file that cannot be read is passed over, with a note.
+
+    Raises ValueError if the folder holds later checkpoints than the one asked for: the next run would mix both.
+    """
+    checkpoints = os.path.join(folder, "checkpoints")
+    steps = files.checkpoint_steps(checkpoints)
+    if args.resume != "auto":
+        path, state = (None, None) if args.resume == "none" else (args.resume, files.load(args.resume))
+        begin = state.get("steps", 0) if isinstance(state, dict) else 0
+        if steps and steps[-1] > begin:
+            raise ValueError(f"{folder} holds a checkpoint of step {steps[-1]}, beyond --resume {args.resume}; "
+                             "use another --exp-name or remove it")
+        return path, state
+    for step in reversed(steps):
+        path = os.path.join(checkpoints, f"{step:07d}.pt")
+        try:
+            return path, files.load(path)
+        except ValueError as error:
+            print(f"passed over: {error}", flush=True)
+    return None, None
+
+
+def check_resume(args, path, state, fixed):
+    """Raise a one-line ValueError if this is no checkpoint, or its run differs in one of the settings `fixed`; other
+    changed settings are printed."""
+    if not isinstance(state, dict) or not {"steps", "args"} <= set(state):
+        raise ValueError(f"{path}: is no training checkpoint (it has no steps and args)")
+    old = vars(state["args"]) if isinstance(state["args"], argparse.Namespace) else state["args"] or {}
+    changed = {name: value for name, value in vars(args).items() if name in old and old[name] != value}
+    for name in fixed:
+        if name in changed:
+            raise ValueError(f"{path}: was trained with --{name.replace('_', '-')} {old[name]}, not {changed[name]}; "
+                             "use another --exp-name to start anew")
+    told = [f"--{name.replace('_', '-')} {old[name]} -> {value}" for name, value in changed.items() if name != "resume"]
+    if told and distributed.is_main():
+        print(f"changed since {path}: {', '.join(told)}", flush=True)
+
+
 def check_same_start(start, device):
     """Raise ValueError unless all processes continue from the same step: without a shared folder they would not."""
     both = torch.tensor([start, -start], device=device)
     if distributed.world_size() > 1:
-        torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX)
+        dist.all_reduce(both, dist.ReduceOp.MAX)
     if both[0] != -both[1]:
-        raise ValueError(f"processes found different checkpoints (up to step {both[0]}); all nodes need the same --output-dir")
+        raise ValueError(f"processes found different checkpoints (up to step {both[0]}); all nodes need the same "
+                         "--output-dir")
 
 
-def keep_newest(folder, count):
-    """Remove all but the `count` newest checkpoints of `folder`; 0 keeps all."""
+def save_checkpoint(state, args, folder):
+    """Write <folder>/checkpoints/NNNNNNN.pt by the main process, whole or not at all; then those beyond
+    --keep-checkpoints go. Returns its path; every process waits until it is there."""
+    checkpoints = os.path.join(folder, "checkpoints")
+    path = os.path.join(checkpoints, f"{state['steps']:07d}.pt")
+    if distributed.is_main():
+        files.save(state, path)
+        keep_newest(checkpoints, args.keep_checkpoints, args.milestones_every)
+    distributed.barrier()
+    return path
+
+
+def keep_newest(folder, count, milestones):
+    """Remove checkpoints of `folder` but the `count` newest (0: keep all) and multiples of `milestones` (0: none)."""
     for step in files.checkpoint_steps(folder)[:-count] if count else []:
-        os.remove(os.path.join(folder, f"{step:07d}.pt"))
+        if not milestones or step % milestones:
+            os.remove(os.path.join(folder, f"{step:07d}.pt"))
 
 
-def exit_with(error):
-    """End the process as a user's mistake ends: one line on stderr, exit code 2."""
-    print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
-    sys.exit(2)
+def write_args(args, folder):
+    """<folder>/args.json: every setting, by the main process."""
+    if distributed.is_main():
+        with files.replace(os.path.join(folder, "args.json")) as temporary, open(temporary, "w") as f:
+            json.dump(vars(args), f, indent=1)

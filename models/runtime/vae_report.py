@@ -3,6 +3,9 @@
 Behind `finetune_vae.py --eval`; the formulas are in models/reconstruction.py. Every process works on its share.
 Errors a user can cause are ValueError or OSError with a message of one line.
 """
+import json
+import math
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,13 +15,22 @@ import torch.nn.functional as F
 
 from models import metrics
 
-from models.runtime import distributed
+from models.encoders import load_encoders
+from models.runtime import distributed, files, weights
+from models.runtime.cli import fail
+from models.runtime.features import extract, inception_features, load_inception
+from models.runtime.images import InputError
+from models.runtime.trainer import autocast_type
+from models.vae import VAE_models
 from models.runtime.data import ShapesData, center_crop, open_image
 from models.runtime.images import label_grid
 from models.runtime.images import open_input
 from models.metrics import float32_exactly, frechet_distance
 from models.losses import noisy_latents
 
+EVAL_PIXELS = 16 * 256 ** 2  # pixels per process and batch of --eval
+COLUMNS = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "rfid": "rFID", "spatial_variance": "spatial variance",
+           "total_variation": "total variation", "cknna": "CKNNA"}
 SUMS = ("images", "psnr", "ssim", "lpips", "spatial_variance", "total_variation")
 
 
@@ -156,3 +168,118 @@ def picture(images, vaes, captions):
         labels += [caption, f"latents of {caption}"]
     captions = [text for label in labels for text in (label, *[""] * (len(images) - 1))]
     return label_grid(torch.cat(rows), captions, columns=len(images))
+
+
+def model_of(args, source, vae):
+    """The SiT whose tokens CKNNA compares for this VAE: of --model-ckpt, or of the VAE's own checkpoint; or None."""
+    path = args.model_ckpt or source
+    content = files.load(path) if os.path.isfile(path) else {}
+    if "ema" not in content:
+        if args.model_ckpt:
+            raise ValueError(f"--model-ckpt {path}: no training checkpoint with a SiT")
+        return None
+    settings = weights.training_args(content, path)
+    sit = weights.build_sit(content["ema"], settings, path)
+    sit.encoder_depth, sit.path_type = settings.get("encoder_depth", 8), settings.get("path_type") or "linear"
+    if (sit.in_channels, sit.input_size) != (vae.latent_channels, args.resolution // vae.downsample):
+        raise ValueError(f"{path}: its model takes {sit.in_channels} x {sit.input_size}^2 latents, {source} gives "
+                         f"{vae.latent_channels} x {args.resolution // vae.downsample}^2; check --resolution")
+    return sit
+
+
+def prepare_eval(args, device):
+    """All that --eval needs, or a one-line error before any long work: VAEs and SiTs by source, images, LPIPS,
+    Inception, encoder."""
+    wanted = [m for m in args.metrics.split(",") if m]
+    known = ["psnr", "ssim", "lpips", "rfid", "latents", "cknna"]
+    if not wanted or set(wanted) - set(known):
+        raise ValueError(f"--metrics {args.metrics}: known are {', '.join(known)}")
+    if args.resolution < 16:
+        raise ValueError(f"--resolution {args.resolution}: SSIM and LPIPS need at least 16 pixels")
+    tools = SimpleNamespace(wanted=wanted, vaes={}, sits={}, lpips=None, inception=None, encoder=None)
+    for source in args.eval:
+        name, state, _ = weights.open_vae(source, args.vae)
+        tools.vaes[source] = VAE_models[name]().eval().requires_grad_(False)
+        tools.vaes[source].load_state_dict(state)
+        tools.sits[source] = model_of(args, source, tools.vaes[source]) if "cknna" in wanted else None
+    tools.images = held_out_images(args.data_dir, args.resolution, args.limit, args.seed + 1)
+    remedy = "leave it out with --metrics " + (",".join(m for m in wanted if m not in ("lpips", "rfid")) or "psnr,ssim")
+    if "lpips" in wanted:
+        tools.lpips = weights.lpips(remedy).to(device)
+    if "rfid" in wanted:
+        try:
+            tools.inception = load_inception(args.inception_weights, device)
+        except OSError as error:
+            raise OSError(f"the weights of rFID: {error}; or {remedy}") from error
+    if "cknna" in wanted:
+        if not any(tools.sits.values()):
+            raise ValueError("cknna compares a model's tokens: name its training checkpoint with --model-ckpt")
+        if tools.images.count <= 10:
+            raise ValueError(f"{args.data_dir}: cknna needs more than 10 images, not {tools.images.count}")
+        tools.encoder = load_encoders(args.encoder, args.encoder_ckpt, args.resolution, device)[0]
+    return tools
+
+
+def evaluate(args):
+    """--eval: a table on the terminal; metrics.json and images.png in the run folder."""
+    try:
+        rank, world_size, device = distributed.init()
+        dtype = torch.float32 if args.mixed_precision == "auto" else autocast_type(args, device)
+        torch.backends.cudnn.allow_tf32 = dtype != torch.float32
+        with distributed.main_first():
+            tools = prepare_eval(args, device)
+    except (ValueError, OSError) as error:
+        fail(error)
+    size = max(1, min(256, EVAL_PIXELS // args.resolution ** 2))
+    results, features = {}, None
+    if tools.inception is not None:
+        networks = [inception_features(tools.inception)]
+        features = lambda stream: extract(stream, networks, device, keep=False, skip=("_s",))  # noqa: E731
+    try:
+        reference = features and features(tools.images.read(size, rank, world_size))  # of rFID: the same images
+        for source, vae in tools.vaes.items():
+            sit = tools.sits[source]
+            tokens = sit and TokenPairs(sit.to(device), tools.encoder, path_type=sit.path_type, seed=args.seed)
+            batches = tools.images.read(size, rank, world_size)
+            results[source] = measure(vae.to(device), batches, device, dtype, tools.lpips, features, reference, tokens)
+            if sit:
+                results[source]["cknna"] = tokens.cknna(device)
+    except InputError as error:
+        fail(error)
+    if rank == 0:
+        report(args, tools, results)
+    distributed.shut_down()
+
+
+def report(args, tools, results):
+    """Print the table, write metrics.json and images.png."""
+    folder, n = os.path.join(args.output_dir, args.exp_name), tools.images.count
+    notes = [f"{n:,} images of {args.data_dir} at {args.resolution} px; reconstructed from the posterior's mean"]
+    if "rfid" in tools.wanted:
+        notes.append("rFID's reference is these images themselves, not the reference of a generation benchmark"
+                     + ("; fewer than 2,049 images: compare only at equal numbers" if n < 2049 else ""))
+    wanted = {*tools.wanted, *(("spatial_variance", "total_variation") if "latents" in tools.wanted else ())}
+    columns = [m for m in COLUMNS if m in wanted]
+    width = max(3, *map(len, results))
+    print("".join([f"{'VAE':<{width}}", *(f"  {COLUMNS[m]:>16}" for m in columns)]))
+    for source, result in results.items():
+        cells = [f"{result[m]:.4f}" if m in result else "-" for m in columns]
+        print("".join([f"{source:<{width}}", *(f"  {cell:>16}" for cell in cells)]))
+    moments = ["latents_mean", "latents_std"] if "latents" in tools.wanted else []
+    for source, result in results.items():
+        for name in moments:
+            print(f"{source} {name}: " + " ".join(f"{value:.4g}" for value in result[name]))
+    print("\n".join(f"note: {note}" for note in notes))
+    figures = {source: {k: None if k in columns and not math.isfinite(result[k]) else result[k]
+                        for k in columns + moments if k in result} for source, result in results.items()}
+    about = {"data_dir": args.data_dir, "images": n, "resolution": args.resolution, "notes": notes}
+    with files.replace(os.path.join(folder, "metrics.json")) as temporary, open(temporary, "w") as f:
+        json.dump({**about, "vaes": figures}, f, indent=1)
+    save_picture(os.path.join(folder, "images.png"), tools.images.shown, tools.vaes.values(), list(results))
+    print(f"wrote {folder}/metrics.json and images.png")
+
+
+def save_picture(path, images, vaes, captions):
+    """`picture` as a PNG file, whole or not at all."""
+    with files.replace(path) as temporary:
+        picture(images, vaes, captions).save(temporary, format="png")
