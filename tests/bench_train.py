@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import gc
 import json
-import os
 import resource
 import statistics
 import sys

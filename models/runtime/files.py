@@ -434,13 +434,13 @@ def check_optimizer_state(optimizer, state, what):
     if len(set(order)) != len(order) or not set(entries) <= set(order):
         raise ValueError(f"{what}: optimiser state of parameters that it does not list")
     for index, parameter in zip(order, parameters):
-        wrong = _wrong_moment(entries[index], parameter) if index in entries else None
+        wrong = wrong_moment(entries[index], parameter) if index in entries else None
         if wrong:
             raise ValueError(f"{what}: optimiser state of another network, {wrong} of parameter {index}, which is "
                              f"{list(parameter.shape)}")
 
 
-def _wrong_moment(entry, parameter):
+def wrong_moment(entry, parameter):
     """What AdamW's state of one parameter lacks or has wrong, in words; None if it fits."""
     if not isinstance(entry, dict):
         return f"a {type(entry).__name__} as the state"
