@@ -282,7 +282,7 @@ def load(path, verify=True):
             content = _torch_load(path, mmap=True)
         elif not head[:1] == b"\x80":  # neither a zip nor a pickle, which older versions of torch wrote
             kind = "is empty" if not head else "ends early" if head == b"PK\3\4" else "is no checkpoint, whole or part"
-            raise Damaged(f"{path}: {kind}; use another copy, or remove it")
+            raise Damaged(f"{path}: cannot be read, it {kind}; use another copy, or remove it")
         else:
             content = _torch_load(path, mmap=False)
     except FileNotFoundError as error:
