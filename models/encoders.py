@@ -16,7 +16,9 @@ MLP-Mixer) sees every image at the size it was trained on.
 
 Mean and std are those the weights were trained with, as timm lists them: CLIP's own, 0.5/0.5 for SigLIP, ImageNet's for
 DINO, DINOv2, DINOv3, MAE, I-JEPA and MoCo v3; the reference uses the same. Tokens are what the network's last norm
-gives (`x_norm_patchtokens` in DINOv2), without class and register tokens.
+gives (`x_norm_patchtokens` in DINOv2), without class and register tokens; of CLIP and MAE, under the reference's names,
+what enters that norm, because the reference aligns with that (`BEFORE_LAST_NORM`; the two differ by about half their
+length).
 
 Errors a user can cause are ValueError with a message of one line.
 """
@@ -25,11 +27,10 @@ import difflib
 import math
 import os
 import re
-import ssl
 import sys
 import urllib.error
 import urllib.request
-import uuid
+import zipfile
 from contextlib import contextmanager
 from logging import ERROR, getLogger
 
@@ -55,12 +56,15 @@ ENCODERS = {  # the reference's names -> timm's
     "dinov1-vit-b": "vit_base_patch16_224.dino",
     "mae-vit-b": "vit_base_patch16_224.mae",
     "mae-vit-l": "vit_large_patch16_224.mae",
-    "clip-vit-l": "vit_large_patch14_clip_224.openai",
+    "clip-vit-l": "vit_large_patch14_clip_quickgelu_224.openai",  # its GELU is x * sigmoid(1.702 x)
     "jepa-vit-h": "vit_huge_patch14_gap_224.in1k_ijepa",
     "siglip2-vit-b": "vit_base_patch16_siglip_256.v2_webli",
-    "mocov3-vit-b": "vit_base_patch16_224",  # timm has the architecture; the weights are at MOCOV3_URL
+    "mocov3-vit-s": "vit_small_patch16_224",  # of these three timm has the architecture; weights: MOCOV3_URL
+    "mocov3-vit-b": "vit_base_patch16_224",
+    "mocov3-vit-l": "vit_large_patch16_224",
 }
-MOCOV3_URL = "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar"
+BEFORE_LAST_NORM = "clip-vit-l", "mae-vit-b", "mae-vit-l"
+MOCOV3_URL = "https://dl.fbaipublicfiles.com/moco-v3/{0}-300ep/{0}-300ep.pth.tar"  # {0}: vit-s, vit-b, vit-l
 
 
 # ---------------------------------------------------------------- the encoders
@@ -69,21 +73,21 @@ class TimmEncoder(nn.Module):
     """A frozen timm network as a token extractor.
 
     `model` needs timm's `forward_features`; `size` is the side in pixels it gets to see, `mean` and `std` (3 numbers
-    each) are those of its training, for images in [0, 1]. `probe` sets embed_dim and grid (tokens along a side).
+    each) are those of its training, for images in [0, 1]. `last_norm`: whether tokens pass the network's last norm.
+    `probe` sets embed_dim, grid (tokens along a side) and flops (of one image).
     """
 
-    def __init__(self, model, name, size, mean, std):
+    def __init__(self, model, name, size, mean, std, last_norm=True):
         super().__init__()
-        self.name, self.size = name, size
+        self.name, self.size, self.last_norm = name, size, last_norm
         self.model = model.eval().requires_grad_(False)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def probe(self):
         """Runs one blank image through, so that a network that gives no tokens is noticed before training starts."""
-        device = self.mean.device
         with FlopCounterMode(display=False) as counter:
-            tokens = self(torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=device))
+            tokens = self(torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=self.mean.device))
         self.flops = counter.get_total_flops()
         self.embed_dim, self.grid = tokens.shape[2], math.isqrt(tokens.shape[1])
         return self
@@ -98,10 +102,13 @@ class TimmEncoder(nn.Module):
         if x.shape[-1] != self.size:
             # Bicubic without antialiasing for 256 -> 224, as the reference does; antialiased where it shrinks more.
             x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=self.size < 0.75 * x.shape[-1])
-        return self.tokens(self.model.forward_features((x - self.mean) / self.std)).float()
+        return self.tokens((x - self.mean) / self.std).float()
 
     def tokens(self, x):
-        """What forward_features gives, as [B, T, D]: a feature map laid out row by row, or patch tokens alone."""
+        """Normalised images [B, 3, size, size] -> [B, T, D]: patch tokens alone, or a feature map laid out row by row."""
+        if not self.last_norm:
+            return self.model.forward_intermediates(x, indices=1, norm=False, output_fmt="NLC", intermediates_only=True)[0]
+        x = self.model.forward_features(x)
         if torch.is_tensor(x) and x.ndim == 4:
             last = getattr(self.model, "output_fmt", None) == "NHWC"
             return x.flatten(1, 2) if last else x.flatten(2).transpose(1, 2)
@@ -123,16 +130,18 @@ class HOG(nn.Module):
     twice its side. A patch is divided by sqrt(|v|^2 + eps^2), and eps over the same root is appended as the 109th
     number: every token has length 1, and a flat patch is a definite direction, where the plain histogram would be zero
     (which has no cosine) or noise blown up to length 1. `eps` is in units of intensity (range [0, 1]) per pixel.
-    Patches are 16 pixels for images of 256 and more, smaller below, 4 at least: 32 pixels give an 8x8 grid.
+    Patches are 16 pixels for images of 256 and more, smaller below, 4 at least: 32 pixels give an 8x8 grid. Where such
+    patches do not fill the image, they are smaller still: always a multiple of 4, so that a cell's window has a centre.
     """
 
     BINS = 9
 
     def __init__(self, resolution, eps=0.02):
         super().__init__()
-        self.patch = min(16, max(4, resolution // 32 * 2))
-        if resolution % self.patch:
-            raise ValueError(f"encoder hog needs a --resolution divisible by {self.patch}, not {resolution}")
+        if resolution % 4 or resolution < 8:
+            raise ValueError(f"encoder hog needs a --resolution divisible by 4, 8 at least, not {resolution}")
+        largest = min(16, max(4, resolution // 32 * 2))
+        self.patch = max(patch for patch in (4, 8, 12, 16) if patch <= largest and resolution % patch == 0)
         self.name, self.eps, self.grid = "hog", eps, resolution // self.patch
         self.embed_dim = 3 * 4 * self.BINS + 1
         self.flops = 0  # no matrix products
@@ -190,55 +199,44 @@ def _reach(url):
     except urllib.error.HTTPError:
         pass  # an answer is an answer
     except OSError as error:
-        reason = getattr(error, "reason", error)
-        if not isinstance(reason, ssl.SSLError):  # another client may know more certificates: let it try
-            raise OSError(f"not in the local cache, and no network ({reason})") from None
+        if "certificate" not in str(error).lower():  # another client may know more of those: let it try
+            raise OSError(f"not in the local cache, and no network ({getattr(error, 'reason', error)})") from None
 
 
-def _from_hub(repo):
-    """Path of a hub repository's weights, out of the local cache without any network when they are there."""
-    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError
-    repo, _, revision = repo.partition("@")
-    files = "model.safetensors", "pytorch_model.bin"
-    for file in files:
-        cached = try_to_load_from_cache(repo, file, revision=revision or None)
-        if isinstance(cached, str):
-            return cached
-    _reach(constants.ENDPOINT)
+def _fetch(name, cfg):
+    """State dict of the pretrained weights of a named encoder, out of timm's or torch.hub's cache, or downloaded there."""
+    with _one_line(f"weights of encoder {name}", "give them with --encoder-ckpt PATH, or take --encoder hog"):
+        url = cfg.url if cfg else None
+        if name.lower().startswith("mocov3-"):
+            url = MOCOV3_URL.format(name.lower().removeprefix("mocov3-"))
+        elif cfg and cfg.hf_hub_id:
+            return _from_hub(cfg)
+        if not url:
+            raise ValueError("timm has none")
+        path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+        if not os.path.exists(path):
+            _reach(url)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            torch.hub.download_url_to_file(url, path, progress=False)
+        try:
+            return _read_state(path)
+        except ValueError:  # a download that ended early shall not stay
+            os.remove(path)
+            raise
+
+
+def _from_hub(cfg):
+    from huggingface_hub import constants, try_to_load_from_cache
+    repo, _, revision = cfg.hf_hub_id.partition("@")
+    names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    if not any(isinstance(try_to_load_from_cache(repo, n, revision=revision or None), str) for n in names):
+        _reach(constants.ENDPOINT)
     getLogger("huggingface_hub").setLevel(ERROR)  # a line for each retry
-    try:
-        return hf_hub_download(repo, files[0], revision=revision or None)
-    except EntryNotFoundError:
-        return hf_hub_download(repo, files[1], revision=revision or None)
-
-
-def _from_url(url):
-    """Path of a file fetched once into torch.hub's folder, written whole or not at all."""
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
-    if os.path.exists(path):
-        return path
-    _reach(url)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    part = f"{path}.{uuid.uuid4().hex}.part"
-    try:
-        with urllib.request.urlopen(url, timeout=60) as answer, open(part, "wb") as file:
-            while block := answer.read(1 << 20):
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-            size = answer.headers.get("Content-Length")
-            if size is not None and file.tell() != int(size):
-                raise OSError(f"{file.tell()} of {size} bytes came")
-        os.replace(part, path)
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
-    return path
+    return _unwrap(timm.models.load_state_dict_from_hf(cfg.hf_hub_id, *names[:1] if cfg.hf_hub_filename else ()))
 
 
 def _read_state(path):
-    """State dict of a weights file or of a hub-style folder holding one, out of what training scripts wrap around."""
+    """State dict of a weights file, or of a hub-style folder holding one."""
     if os.path.isdir(path):
         files = [os.path.join(path, file) for file in ("model.safetensors", "pytorch_model.bin")]
         path = next((file for file in files if os.path.exists(file)), files[0])
@@ -246,39 +244,40 @@ def _read_state(path):
         raise ValueError("no such file")
     if path.endswith(".safetensors"):
         from safetensors.torch import load_file
-        state = load_file(path)
-    else:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except OSError:
-            raise
-        except Exception:
-            raise ValueError("no whole file of tensors (torch.load with weights_only=True, or .safetensors)") from None
+        return _unwrap(load_file(path))
+    try:
+        return _unwrap(torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))
+    except (OSError, MemoryError):
+        raise
+    except Exception:
+        raise ValueError("no whole file of tensors (torch.load with weights_only=True, or .safetensors)") from None
+
+
+def _unwrap(state):
+    """The network's tensors by their names in it, out of what training scripts wrap around."""
     for key in ("state_dict", "model", "teacher", "encoder"):  # "encoder": I-JEPA
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     state = {k: v for k, v in state.items() if torch.is_tensor(v)} if isinstance(state, dict) else {}
     for prefix in ("_orig_mod.", "module.", "base_encoder.", "backbone.", "model.", "timm_model."):  # MoCo v3: base_
         state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)} or state
-    if not state:
-        raise ValueError("holds no tensors")
     return state
 
 
-def load_weights(model, path, name):
-    """Loads a weights file into a timm `model` through timm's own converter for that architecture.
+def _fitting(model, state, what):
+    """`state` in the names and shapes of a timm `model`, through timm's own converter for that architecture.
 
-    Reads .safetensors, .pt, .pth, .pth.tar, .bin in timm's or the authors' naming, or a folder holding one. All of the
-    network must be there with the right shapes; only what lies outside it (classifier, decoder, text tower) may be
-    more. Raises ValueError naming what differs.
+    All of the network must be there with the right shapes; only what lies outside it (classifier, decoder, text tower)
+    may be more. Raises ValueError naming what differs. The model may be on the meta device.
     """
-    with _one_line(f"{path} (weights for encoder {name})", "give --encoder-ckpt a weights file of that encoder"):
-        state = _read_state(str(path))
+    with _one_line(what, "give --encoder-ckpt a weights file of that encoder"):
+        if not state:
+            raise ValueError("holds no tensors")
         convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
         own = model.state_dict()
         if convert is not None:
             try:
-                state = convert(state, model)
+                state = convert(dict(state), model)
             except Exception:  # it assumes its architecture's names: without them, the comparison below says more
                 pass
         missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
@@ -291,7 +290,7 @@ def load_weights(model, path, name):
                    (("missing", missing), ("of another shape", shapes), ("more than it has", extra)) if keys]
         if differs:
             raise ValueError("another architecture: " + ", ".join(differs))
-        model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
+        return {k: v for k, v in state.items() if k in own}
 
 
 # ---------------------------------------------------------------- by name
@@ -312,53 +311,71 @@ def _resolve(name):
     return known, cfg
 
 
-def _fetch(name, cfg):
-    """Path of the pretrained weights of a named encoder, downloaded where they are not cached."""
-    with _one_line(f"weights of encoder {name}", "give them with --encoder-ckpt PATH, or take --encoder hog"):
-        if name.lower() == "mocov3-vit-b":
-            return _from_url(MOCOV3_URL)
-        if cfg and cfg.hf_hub_id:
-            return _from_hub(cfg.hf_hub_id)
-        if cfg and cfg.url:
-            return _from_url(cfg.url)
-        raise ValueError("timm has none")
-
-
-def _build(name, size, path, device):
-    """The encoder of that name, with the weights of `path`, for images of `size` pixels."""
+def _create(name, size, device="cpu"):
+    """The encoder of that name for images of `size` pixels, with random weights; on "meta" nothing is computed or stored."""
     timm_name, cfg = _resolve(name)
     # A network with a table of positions is built for its size; a convolutional one takes any, without being told.
     options = {"img_size": size} if cfg and cfg.fixed_input_size else {}
-    with _one_line(f"encoder {name} at {size} pixels", "take another --encoder or --resolution"):
-        model = timm.create_model(timm_name, num_classes=0, **options)
-    load_weights(model, path, name)
     mean, std = (cfg.mean, cfg.std) if cfg else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    if name.lower() == "mocov3-vit-b":  # of timm's entry only the architecture is used
+    if name.lower().startswith("mocov3-"):  # of timm's entry only the architecture is used, but for the heads of S
         mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    encoder = TimmEncoder(model, name, size, mean, std).to(device)
-    with _one_line(f"encoder {name} at {size} pixels", "take another --encoder or --resolution"):
-        return encoder.probe()
+        options |= {"num_heads": 12} if name.lower() == "mocov3-vit-s" else {}
+    with _one_line(f"encoder {name} at {size} pixels", "take another --encoder or --resolution"), torch.device(device):
+        model = timm.create_model(timm_name, num_classes=0, **options)
+        return TimmEncoder(model, name, size, mean, std, name.lower() not in BEFORE_LAST_NORM)
+
+
+def _outline(name, resolution, state=None, what=None):
+    """(encoder without weights, on the meta device; `state` in its names and shapes, or None): what fits, at no cost.
+
+    A network that cannot be had at the size that suits `resolution`, or whose positions timm cannot resample to it, is
+    taken at the size it was trained on. `what` names the state's source in an error.
+    """
+    timm_name, cfg = _resolve(name)
+    own = cfg.input_size[-1] if cfg else 224
+    patch = re.search(r"_(?:patch|p)(\d+)", timm_name)
+    wanted = input_size(resolution, int(patch[1]) if patch else None, own)
+    failure = None
+    for size in dict.fromkeys((wanted, own)):
+        try:
+            encoder = _create(name, size, "meta")
+            weights = None if state is None else _fitting(encoder.model, state, what)
+            with _one_line(f"encoder {name} at {size} pixels", "take another --encoder or --resolution"):
+                encoder.probe()
+        except ValueError as error:
+            failure = failure or error
+            continue
+        if size != wanted and os.environ.get("RANK", "0") == "0" and (name, size) not in _SAID:
+            _SAID.add((name, size))
+            print(f"note: encoder {name} sees every image at {size} pixels, the size it was trained on; it cannot be had at "
+                  f"{wanted}", file=sys.stderr, flush=True)
+        return encoder, weights
+    raise failure
+
+
+_SAID = set()  # notes, each given once
+
+
+def _state(name, ckpt):
+    """State dict of the file `ckpt`, or of the encoder's own weights."""
+    if not ckpt:
+        return _fetch(name, _resolve(name)[1])
+    with _one_line(f"{ckpt} (weights for encoder {name})", "give --encoder-ckpt a weights file of that encoder"):
+        return _read_state(ckpt)
 
 
 def build_encoder(name, resolution, ckpt=None, device="cpu"):
     """One frozen encoder; see `load_encoders`."""
+    check_encoders(name, ckpt)
     if name.lower() == "hog":
-        if ckpt:
-            raise ValueError(f"encoder hog takes no weights, not {ckpt}; leave its place in --encoder-ckpt empty")
         return HOG(resolution).to(device)
-    timm_name, cfg = _resolve(name)
-    path = ckpt or _fetch(name, cfg)  # before the network is built: a large one takes long
-    if not os.path.exists(path):
-        raise ValueError(f"{path}: no such file (weights for encoder {name}); check --encoder-ckpt")
-    own = cfg.input_size[-1] if cfg else 224
-    patch = re.search(r"_(?:patch|p)(\d+)", timm_name)
-    size = input_size(resolution, int(patch[1]) if patch else None, own)
-    try:
-        return _build(name, size, path, device)
-    except ValueError:  # wrong weights, or a table of positions that timm cannot resample: that fits at its own size
-        if size == own:
-            raise
-        return _build(name, own, path, device)
+    state = _state(name, ckpt)  # before the network is made: a large one takes long
+    sketch, weights = _outline(name, resolution, state, f"{ckpt} (weights for encoder {name})" if ckpt else
+                               f"weights of encoder {name}")
+    encoder = _create(name, sketch.size)
+    encoder.model.load_state_dict(weights, strict=False)  # all of it is there, but for num_batches_tracked in some
+    encoder.grid, encoder.embed_dim, encoder.flops = sketch.grid, sketch.embed_dim, sketch.flops
+    return encoder.to(device)
 
 
 def load_encoders(names, ckpts=None, resolution=256, device="cpu"):
@@ -373,13 +390,26 @@ def load_encoders(names, ckpts=None, resolution=256, device="cpu"):
     return [build_encoder(name, resolution, path, device) for name, path in _pairs(names, ckpts)]
 
 
-def check_encoders(names, ckpts=None):
-    """Raise what load_encoders would raise for unknown names and missing files, without loading anything."""
+def check_encoders(names, ckpts=None, resolution=None):
+    """Raise what load_encoders would raise for names, files and, with `resolution`, shapes; nothing is downloaded.
+
+    With `resolution`: a list of the encoders without weights (meta device): name, embed_dim, grid and flops are there.
+    """
+    encoders = []
     for name, path in _pairs(names, ckpts):
-        if name.lower() != "hog":
+        hog = name.lower() == "hog"
+        if hog and path:
+            raise ValueError(f"encoder hog takes no weights, not {path}; leave its place in --encoder-ckpt empty")
+        if not hog:
             _resolve(name)
         if path and not os.path.exists(path):
             raise ValueError(f"{path}: no such file (weights for encoder {name}); check --encoder-ckpt")
+        if resolution and hog:
+            encoders.append(HOG(resolution))
+        elif resolution:
+            state = _state(name, path) if path else None
+            encoders.append(_outline(name, resolution, state, f"{path} (weights for encoder {name})")[0])
+    return encoders
 
 
 def _pairs(names, ckpts):

@@ -28,7 +28,7 @@ def no_network(monkeypatch, tmp_path):
     from huggingface_hub import constants
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(encoders, "MOCOV3_URL", "http://127.0.0.1:9/vit-b-300ep.pth.tar")
+    monkeypatch.setattr(encoders, "MOCOV3_URL", "http://127.0.0.1:9/{0}-300ep.pth.tar")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
 
@@ -39,6 +39,12 @@ def weights(name, seed=0, **options):
     generator = torch.Generator().manual_seed(seed)
     return {k: v + 0.1 * torch.randn(v.shape, generator=generator).abs() if v.is_floating_point() else v
             for k, v in model.state_dict().items()}
+
+
+def shallow(monkeypatch, depth=2, **sizes):
+    """timm's networks with all of their parts, but few blocks, or narrow ones: what is tested does not depend on that."""
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, depth=depth, **sizes, **options))
 
 
 def images(resolution, n=2):
@@ -87,7 +93,7 @@ def test_names_are_timms(name):
         assert cfg.mean[0] == 0.48145466 and cfg.std[2] == 0.27577711
     elif "siglip" in name:
         assert tuple(cfg.mean) == tuple(cfg.std) == (0.5, 0.5, 0.5)
-    elif name != "mocov3-vit-b":  # set in build_encoder, tested below
+    elif "mocov3" not in name:  # set in _create, tested below
         assert (tuple(cfg.mean), tuple(cfg.std)) == IMAGENET
 
 
@@ -118,8 +124,9 @@ def test_tokens_are_those_of_timms_model(tmp_path, name, resolution):
     assert tokens.std() > 0.1 and not tokens.requires_grad
 
 
-def test_dinov2_from_its_authors_file(tmp_path):
+def test_dinov2_from_its_authors_file(tmp_path, monkeypatch):
     """Their file: positions for 518 pixels, a mask token. 256-pixel images are seen at 224, tokens after the norm."""
+    shallow(monkeypatch)
     name = ENCODERS["dinov2-vit-s"]
     state = weights(name)
     assert state["pos_embed"].shape[1] == 1 + 37 * 37
@@ -135,11 +142,59 @@ def test_dinov2_from_its_authors_file(tmp_path):
     torch.testing.assert_close(encoder(images(256)), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_positions_that_cannot_be_resampled(tmp_path):
-    """timm fits no CaiT to another size: it sees 256-pixel images at its own 224 instead of being refused."""
+@pytest.mark.parametrize("name", ["clip-vit-l", "mae-vit-b", "mae-vit-l"])
+def test_tokens_before_the_last_norm(tmp_path, monkeypatch, name):
+    """CLIP's and MAE's tokens under the reference's names are those of the network without its last norm, in float64."""
+    shallow(monkeypatch, embed_dim=48, num_heads=4)
+    save_file(weights(ENCODERS[name]), tmp_path / "w.safetensors")
+    encoder, = load_encoders(name, str(tmp_path / "w.safetensors"), 256)
+    assert (encoder.grid, encoder.embed_dim, encoder.size) == (16, 48, 224 if "clip" in name else 256)
+    peer = timm_model(ENCODERS[name], tmp_path / "w.safetensors", encoder.size).double()
+    x = torch.randn(2, 3, encoder.size, encoder.size, dtype=torch.float64)
+    with torch.no_grad():
+        after, peer.norm = peer.forward_features(x)[:, 1:], torch.nn.Identity()
+        before = peer.forward_features(x)[:, 1:]
+        tokens = encoder.double().tokens(x)
+    torch.testing.assert_close(tokens, before, rtol=0, atol=1e-9)
+    assert (after - before).norm() > 0.1 * before.norm()
+    if "clip" in name:
+        act, v = encoder.model.blocks[1].mlp.act, torch.linspace(-4, 4, 50)
+        torch.testing.assert_close(act(v.clone()), v * torch.sigmoid(1.702 * v))
+
+
+@pytest.mark.parametrize("name, last_norm", [("dinov2-vit-b", True), ("dinov3-vit-s", True), ("jepa-vit-h", True), ("clip-vit-l", False),
+                                             ("siglip2-vit-b", True), ("mocov3-vit-l", True), ("mae-vit-b", False)])
+def test_which_norm(monkeypatch, name, last_norm):
+    shallow(monkeypatch)
+    assert encoders.check_encoders(name, resolution=256)[0].last_norm == last_norm
+
+
+def test_positions_that_cannot_be_resampled(tmp_path, monkeypatch, capfd):
+    """timm fits no CaiT to another size: it sees 256-pixel images at its own 224 instead of being refused, and says so."""
+    shallow(monkeypatch)
     save_file(weights("cait_xxs24_224", num_classes=0), tmp_path / "w.safetensors")
-    encoder, = load_encoders("cait_xxs24_224", str(tmp_path / "w.safetensors"), 256)
-    assert (encoder.size, encoder.grid, encoder.embed_dim) == (224, 14, 192)
+    capfd.readouterr()
+    for _ in range(2):
+        encoder, = load_encoders("cait_xxs24_224", str(tmp_path / "w.safetensors"), 256)
+        assert (encoder.size, encoder.grid, encoder.embed_dim) == (224, 14, 192)
+    note = capfd.readouterr().err
+    assert note.count("\n") == 1 and "cait_xxs24_224 sees every image at 224 pixels" in note and "256" in note
+
+
+def test_shapes_without_weights(monkeypatch):
+    """What a dry run finds on the meta device is what the network itself gives."""
+    shallow(monkeypatch)
+    for name, resolution, grid, width in (("dinov2-vit-b", 256, 16, 768), ("jepa-vit-h", 512, 32, 1280),
+                                          ("mocov3-vit-s", 64, 14, 384), ("hog", 96, 24, 109)):
+        sketch, = encoders.check_encoders(name, resolution=resolution)
+        assert (sketch.grid, sketch.embed_dim) == (grid, width) and (sketch.flops > 0) == (name != "hog")
+        assert all(p.is_meta for p in sketch.parameters())
+    assert encoders.check_encoders("dinov2-vit-b") == []
+    monkeypatch.undo()
+    sketches = encoders.check_encoders("test_vit,test_resnet,test_mambaout", resolution=200)
+    for sketch, name in zip(sketches, ("test_vit", "test_resnet", "test_mambaout")):
+        real = encoders._create(name, sketch.size).probe()
+        assert (sketch.grid, sketch.embed_dim, sketch.flops) == (real.grid, real.embed_dim, real.flops)
 
 
 @pytest.mark.parametrize("features", [[torch.zeros(1, 64, 8)], torch.zeros(1, 8), torch.zeros(1, 27, 8)])
@@ -147,6 +202,8 @@ def test_no_grid_of_tokens(tmp_path, monkeypatch, features):
     """Some of timm's networks give lists, one vector, or tokens of several sizes: said before training starts."""
     save_file(weights("test_vit"), tmp_path / "w.safetensors")
     monkeypatch.setattr(timm.models.VisionTransformer, "forward_features", lambda self, x: features)
+    with pytest.raises(ValueError, match="grid"):
+        encoders.check_encoders("test_vit", resolution=256)
     fails("test_vit", str(tmp_path / "w.safetensors"), "test_vit", "grid", "another --encoder")
 
 
@@ -205,18 +262,28 @@ def test_layouts(tmp_path, layout):
     assert all(torch.equal(v, state[k]) for k, v in encoder.model.state_dict().items())
 
 
-def test_mocov3(tmp_path, monkeypatch):
-    """Its checkpoint holds the encoder as module.base_encoder beside a momentum copy; its mean is ImageNet's."""
-    monkeypatch.setitem(ENCODERS, "mocov3-vit-b", "vit_tiny_patch16_224")
-    state = weights("vit_tiny_patch16_224", num_classes=0)
+@pytest.mark.parametrize("letter, heads", [("s", 12), ("b", 12), ("l", 16)])
+def test_mocov3(tmp_path, monkeypatch, letter, heads):
+    """Its checkpoint holds the encoder as module.base_encoder beside a momentum copy; its mean is ImageNet's, and its
+    small ViT has 12 heads, not timm's 6."""
+    shallow(monkeypatch)
+    name = f"mocov3-vit-{letter}"
+    state = weights(ENCODERS[name], num_classes=0)
     wrapped = {**{f"module.base_encoder.{k}": v for k, v in state.items()},
                **{f"module.momentum_encoder.{k}": v + 1 for k, v in state.items()},
                "module.base_encoder.head.0.weight": torch.zeros(4096, 192), "module.predictor.0.weight": torch.zeros(4)}
-    torch.save({"epoch": 300, "arch": "vit_base", "state_dict": wrapped}, tmp_path / "vit-b-300ep.pth.tar")
-    encoder, = load_encoders("mocov3-vit-b", str(tmp_path / "vit-b-300ep.pth.tar"), 256)
-    assert torch.equal(encoder.model.blocks[3].attn.qkv.weight, state["blocks.3.attn.qkv.weight"])
+    torch.save({"epoch": 300, "arch": "vit_base", "state_dict": wrapped}, tmp_path / "300ep.pth.tar")
+    encoder, = load_encoders(name, str(tmp_path / "300ep.pth.tar"), 256)
+    assert torch.equal(encoder.model.blocks[1].attn.qkv.weight, state["blocks.1.attn.qkv.weight"])
     assert encoder.grid == 16 and encoder.model.pos_embed.shape[1] == 257
+    assert {block.attn.num_heads for block in encoder.model.blocks} == {heads}
     assert encoder.mean.flatten().tolist() == pytest.approx(IMAGENET[0])
+
+
+def test_mocov3_addresses(monkeypatch):
+    monkeypatch.undo()
+    assert [encoders.MOCOV3_URL.format(f"vit-{x}") for x in "sbl"] == [
+        f"https://dl.fbaipublicfiles.com/moco-v3/vit-{x}-300ep/vit-{x}-300ep.pth.tar" for x in "sbl"]
 
 
 def test_several_encoders(tmp_path):
@@ -226,6 +293,17 @@ def test_several_encoders(tmp_path):
     assert [encoder.name for encoder in found] == ["test_vit", "hog", "test_resnet"]
     assert [encoder.embed_dim for encoder in found] == [64, 109, 96]
     assert [encoder(images(128)).shape[2] for encoder in found] == [64, 109, 96]
+
+
+def test_wrong_weights_build_no_network(tmp_path, monkeypatch):
+    """What does not fit is found out on the meta device: no network is made, where a large one takes a minute twice."""
+    save_file(weights("test_resnet"), tmp_path / "w.safetensors")
+    create, devices = encoders._create, []
+    monkeypatch.setattr(encoders, "_create", lambda name, size, device="cpu": devices.append(device) or create(name, size, device))
+    fails("test_vit", str(tmp_path / "w.safetensors"), "another architecture")
+    with pytest.raises(ValueError, match="another architecture"):
+        encoders.check_encoders("test_vit", str(tmp_path / "w.safetensors"), 256)
+    assert set(devices) == {"meta"}
 
 
 def test_weights_of_another_architecture(tmp_path):
@@ -318,15 +396,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def test_download(tmp_path, monkeypatch):
     """A file is kept whole or not at all, and fetched once."""
     server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(encoders, "MOCOV3_URL", f"http://127.0.0.1:{server.server_port}/vit-b-300ep.pth.tar")
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setattr(encoders, "MOCOV3_URL", f"http://127.0.0.1:{server.server_port}/{{0}}-300ep.pth.tar")
     monkeypatch.setitem(ENCODERS, "mocov3-vit-b", "test_vit")
     torch.save(weights("test_vit"), tmp_path / "x")
-    monkeypatch.setattr(Handler, "body", (tmp_path / "x").read_bytes())
-    monkeypatch.setattr(Handler, "declared", len(Handler.body) + 1)
-    fails("mocov3-vit-b", None, "weights of encoder mocov3-vit-b", "--encoder-ckpt PATH")
-    assert os.listdir(tmp_path / "torch" / "hub" / "checkpoints") == []
-    monkeypatch.setattr(Handler, "declared", None)
+    whole = (tmp_path / "x").read_bytes()
+    for body in (whole[:-100], b"<html>404</html>"):
+        monkeypatch.setattr(Handler, "body", body)
+        monkeypatch.setattr(Handler, "declared", len(whole))
+        fails("mocov3-vit-b", None, "weights of encoder mocov3-vit-b", "--encoder-ckpt PATH")
+        assert os.listdir(tmp_path / "torch" / "hub" / "checkpoints") == []
+    monkeypatch.setattr(Handler, "body", whole)
     one, = load_encoders("mocov3-vit-b", resolution=64)
     server.shutdown()
     server.server_close()
@@ -366,7 +446,7 @@ def plain_hog(image, patch, eps=0.02):
     return torch.from_numpy(np.stack(tokens)).float()
 
 
-@pytest.mark.parametrize("resolution, patch", [(32, 4), (48, 4)])
+@pytest.mark.parametrize("resolution, patch", [(32, 4), (48, 4), (96, 4), (128, 8)])
 def test_hog_is_its_definition(resolution, patch):
     x = images(resolution, 1)
     x[:, :, 8:20, 4:24] = 90  # something flat, something with edges
@@ -375,11 +455,14 @@ def test_hog_is_its_definition(resolution, patch):
     torch.testing.assert_close(hog(x)[0], plain_hog(x[0], patch), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("resolution, grid", [(32, 8), (64, 16), (128, 16), (256, 16), (512, 32)])
-def test_hog_grid(resolution, grid):
-    tokens = HOG(resolution)(images(resolution, 1))
-    assert tokens.shape == (1, grid * grid, 109) and tokens.dtype == torch.float32
-    torch.testing.assert_close(tokens.norm(dim=-1), torch.ones(1, grid * grid))
+def test_hog_grid():
+    """Every multiple of 8, with the grids of 32, 64, 128, 256 and 512 that runs have been trained with."""
+    for resolution in range(32, 513, 8):
+        hog = HOG(resolution)
+        tokens = hog(images(resolution, 1))
+        assert tokens.shape == (1, hog.grid ** 2, 109) and tokens.dtype == torch.float32 and hog.patch in (4, 8, 12, 16)
+        torch.testing.assert_close(tokens.norm(dim=-1), torch.ones(1, hog.grid ** 2))
+    assert [HOG(r).grid for r in (32, 64, 96, 128, 160, 224, 256, 264, 512)] == [8, 16, 24, 16, 20, 28, 16, 22, 32]
 
 
 def test_hog_sees_edges():
@@ -398,7 +481,8 @@ def test_hog_sees_edges():
 
 
 def test_hog_resolution():
-    fails("hog", None, "hog", "--resolution divisible by 16", resolution=264)
+    for resolution in (30, 4, 258):
+        fails("hog", None, "hog", "--resolution divisible by 4", resolution=resolution)
 
 
 # ---------------------------------------------------------------- the file

@@ -1,20 +1,24 @@
 """VAE files: CompVis .pt, diffusers AutoencoderKL folders and hub names, with the latent statistics that come along.
 
+`open_vae` is the one way to open a VAE, whatever it comes in; `export_vae` the one way to write one for others.
+
 Names used in this project are those of CompVis (encoder.down.0.block.1.conv1.weight ...). The renaming functions are
 pure: dict in, dict out, no file touched. Latent statistics are a pair (latents_scale, latents_bias), each float32
 [1, C, 1, 1]: normalised latents are (z - latents_bias) * latents_scale.
 
 Errors: ValueError or OSError with a one-line message.
 """
-import json
+import math
 import os
 import re
 import shutil
+import sys
 
 import safetensors.torch
 import torch
 
 from models.runtime import files
+from models.vae import VAE_models
 
 # (levels, latent channels) -> name in VAE_models
 ARCHITECTURES = {(4, 4): "f8d4", (5, 32): "f16d32", (4, 16): "f8d16", (3, 4): "f4d4"}
@@ -23,6 +27,9 @@ ARCHITECTURES = {(4, 4): "f8d4", (5, 32): "f16d32", (4, 16): "f8d16", (3, 4): "f
 RELEASED = {"REPA-E/sdvae": "sdvae-f8d4.pt", "REPA-E/invae": "invae-f16d32.pt", "REPA-E/vavae": "vavae-f16d32.pt",
             "REPA-E/e2e-sdvae": "e2e-sdvae-400k.pt", "REPA-E/e2e-invae": "e2e-invae-400k.pt",
             "REPA-E/e2e-vavae": "e2e-vavae-400k.pt"}
+
+# What a file holds for the VAE itself; beside it LightningDiT keeps linear_proj.* and foundation_model.*, LDM loss.*
+PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 
 # CompVis piece <-> diffusers piece; {} is a number, kept, but the decoder's levels are counted the other way round
 _PIECES = (
@@ -95,76 +102,112 @@ def _levels(state, prefix):
 
 def vae_name(state):
     """Key of VAE_models for a state dict in CompVis names, by its number of levels and latent channels."""
-    if "decoder.conv_in.weight" not in state:
+    first = state.get("decoder.conv_in.weight")
+    if not torch.is_tensor(first) or first.ndim != 4:
         raise ValueError("not the weights of a VAE: no decoder.conv_in.weight")
-    shape = (_levels(state, "encoder.down."), state["decoder.conv_in.weight"].shape[1])
+    shape = (_levels(state, "encoder.down."), first.shape[1])
     if shape not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES.values())
         raise ValueError(f"a VAE with {shape[0]} levels and {shape[1]} latent channels is none of {known}")
     return ARCHITECTURES[shape]
 
 
-def diffusers_config(state, stats=None, sample_size=256):
+# ---------------------------------------------------------------- writing
+
+def diffusers_config(state, stats=None, sample_size=256, source=None):
     """The config.json (a dict) of an AutoencoderKL that holds `to_diffusers(state)`; sizes are read off the tensors.
 
-    `stats` go to latents_mean and latents_std, with scaling_factor 1 (diffusers' pipelines multiply the two).
+    Pipelines take latents z from the scale of their network to that of the VAE as z / scaling_factor + shift_factor.
+    `source`, the config that the VAE came with (see `source_config`), keeps these numbers and force_upcast. Otherwise
+    statistics that are the same in all channels become them, and others latents_mean and latents_std, with
+    scaling_factor 1, since the pipelines that read those multiply the two.
     """
     levels = _levels(state, "encoder.down.")
     widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
     if min(widths) < 128:  # models/vae.py: groups of 4 channels there, where diffusers has one number for all layers
         raise ValueError("diffusers has no group norms like those of so narrow a VAE; use --format compvis")
     attention = [f"encoder.down.{i}.attn.0.q.weight" in state for i in range(levels)]
-    config = {
+    source = source or {}
+    uniform = stats is not None and all(bool((s == s.flatten()[0]).all()) for s in stats)
+    scaling, shift, moments = 1.0, 0.0, {}
+    if stats is not None and not uniform:
+        scale, bias = (s.flatten().double() for s in stats)
+        moments = {"latents_mean": bias.tolist(), "latents_std": (1 / scale).tolist()}
+    elif uniform:  # float32's neighbours of the numbers that were meant: 0.18215000629425049
+        scaling, shift = (float(f"{s.flatten()[0].item():.7g}") for s in stats)
+    if "scaling_factor" in source and (not moments or "latents_mean" in source):
+        scaling, shift = source["scaling_factor"], source["shift_factor"]
+    return {
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
         "block_out_channels": widths,
         "down_block_types": ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attention],
-        "force_upcast": False,
+        "force_upcast": source.get("force_upcast", False),
         "in_channels": 3,
         "latent_channels": state["decoder.conv_in.weight"].shape[1],
         "layers_per_block": len({n.split(".")[4] for n in state if n.startswith("encoder.down.0.block.")}),
         "norm_num_groups": 32,
         "out_channels": 3,
         "sample_size": sample_size,
-        "scaling_factor": 1.0,
+        "scaling_factor": scaling,
+        "shift_factor": shift,
         "up_block_types": ["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attention)],
         "use_post_quant_conv": "post_quant_conv.weight" in state,
         "use_quant_conv": "quant_conv.weight" in state,
-    }
-    if stats is not None:
-        scale, bias = (s.flatten().double() for s in stats)
-        config.update(latents_mean=bias.tolist(), latents_std=(1 / scale).tolist())
-    return config
+    } | moments
 
 
-def export_vae(out, state, stats=None, format="diffusers", sample_size=256, force=False):
+def _pipelines(config):
+    """Which pipelines of diffusers find in this config what they need, in a sentence."""
+    scalars = f"scaling_factor {config['scaling_factor']:g} and shift_factor {config['shift_factor']:g}"
+    if "latents_mean" not in config:
+        return f"its config has {scalars}, which is all that diffusers' pipelines read"
+    return ("its config has latents_mean and latents_std per channel, which Stable Diffusion XL's pipeline reads; DiT's and "
+            "Stable Diffusion's read scaling_factor alone, Stable Diffusion 3's and Flux's scaling_factor and shift_factor "
+            f"(here {scalars}): give those latents in the VAE's own scale")
+
+
+def export_vae(out, state, stats=None, format="diffusers", sample_size=256, force=False, source=None, discriminator=None):
     """Write a VAE (state dict in CompVis names) and its statistics as a new folder `out`, whole or not at all.
 
     format "diffusers": config.json and diffusion_pytorch_model.safetensors, what AutoencoderKL.from_pretrained loads;
-    "compvis": <folder's name>.pt and -latents-stats.pt, as REPA-E is released. An existing `out` is refused, or with
-    `force` replaced if it holds nothing but such an export.
+    `source`: see `diffusers_config`. "compvis": <folder's name>.pt and -latents-stats.pt, as REPA-E is released, and
+    -discriminator-ckpt.pt if a discriminator's state dict is given. An existing `out` is refused, or with `force`
+    replaced if it holds nothing but such an export. Returns what was written and who can read it, in a sentence.
     """
     out = os.path.abspath(out)
     parent, name = os.path.split(out)
-    ours = {"config.json", "diffusion_pytorch_model.safetensors", f"{name}.pt", _stats_name(f"{name}.pt")}
+    # A process that was killed between the two renames below left the old export under its temporary name.
+    for left in os.listdir(parent) if os.path.isdir(parent) and not os.path.lexists(out) else []:
+        if left.startswith(f".{name}.") and left.endswith(".old"):
+            os.rename(os.path.join(parent, left), out)
+            break
+    ours = {"config.json", "diffusion_pytorch_model.safetensors", f"{name}.pt", _companion(f"{name}.pt", "latents-stats"),
+            _companion(f"{name}.pt", "discriminator-ckpt")}
     if os.path.lexists(out) and not force:
         raise ValueError(f"{out}: exists; choose another folder, or pass --force to replace it")
     if os.path.lexists(out) and not (os.path.isdir(out) and set(os.listdir(out)) <= ours):
         raise ValueError(f"{out}: holds more than an export, so --force does not replace it; choose another folder")
-    temporary, old = (os.path.join(parent, f".{name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    bad = files.first_non_finite(state)
+    if bad is not None:
+        raise ValueError(f"{out}: not written, because {bad} of the VAE holds NaN or infinity")
+    temporary, old = files.temporary_name(out), files.temporary_name(out, "old")
     try:
         if format == "compvis":
-            files.save(state, os.path.join(temporary, f"{name}.pt"))
+            target, wrote = os.path.join(temporary, f"{name}.pt"), f"{name}.pt"
+            files.save(state, target)
             if stats is not None:
-                content = {"latents_scale": stats[0], "latents_bias": stats[1]}
-                files.save(content, os.path.join(temporary, _stats_name(f"{name}.pt")))
+                files.save({"latents_scale": stats[0], "latents_bias": stats[1]}, _companion(target, "latents-stats"))
+            if discriminator is not None:
+                files.save(discriminator, _companion(target, "discriminator-ckpt"))
+                wrote += " and its discriminator"
         else:
+            config = diffusers_config(state, stats, sample_size, source)
             data = safetensors.torch.save({k: v.contiguous() for k, v in to_diffusers(state).items()}, {"format": "pt"})
-            weights = os.path.join(temporary, "diffusion_pytorch_model.safetensors")
-            with files.replace(weights) as path, open(path, "wb") as f:
+            with files.replace(os.path.join(temporary, "diffusion_pytorch_model.safetensors")) as path, open(path, "wb") as f:
                 f.write(data)  # safetensors' own save_file makes a file that only its owner can read
-            with files.replace(os.path.join(temporary, "config.json")) as path, open(path, "w") as f:
-                json.dump(diffusers_config(state, stats, sample_size), f, indent=2)
+            files.save_json(config, os.path.join(temporary, "config.json"), indent=2)
+            wrote = f"a folder for diffusers.AutoencoderKL.from_pretrained; {_pipelines(config)}"
         if os.path.lexists(out):
             os.rename(out, old)
         os.rename(temporary, out)
@@ -173,110 +216,256 @@ def export_vae(out, state, stats=None, format="diffusers", sample_size=256, forc
             os.rename(old, out)
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)
+    return wrote
+
+
+# ---------------------------------------------------------------- statistics
+
+def _number(value, what):
+    """`value` as a float; ValueError unless it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{what} is not a finite number")
+    return float(value)
 
 
 def stats_from_config(config, channels):
-    """(latents_scale, latents_bias) of a diffusers config, or None if it has none.
+    """(latents_scale, latents_bias) of a diffusers config.
 
     1/latents_std and latents_mean where it has them, as the REPA-E exports do, otherwise scaling_factor and
-    shift_factor (stabilityai/sd-vae-ft-mse: 0.18215 and 0).
+    shift_factor; where it states none, diffusers' own default 0.18215 (stabilityai/sd-vae-ft-mse) and 0.
     """
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-        bias, scale = torch.tensor(config["latents_mean"]), 1 / torch.tensor(config["latents_std"])
-    elif config.get("scaling_factor"):
-        bias = torch.full((channels,), float(config.get("shift_factor") or 0))
-        scale = torch.full((channels,), float(config["scaling_factor"]))
+        for key in ("latents_mean", "latents_std"):
+            if not isinstance(config[key], list) or len(config[key]) != channels:
+                raise ValueError(f"config.json: {key} is no list of {channels} values")
+        bias, std = (torch.tensor([_number(v, f"config.json: a value of {key}") for v in config[key]])
+                     for key in ("latents_mean", "latents_std"))
+        scale = 1 / std
     else:
-        return None
-    if bias.numel() != channels or scale.numel() != channels:
-        raise ValueError(f"config.json: latents_mean and latents_std do not have {channels} values")
-    return scale.float().view(1, -1, 1, 1), bias.float().view(1, -1, 1, 1)
+        scalars = _scalars(config)
+        bias, scale = (torch.full((channels,), scalars[key]) for key in ("shift_factor", "scaling_factor"))
+    return _checked_stats(scale, bias, "config.json")
 
 
-def load_vae_file(source):
-    """(state dict in CompVis names, (latents_scale, latents_bias) or None) of a VAE on disk or on the hub.
-
-    `source`: a CompVis .pt (statistics from the <name>-latents-stats.pt beside it, if there), a training checkpoint of
-    REPA-E (its `vae`; statistics of its `ema`) or of finetune_vae.py (its `vae_ema` and statistics), a folder that
-    diffusers saved, or a hub name such as stabilityai/sd-vae-ft-mse or REPA-E/e2e-vavae.
-    """
-    if os.path.isdir(source):
-        return _load_diffusers_folder(source)
-    if os.path.isfile(source):
-        return _load_compvis_file(source)
-    is_file_name = source.endswith((".pt", ".pth", ".ckpt", ".safetensors"))
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not is_file_name:
-        return _load_from_hub(source)
-    raise FileNotFoundError(f"{source}: no such VAE; give a .pt file, a diffusers folder or a hub name such as "
-                            "REPA-E/e2e-vavae")
+def _scalars(config):
+    """The numbers of a diffusers config that its pipelines read, with the defaults of diffusers.AutoencoderKL."""
+    values = {key: default if config.get(key) is None else _number(config[key], f"config.json: {key}")
+              for key, default in (("scaling_factor", 0.18215), ("shift_factor", 0.0))}
+    return values | {"force_upcast": config.get("force_upcast") is not False}
 
 
-def _load_compvis_file(path):
-    content = files.load(path)
-    state, stats = content, None
-    if "vae" in content:
-        state, bn = content.get("vae_ema", content["vae"]), content.get("ema", {})  # vae_ema: from finetune_vae.py
-        if "latents_scale" in content:
-            stats = content["latents_scale"], content["latents_bias"]
-        elif "bn.running_var" in bn:
-            stats = bn["bn.running_var"].rsqrt().view(1, -1, 1, 1), bn["bn.running_mean"].view(1, -1, 1, 1)
-    elif "state_dict" in content:  # a whole CompVis training checkpoint, with its loss and discriminator
-        state = {k: v for k, v in content["state_dict"].items() if not k.startswith("loss.")}
-    companion = _stats_name(path)
-    if stats is None and os.path.isfile(companion):
-        stats = load_stats_file(companion)
-    _check_is_vae(state, path)
-    return state, stats
-
-
-def _stats_name(path):
-    """sdvae-f8d4.pt -> sdvae-f8d4-latents-stats.pt, the release's naming."""
-    return os.path.splitext(path)[0] + "-latents-stats.pt"
-
-
-def _check_is_vae(state, path):
-    if not isinstance(state, dict) or "decoder.conv_in.weight" not in state:
-        raise ValueError(f"{path}: holds no VAE in CompVis names (no decoder.conv_in.weight)")
+def _checked_stats(scale, bias, what):
+    """(latents_scale, latents_bias), each float32 [1, C, 1, 1]; ValueError unless finite, of one length, the scale above 0."""
+    if not all(torch.is_tensor(v) and v.numel() for v in (scale, bias)) or scale.numel() != bias.numel():
+        raise ValueError(f"{what}: latents_scale and latents_bias must have one number per latent channel")
+    scale, bias = (v.detach().float().view(1, -1, 1, 1) for v in (scale, bias))
+    if not (scale.isfinite().all() and bias.isfinite().all() and (scale > 0).all()):
+        raise ValueError(f"{what}: its latent statistics are not finite, or a scale is not above 0")
+    return scale, bias
 
 
 def load_stats_file(path):
     """(latents_scale, latents_bias) of a latent statistics file, each [1, C, 1, 1]."""
     content = files.load(path)
-    if not isinstance(content, dict) or not {"latents_scale", "latents_bias"} <= set(content):
+    if not {"latents_scale", "latents_bias"} <= set(content):
         raise ValueError(f"{path}: a latent statistics file holds latents_scale and latents_bias")
-    return tuple(content[k].float().view(1, -1, 1, 1) for k in ("latents_scale", "latents_bias"))
+    return _checked_stats(content["latents_scale"], content["latents_bias"], path)
 
 
-def _load_diffusers_folder(folder):
-    config_path = os.path.join(folder, "config.json")
-    if not os.path.isfile(config_path):
-        raise FileNotFoundError(f"{folder}: no config.json, so it is no diffusers AutoencoderKL folder")
+# ---------------------------------------------------------------- reading
+
+def open_vae(source, name=None, stats_file=None):
+    """(key of VAE_models, state dict in CompVis names, (latents_scale, latents_bias) or None) of any VAE, all checked.
+
+    `source`: see `load_vae_file`. Raises ValueError if it is not of architecture `name`, where one is given, or does
+    not hold exactly that architecture's weights. The statistics are those of `stats_file` if given.
+    """
+    state, stats = load_vae_file(source)
     try:
-        with open(config_path) as f:
-            config = json.load(f)
+        found = vae_name(state)
     except ValueError as error:
-        raise ValueError(f"{config_path}: not valid JSON") from error
+        raise ValueError(f"{source}: {error}") from error
+    if name not in (None, found):
+        raise ValueError(f"{source}: weights of another architecture, a VAE of type {found}, not --vae {name}")
+    with torch.device("meta"):
+        files.check_state(VAE_models[found](), state, source)
+    stats = load_stats_file(stats_file) if stats_file else stats
+    channels = state["decoder.conv_in.weight"].shape[1]
+    if stats is not None and stats[0].numel() != channels:
+        raise ValueError(f"{stats_file or source}: statistics of {stats[0].numel()} channels, but {found} has {channels}")
+    return found, state, stats
+
+
+def load_vae_file(source):
+    """(state dict in CompVis names, (latents_scale, latents_bias) or None) of a VAE on disk or on the hub.
+
+    `source`: a .pt or .safetensors in CompVis or diffusers names (statistics from the <name>-latents-stats.pt or
+    config.json beside it, if there), a training checkpoint of REPA-E (its `vae`, or the frozen one that its args name;
+    statistics of its `ema`) or of finetune_vae.py (its `vae_ema` and statistics), a folder that diffusers saved, or a
+    hub name such as stabilityai/sd-vae-ft-mse or REPA-E/e2e-vavae. Tensors that are no part of a VAE are left out, with
+    a note on stderr.
+    """
+    path = _path_of(source)
+    return _load_folder(path) if os.path.isdir(path) else vae_in(files.load(path), path)
+
+
+def _path_of(source):
+    """The file or diffusers folder that `source` names, fetched if it is a hub name."""
+    if os.path.exists(source):
+        nested = os.path.join(source, "vae")  # of a whole pipeline
+        return nested if os.path.isdir(nested) and not os.path.isfile(os.path.join(source, "config.json")) else source
+    is_file_name = source.endswith((".pt", ".pth", ".ckpt", ".safetensors"))
+    if is_file_name or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+        raise FileNotFoundError(f"{source}: no such VAE; give a .pt file, a diffusers folder or a hub name such as "
+                                "REPA-E/e2e-vavae")
+    if source not in RELEASED:
+        files.hub_file(source, "diffusion_pytorch_model.safetensors")
+        return os.path.dirname(files.hub_file(source, "config.json"))
+    path = files.hub_file(source, RELEASED[source])
+    try:
+        files.hub_file(source, _companion(RELEASED[source], "latents-stats"))
+    except OSError:
+        pass  # a VAE without statistics is whole: the diffusion model's batch norm holds them too
+    return path
+
+
+def vae_in(content, path, _followed=()):
+    """`load_vae_file` of a file that has been read: `content` of `path`."""
+    stats, ema = None, content.get("ema")
+    if isinstance(ema, dict) and torch.is_tensor(ema.get("bn.running_var")) and torch.is_tensor(ema.get("bn.running_mean")):
+        stats = _checked_stats(ema["bn.running_var"].rsqrt(), ema["bn.running_mean"], f"{path} (ema)")
+    if "vae" in content or "vae_ema" in content:
+        state = content.get("vae_ema", content.get("vae"))  # vae_ema: from finetune_vae.py
+        if "latents_scale" in content:
+            stats = _checked_stats(content["latents_scale"], content.get("latents_bias"), path)
+    elif isinstance(ema, dict):
+        return _frozen_vae(content, path, _followed)[0], stats
+    else:
+        state = content.get("state_dict", content)  # a whole CompVis training checkpoint
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: holds no VAE (a dict of name -> tensor)")
+    companion, config = _companion(path, "latents-stats"), os.path.join(os.path.dirname(path), "config.json")
+    in_diffusers_names = any(isinstance(k, str) and k.startswith("encoder.down_blocks.") for k in state)
+    state = _own_names(state, path)
+    if stats is None and in_diffusers_names and os.path.isfile(config):
+        stats = stats_from_config(_diffusers_json(config), state["decoder.conv_in.weight"].shape[1])
+    if stats is None and os.path.isfile(companion):
+        stats = load_stats_file(companion)
+    return state, stats
+
+
+def _frozen_vae(content, path, followed):
+    """(state, statistics) of the VAE that a checkpoint of frozen-VAE training was trained on: the file its args name."""
+    settings = files.training_args(content, path)
+    source = settings.get("vae_ckpt")
+    if not isinstance(source, str) or source in ("none", "auto"):
+        raise ValueError(f"{path}: holds no VAE and names none; give one with --vae-ckpt")
+    if source in followed:
+        raise ValueError(f"{path}: names {source} as its VAE, which leads back here; give the VAE itself")
+    try:
+        found = _path_of(source)
+        return _load_folder(found) if os.path.isdir(found) else vae_in(files.load(found), found, (*followed, source))
+    except OSError as error:
+        hub = {file: repo for repo, file in RELEASED.items()}.get(os.path.basename(source))
+        raise FileNotFoundError(f"{path}: trained on a frozen {settings.get('vae')} VAE, {source}, which is not here; give it "
+                                f"with --vae-ckpt{f', for example {hub}' if hub else ''}") from error
+
+
+def _own_names(state, path):
+    """The VAE of a state dict in CompVis names, from those of CompVis, of diffusers, or of a whole latent diffusion model."""
+    state = {k: v for k, v in state.items() if isinstance(k, str) and torch.is_tensor(v)}
+    state = {k.removeprefix("first_stage_model."): v for k, v in state.items() if k.startswith("first_stage_model.")} or state
+    averages = _averages(state)
+    if averages:
+        _note(f"{path}: of its weights the averages (model_ema) are taken")
+    vae = {k: v for k, v in (state | averages).items() if k.startswith(PARTS)}
+    if any(k.startswith("encoder.down_blocks.") for k in vae):
+        try:
+            vae = from_diffusers(vae)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    if "decoder.conv_in.weight" not in vae:
+        raise ValueError(f"{path}: not the weights of a VAE, it has no decoder.conv_in.weight in CompVis or diffusers names")
+    beside = [k for k in state if not k.startswith(PARTS) and not (averages and k.startswith("model_ema."))]
+    if beside:
+        kinds = ", ".join(sorted({k.split(".")[0] for k in beside})[:5])
+        _note(f"{path}: {len(beside)} tensors beside the VAE are left out ({kinds})")
+    return vae
+
+
+def _averages(state):
+    """The averaged weights of a VAE, by name, where a trainer kept such; {} otherwise.
+
+    LDM's average is model_ema.<name without dots>, others' model_ema.<name>. The files of sd-vae-ft-mse hold only the
+    counters of it (model_ema.decay): their weights are the averages.
+    """
+    average = {k.removeprefix("model_ema."): v for k, v in state.items() if k.startswith("model_ema.")}
+    names = [k for k in (*state, *average) if k.startswith(PARTS)]
+    if not names and average:  # no names to learn from where the dots were
+        with torch.device("meta"):
+            names = sorted({k for make in VAE_models.values() for k in make().state_dict()})
+    return {name: average[key] for name in names for key in (name.replace(".", ""), name) if key in average}
+
+
+def _note(text):
+    if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def _companion(path, what):
+    """sdvae-f8d4.pt -> sdvae-f8d4-latents-stats.pt or -discriminator-ckpt.pt, the release's naming."""
+    return f"{os.path.splitext(path)[0]}-{what}.pt"
+
+
+def _diffusers_json(path):
+    config = files.load_json(path)
     if config.get("_class_name") != "AutoencoderKL":
-        raise ValueError(f"{config_path}: class {config.get('_class_name')!r} is not AutoencoderKL")
+        raise ValueError(f"{path}: class {config.get('_class_name')!r} is not AutoencoderKL")
     if config.get("norm_num_groups", 32) != 32:
-        raise ValueError(f"{config_path}: norm_num_groups {config['norm_num_groups']}; only 32 is supported")
+        raise ValueError(f"{path}: norm_num_groups {config['norm_num_groups']}; only 32 is supported")
+    return config
+
+
+def _load_folder(folder):
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        raise FileNotFoundError(f"{folder}: no config.json, so it is no diffusers AutoencoderKL folder")
+    _diffusers_json(os.path.join(folder, "config.json"))
     for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
-        if os.path.isfile(os.path.join(folder, name)):
-            state = from_diffusers(files.load(os.path.join(folder, name)))
-            _check_is_vae(state, os.path.join(folder, name))
-            return state, stats_from_config(config, state["decoder.conv_in.weight"].shape[1])
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            return vae_in(files.load(path), path)
     raise FileNotFoundError(f"{folder}: no diffusion_pytorch_model.safetensors")
 
 
-def _load_from_hub(repo):
-    file = RELEASED.get(repo)
-    if file is None:
-        config = files.hub_file(repo, "config.json")
-        files.hub_file(repo, "diffusion_pytorch_model.safetensors")
-        return _load_diffusers_folder(os.path.dirname(config))
-    path = files.hub_file(repo, file)
-    try:
-        files.hub_file(repo, _stats_name(file))
-    except OSError:
-        pass  # a VAE without statistics is whole: the diffusion model's batch norm holds them too
-    return _load_compvis_file(path)
+def source_config(source):
+    """The scaling_factor, shift_factor and force_upcast (and latents_mean, if any) that a VAE came with in diffusers; {} if
+    it did not, or if that can no longer be told. For `export_vae`.
+
+    A VAE that finetune_vae.py refined with a frozen encoder has the latents of the one it began as, and so its numbers;
+    of one whose encoder was trained only force_upcast, which is about the range of activations, is kept.
+    """
+    path, trained = source, False
+    for _ in range(10):  # a chain of refinements
+        path = _path_of(path) if isinstance(path, str) else None
+        config = path and os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
+        if config and os.path.isfile(config) and (os.path.isdir(path) or _has_diffusers_names(path)):
+            config = _diffusers_json(config)
+            found = _scalars(config) | ({"latents_mean": True} if config.get("latents_mean") is not None else {})
+            return {"force_upcast": found["force_upcast"]} if trained else found
+        content = files.load(path, verify=False) if path and os.path.isfile(path) else {}
+        if not {"vae", "ema"} & set(content):
+            return {}
+        try:
+            args = files.training_args(content, path)
+        except (OSError, ValueError):
+            return {}
+        refined = "vae_ema" in content
+        trained = trained or (bool(args.get("train_encoder")) if refined else "vae" in content)
+        path = args.get("ckpt" if refined else "vae_ckpt")
+        if not isinstance(path, str) or not os.path.exists(path):
+            return {}
+    return {}
+
+
+def _has_diffusers_names(path):
+    return any(str(k).startswith("encoder.down_blocks.") for k in files.load(path, verify=False))

@@ -1,11 +1,12 @@
-"""SiT and VAE of a training checkpoint: ours, and each kind that REPA-E released, as they are.
+"""Networks from files, one way to open each: SiT, VAE, discriminator, LPIPS; and optimiser states by name.
+
+Files are training checkpoints, ours and each kind that REPA-E released, as they are, and the VAEs of vae_files.
 
 A checkpoint says which model it is in its `args` (a dict, or the reference's pickled argparse.Namespace) or in the
 args.json of its run folder; every size is read off the tensors.
 Errors: ValueError or OSError with a one-line message that names the file and the remedy.
 """
 import hashlib
-import json
 import math
 import os
 
@@ -16,6 +17,8 @@ from models.runtime import files, vae_files
 from models.discriminator import Discriminator
 from models.lpips import LPIPS, load_pretrained
 from models.sit import SiT_models
+from models.runtime.files import training_args
+from models.runtime.vae_files import open_vae
 from models.vae import VAE_models
 
 
@@ -38,29 +41,14 @@ def load(path, vae_ckpt=None):
     return sit, vae, settings, source
 
 
-def training_args(content, path):
-    """The flags a checkpoint was trained with, a dict: its own `args`, or args.json beside it or in its run folder."""
-    if content.get("args") is not None:
-        return dict(content["args"] if isinstance(content["args"], dict) else vars(content["args"]))
-    folder = os.path.dirname(os.path.abspath(path))
-    for candidate in (os.path.join(folder, "args.json"), os.path.join(os.path.dirname(folder), "args.json")):
-        if os.path.isfile(candidate):
-            try:
-                with open(candidate) as f:
-                    return json.load(f)
-            except ValueError as error:
-                raise ValueError(f"{candidate}: not valid JSON") from error
-    raise FileNotFoundError(f"{path}: no args in it and no args.json beside it or in its run folder")
-
-
 def build_sit(state, settings, path):
     """The SiT of an `ema` state dict, in eval mode: its name from the settings, every size from the tensors."""
-    if settings.get("model") not in SiT_models:
+    if settings.get("model") not in list(SiT_models):  # a list: whatever the file says may be compared
         raise ValueError(f"{path}: model {settings.get('model')!r} is none of {', '.join(SiT_models)}")
     state = {k: v for k, v in state.items() if not k.startswith("projectors.")}
-    for key in ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight"):
-        if key not in state:
-            raise ValueError(f"{path}: checkpoint of another layout, its ema has no {key}")
+    for key, dimensions in (("x_embedder.proj.weight", 4), ("pos_embed", 3), ("y_embedder.embedding_table.weight", 2)):
+        if not torch.is_tensor(state.get(key)) or state[key].ndim != dimensions:
+            raise ValueError(f"{path}: checkpoint of another layout, its ema has no {key} of {dimensions} dimensions")
     if "bn.running_mean" not in state or "bn.running_var" not in state:
         raise ValueError(f"{path}: its ema has no latent statistics (bn.running_mean, bn.running_var)")
     _, channels, patch, _ = state["x_embedder.proj.weight"].shape
@@ -78,28 +66,19 @@ def build_sit(state, settings, path):
 
 def build_vae(content, settings, path, vae_ckpt=None):
     """(vae in eval mode, its source): `vae_ckpt`, else the checkpoint's own VAE, else the file its settings name."""
-    source = vae_ckpt or ("checkpoint" if "vae" in content else settings.get("vae_ckpt"))
-    if source is None:
-        raise ValueError(f"{path}: holds no VAE and names none; give one with --vae-ckpt")
-    if source == "checkpoint":
-        state, what = content["vae"], f"VAE of {path}"
+    if vae_ckpt:
+        name, state, _ = open_vae(vae_ckpt)
+        source = vae_ckpt
     else:
-        what = source
+        state, _ = vae_files.vae_in(content, path)
+        source = "checkpoint" if "vae" in content else settings.get("vae_ckpt")
         try:
-            state, _ = vae_files.load_vae_file(source)
-        except OSError as error:
-            if vae_ckpt:
-                raise
-            hub = {file: repo for repo, file in vae_files.RELEASED.items()}.get(os.path.basename(source))
-            raise FileNotFoundError(f"{path}: trained on a frozen {settings.get('vae')} VAE, {source}, which is not "
-                                    f"here; give it with --vae-ckpt{f', for example {hub}' if hub else ''}") from error
-    try:
-        name = vae_files.vae_name(state)
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from error
-    with torch.device("meta"):
+            name = vae_files.vae_name(state)
+        except ValueError as error:
+            raise ValueError(f"VAE of {path}: {error}") from error
+    with torch.device("meta"):  # random initial values would cost more time than the file
         vae = VAE_models[name]()
-    return files.load_weights(vae.to_empty(device="cpu"), state, what).eval(), source
+    return files.load_weights(vae.to_empty(device="cpu"), state, vae_ckpt or f"VAE of {path}").eval(), source
 
 
 def open_vae(source, name=None, stats_file=None):
@@ -121,10 +100,11 @@ def open_vae(source, name=None, stats_file=None):
 
 
 def state_digest(module):
-    """sha256 (hex) over a module's names and tensors."""
+    """sha256 (hex) over the names and tensors of a module or of a state dict."""
     digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    for name, tensor in (module if isinstance(module, dict) else module.state_dict()).items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -134,12 +114,19 @@ LPIPS_SHA256 = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868
 
 def lpips(remedy="pass --perceptual-weight 0"):
     """LPIPS with torchvision's VGG16 and the published linear weights, both fetched once. `remedy` ends the error."""
+    url = torchvision.models.VGG16_Weights.IMAGENET1K_V1.url  # vgg16-397923af.pth: the sha256 begins like that
+    name = os.path.basename(url)
     try:
-        vgg = torchvision.models.VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
-        path = files.download(LPIPS_URL, files.cache_path("lpips_vgg.pth"), 7289, LPIPS_SHA256)
+        vgg = files.download(url, os.path.join(torch.hub.get_dir(), "checkpoints", name), sha256_prefix=name[6:14])
+        linear = files.download(LPIPS_URL, files.cache_path("lpips_vgg.pth"), 7289, LPIPS_SHA256)
     except OSError as error:
         raise OSError(f"the weights of LPIPS cannot be fetched ({error}); without a network {remedy}") from error
-    return load_pretrained(LPIPS(), vgg, files.load(path))
+    return load_pretrained(LPIPS(), files.load(vgg), files.load(linear))
+
+
+# ---------------------------------------------------------------- the discriminator
+
+WITH_DISCRIMINATOR = ("REPA-E/sdvae", "REPA-E/invae", "REPA-E/vavae")  # released with one
 
 
 def discriminator(source, vae_name):
@@ -148,9 +135,85 @@ def discriminator(source, vae_name):
     disc = Discriminator()
     if source == "none":
         return disc
-    path = source
-    if not os.path.exists(source) and source.count("/") == 1 and not source.endswith((".pt", ".pth")):
-        path = files.hub_file(source, f"{source.split('/')[1]}-{vae_name}-discriminator-ckpt.pt")
-    state = files.load(path)
-    state = state["discriminator"] if "discriminator" in state else state
+    state = discriminator_state(source, vae_name)
+    if state is None:
+        raise ValueError(f"--disc-ckpt {source}: holds no discriminator; give another file, or none to start from scratch")
     return files.load_weights(disc, state, f"--disc-ckpt {source}")
+
+
+def discriminator_state(source, vae_name):
+    """State dict of the discriminator that comes with `source`, or None if none does.
+
+    A training checkpoint's `discriminator`, a CompVis checkpoint's loss.discriminator.*, the -discriminator-ckpt.pt
+    beside a VAE or in its repository, or a file of its weights alone.
+    """
+    path = source
+    if not os.path.exists(source) and source.count("/") == 1 and not source.endswith((".pt", ".pth", ".ckpt")):
+        if source in vae_files.RELEASED and source not in WITH_DISCRIMINATOR:
+            return None
+        path = files.hub_file(source, f"{source.split('/')[1]}-{vae_name}-discriminator-ckpt.pt")
+    if os.path.isdir(path):
+        return None
+    content = files.load(path)
+    if "discriminator" in content:
+        return content["discriminator"]
+    state = content.get("state_dict", content)
+    if isinstance(state, dict):
+        own = {k.removeprefix("loss.discriminator."): v for k, v in state.items()
+               if str(k).startswith("loss.discriminator.")}
+        if own or "main.0.weight" in state:
+            return own or state
+    beside = f"{os.path.splitext(path)[0]}-discriminator-ckpt.pt"
+    return files.load(beside) if os.path.isfile(beside) else None
+
+
+# ---------------------------------------------------------------- optimiser states of other layouts
+
+BUFFERS = ("bn.running_mean", "bn.running_var", "num_batches_tracked", "running_mean", "running_var")
+
+
+def optimizer_names(content, key):
+    """Names of the parameters that the optimiser state content[key] ("opt", "opt_vae", "opt_disc") covers, in its order.
+
+    A state knows numbers only; the order is that of the network's weights without buffers. In the reference's files
+    `opt` has the position table first, which is a buffer here unless --learn-pos-embed trains it, and `opt_disc` covers
+    the whole loss module: logvar, the discriminator, then LPIPS. Raises ValueError if the counts do not fit.
+    """
+    network = {"opt": "model", "opt_vae": "vae", "opt_disc": "discriminator"}[key]
+    state, weights = content.get(key), content.get(network)
+    try:
+        count = sum(len(group["params"]) for group in state["param_groups"])
+        names = [name for name in weights if not name.endswith(BUFFERS)]
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{key}: no optimiser state, or no {network} beside it") from error
+    if count == len(names) - 1 and "pos_embed" in names:
+        names.remove("pos_embed")
+    elif key == "opt_disc" and count > len(names):
+        names = ["logvar", *names]
+        names += [f"perceptual_loss.{i}" for i in range(count - len(names))]
+    if count != len(names):
+        raise ValueError(f"{key}: an optimiser state of {count} parameters, but {network} has {len(names)}")
+    return names
+
+
+def map_optimizer_state(state, names_in_file, optimizer, names):
+    """An optimiser state in a file's order -> (state dict for `optimizer`, names of its parameters that start anew).
+
+    names_in_file: of the parameters that `state` counts, in its order (`optimizer_names`); names: of the parameters of
+    `optimizer`, in its own. A state goes over where the name is known and the moments have the parameter's shape;
+    settings (learning rate ...) stay those of `optimizer`. A parameter that had no state in the file starts anew
+    without being named: it had no gradient.
+    """
+    order = [index for group in state["param_groups"] for index in group["params"]]
+    entries = {name: state["state"].get(index) for name, index in zip(names_in_file, order, strict=True)}
+    own = optimizer.state_dict()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    indices = [index for group in own["param_groups"] for index in group["params"]]
+    mapped, anew = {}, []
+    for index, name, parameter in zip(indices, names, parameters, strict=True):
+        entry = entries.get(name)
+        if name not in entries or (entry is not None and files.wrong_moment(entry, parameter)):
+            anew.append(name)
+        elif entry is not None:
+            mapped[index] = entry
+    return {"state": mapped, "param_groups": own["param_groups"]}, anew

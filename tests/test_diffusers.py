@@ -1,0 +1,141 @@
+"""The exported VAE where people use VAEs: in the pipelines of diffusers, built small with random weights.
+
+Skips without diffusers; to run them:
+
+    pip install diffusers transformers && python -m pytest tests/test_diffusers.py
+"""
+import json
+
+import pytest
+import torch
+from fill import fill_
+
+from models.runtime import files, vae_files
+from models.vae import VAE_models
+
+diffusers = pytest.importorskip("diffusers", reason="needs the package diffusers")
+pytest.importorskip("transformers", reason="needs the package transformers")
+
+NUMBERS = {"f8d4": {}, "f8d16": {"scaling_factor": 0.3611, "shift_factor": 0.1159}}  # sd-vae-ft-mse states none, Flux's these
+
+
+@pytest.fixture(scope="module", params=NUMBERS)
+def vaes(request, tmp_path_factory):
+    """name -> diffusers folder: a VAE as others publish it, what our export makes of it, and, refined (which keeps the
+    latents), what it would be with its own config and what our export of the training checkpoint makes of it."""
+    name, folder = request.param, tmp_path_factory.mktemp("vae")
+    vae = fill_(VAE_models[name]()).eval()
+    for n, p in vae.named_parameters():  # random weights give pictures far beyond [-1, 1], which a pipeline would clip
+        if n.startswith("decoder.conv_out"):
+            p.data *= 0.3
+    refined = {k: v * 1.1 if k.startswith("decoder.mid") else v for k, v in vae.state_dict().items()}
+    for kind, state in (("original", vae.state_dict()), ("refined", refined)):
+        peer = diffusers.AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=2,
+            up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=vae.latent_channels, use_quant_conv=name == "f8d4",
+            use_post_quant_conv=name == "f8d4", sample_size=64, **NUMBERS[name])
+        peer.load_state_dict(vae_files.to_diffusers(state))
+        peer.save_pretrained(folder / kind)
+        if not NUMBERS[name]:
+            config = json.loads((folder / kind / "config.json").read_text())
+            for key in ("scaling_factor", "shift_factor", "force_upcast"):
+                del config[key]
+            (folder / kind / "config.json").write_text(json.dumps(config))
+    scale, bias = vae_files.open_vae(str(folder / "original"), name)[2]
+    files.save({"vae_ema": refined, "vae": refined, "latents_scale": scale, "latents_bias": bias, "steps": 1,
+                "args": {"ckpt": str(folder / "original"), "train_encoder": False}}, folder / "0000001.pt")
+    for source, export in (("original", "exported"), ("0000001.pt", "refined-exported")):
+        found, state, stats = vae_files.open_vae(str(folder / source))
+        assert found == name
+        vae_files.export_vae(folder / export, state, stats, source=vae_files.source_config(str(folder / source)))
+    return {"name": name, **{k: str(folder / k) for k in ("original", "exported", "refined", "refined-exported")}}
+
+
+def dit(vae):
+    network = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=vae.config.latent_channels, num_layers=1, sample_size=4,
+        patch_size=2, out_channels=2 * vae.config.latent_channels, num_embeds_ada_norm=1000)
+    pipe = diffusers.DiTPipeline(network, vae, diffusers.DDIMScheduler())
+    return lambda g: pipe([3], guidance_scale=1.0, generator=g, num_inference_steps=2, output_type="np").images
+
+
+def sd3(vae):
+    channels = vae.config.latent_channels
+    network = diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=channels, num_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=24, out_channels=channels)
+    pipe = diffusers.StableDiffusion3Pipeline(network, diffusers.FlowMatchEulerDiscreteScheduler(), vae, *[None] * 6)
+    prompt = {"prompt_embeds": torch.full((1, 5, 32), 0.1), "pooled_prompt_embeds": torch.full((1, 24), 0.1)}
+    return lambda g: pipe(**prompt, guidance_scale=1.0, height=32, width=32, generator=g, num_inference_steps=2,
+                          output_type="np").images
+
+
+def flux(vae):
+    network = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=4 * vae.config.latent_channels, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=24, axes_dims_rope=(4, 4, 8))
+    pipe = diffusers.FluxPipeline(diffusers.FlowMatchEulerDiscreteScheduler(), vae, None, None, None, None, network)
+    prompt = {"prompt_embeds": torch.full((1, 5, 32), 0.1), "pooled_prompt_embeds": torch.full((1, 24), 0.1)}
+    return lambda g: pipe(**prompt, guidance_scale=1.0, height=32, width=32, generator=g, num_inference_steps=2,
+                          output_type="np").images
+
+
+@pytest.mark.parametrize("pipeline", [dit, sd3, flux])
+def test_pipelines_decode_as_with_the_original(vaes, pipeline, close):
+    """The same network, noise and steps: equal pictures. A VAE without shift_factor as its publisher wrote it makes SD3's
+    and Flux's pipelines fail; the export has a number there, so it is compared with the original given that number."""
+    def pictures(folder):
+        vae = diffusers.AutoencoderKL.from_pretrained(folder)
+        if vae.config.shift_factor is None and pipeline is not dit:
+            assert "exported" not in folder
+            vae.register_to_config(shift_factor=0.0)
+        torch.manual_seed(0)  # of the networks' weights
+        run = pipeline(vae)
+        return torch.from_numpy(run(torch.Generator().manual_seed(1)))
+    original, refined = pictures(vaes["original"]), pictures(vaes["refined"])
+    assert original.std() > 0.02 and ((original > 0) & (original < 1)).double().mean() > 0.9  # not clipped
+    close(pictures(vaes["exported"]), original, 1e-5)
+    close(pictures(vaes["refined-exported"]), refined, 1e-5)
+    assert (refined - original).abs().max() > 1e-3
+
+
+def test_there_and_back(vaes, tmp_path):
+    """CompVis -> diffusers' own save -> CompVis: the same bits."""
+    state, _ = vae_files.load_vae_file(vaes["exported"])
+    vae_files.export_vae(tmp_path / "a", state, None, "compvis")
+    vae_files.export_vae(tmp_path / "b", vae_files.open_vae(str(tmp_path / "a" / "a.pt"))[1])
+    diffusers.AutoencoderKL.from_pretrained(tmp_path / "b").save_pretrained(tmp_path / "c")
+    vae_files.export_vae(tmp_path / "d", vae_files.open_vae(str(tmp_path / "c"))[1], None, "compvis")
+    back = files.load(tmp_path / "d" / "d.pt")
+    assert set(back) == set(state) and all(torch.equal(back[k], v) for k, v in state.items())
+
+
+def test_stable_diffusion_xl_reads_the_statistics(tmp_path, close):
+    """latents_mean and latents_std take latents of the sampler's scale to the VAE's, by its formula."""
+    vae = fill_(VAE_models["f8d4"]()).eval()
+    stats = torch.linspace(0.5, 2, 4).view(1, -1, 1, 1), torch.linspace(-1, 1, 4).view(1, -1, 1, 1)
+    vae_files.export_vae(tmp_path / "vae", vae.state_dict(), stats)
+    config = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae").config
+    z = torch.randn(2, 4, 3, 3)
+    std, mean = (torch.tensor(config[k]).view(1, 4, 1, 1) for k in ("latents_std", "latents_mean"))
+    close(z * std / config.scaling_factor + mean, z / stats[0] + stats[1], 1e-6)
+
+
+@pytest.mark.parametrize("name", ["f8d4", "f16d32", "f8d16"])
+def test_networks_agree(name, tmp_path, close):
+    vae = fill_(VAE_models[name]()).eval()
+    channels = vae.latent_channels
+    stats = torch.linspace(0.5, 2, channels).view(1, -1, 1, 1), torch.linspace(-1, 1, channels).view(1, -1, 1, 1)
+    vae_files.export_vae(tmp_path / "vae", vae.state_dict(), stats)
+    peer, info = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    x = torch.rand(1, 3, 64, 64) * 2 - 1
+    z = torch.randn(1, channels, 64 // vae.downsample, 64 // vae.downsample)
+    with torch.no_grad():
+        close(peer.decode(z).sample, vae.decode(z), atol=1e-5, rtol=1e-5)
+        close(peer.encode(x).latent_dist.mean, vae.encode(x).mean, atol=1e-5, rtol=1e-5)
+    assert peer.config.latents_mean == pytest.approx(stats[1].flatten().tolist())
+    peer.save_pretrained(tmp_path / "again")
+    state, again = vae_files.load_vae_file(str(tmp_path / "again"))
+    assert all(torch.equal(state[k], v) for k, v in vae.state_dict().items())
+    close(again[0], stats[0])
