@@ -173,6 +173,13 @@ def input_digest(images):
                 digest.update(block)
     return digest.hexdigest()
 
+
+def round_to_uint8(images):
+    """uint8 [B, H, W, 3] of a tensor [B, 3, H, W] in [-1, 1], rounded to the nearest level: for reconstructions, which
+    are compared with uint8 images (samplers.truncate_to_uint8 truncates, as the paper's sampler does)."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+
+
 CAPTION = 14  # height of a caption in pixels
 
 

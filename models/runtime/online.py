@@ -5,8 +5,9 @@ import torch
 
 from models.runtime import files
 from models.runtime.features import score_samples
-from models.runtime.images import label_grid
-from models.samplers import decode, draw_noise, euler, sample_generators, sample_labels, to_uint8
+from models.runtime.images import label_grid, round_to_uint8
+from models.samplers import (decode, draw_noise, euler, guided, sample_generators, sample_labels, time_grid,
+                             truncate_to_uint8)
 
 
 @torch.no_grad()
@@ -15,9 +16,9 @@ def draw_samples(nets, args, indices, labels, cfg_scale):
     shape = (nets.ema.in_channels, nets.ema.input_size, nets.ema.input_size)
     noise = draw_noise(sample_generators(args.seed, indices), shape).to(nets.device)
     with nets.autocast():
-        x = euler(lambda x, t, y: nets.ema(x, t, y)[0], noise, labels.to(nets.device), num_steps=50, cfg_scale=cfg_scale,
-                  null_label=args.num_classes)
-        return to_uint8(decode(nets.vae.decode, x.float(), *nets.ema.latents_stats()).float())
+        velocity = guided(lambda x, t, y: nets.ema(x, t, y)[0], labels.to(nets.device), args.num_classes, cfg_scale)
+        x = euler(velocity, noise, time_grid(50))
+        return truncate_to_uint8(decode(nets.vae.decode, x.float(), *nets.ema.latents_stats()).float())
 
 
 @torch.no_grad()
@@ -28,7 +29,7 @@ def save_grids(nets, args, step, folder, images):
     originals = images[:8].to(nets.device).float() / 127.5 - 1
     with nets.autocast():
         copies = nets.vae.decode(nets.vae.encode(originals).mean)
-    both = to_uint8(torch.cat([originals, copies.float()]))
+    both = round_to_uint8(torch.cat([originals, copies]))
     for kind, grid in (("samples", label_grid(samples.cpu(), labels.tolist(), columns=min(args.num_classes, 10))),
                        ("reconstructions", label_grid(both.cpu(), columns=len(originals)))):
         with files.replace(os.path.join(folder, kind, f"{step:07d}.png")) as temporary:
