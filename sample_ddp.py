@@ -27,13 +27,14 @@ import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from models import samplers
-
+from models.losses import interpolant
 from models.runtime import distributed, files, images, weights
 from models.runtime.images import label_grid
 
@@ -160,40 +161,35 @@ def make_sampler(args, sit, vae, path_type, device):
     scale, bias = sit.latents_stats()
     network = torch.compile(sit, dynamic=False) if args.compile else sit
     shape = (sit.in_channels, sit.input_size, sit.input_size)
-    guidance = dict(cfg_scale=args.cfg_scale, guidance_low=args.guidance_low, guidance_high=args.guidance_high,
-                    null_label=sit.num_classes)
+    guidance = args.cfg_scale, args.guidance_low, args.guidance_high
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision)
     torch.backends.cudnn.allow_tf32 = low is not None
-
-    def velocity(x, t, y):
-        return network(x, t, y)[0]
 
     @torch.inference_mode()
     def sample(first, number):
         indices = range(first, first + number)
         generators = samplers.sample_generators(args.global_seed, indices)
 
-        def noise(_=None):
+        def noise():
             drawn = samplers.draw_noise(generators, shape)
             return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn
 
         y = draw_labels(args, indices, sit.num_classes).to(device)
-        x = noise()
+        velocity = samplers.guided(lambda x, t, y: network(x, t, y)[0], y, sit.num_classes, *guidance)
+        x, times = noise(), samplers.time_grid(args.num_steps, args.mode)
         # one autocast region for all steps: the weights are cast to half precision once, not at every step
         with torch.autocast(device.type, dtype=low) if low else contextlib.nullcontext():
             if args.mode == "sde":
-                x = samplers.euler_maruyama(velocity, x, y, noise, num_steps=args.num_steps, path_type=path_type,
-                                            **guidance)
+                x = samplers.euler_maruyama(velocity, x, times, noise, partial(interpolant, path_type=path_type))
             elif args.dopri5:
-                x = samplers.dopri5(velocity, x, y, rtol=args.rtol, atol=args.atol, **guidance)
+                x = samplers.dopri5(velocity, x, samplers.smooth_pieces(*guidance), args.rtol, args.atol)
             else:
-                ode = samplers.heun if args.heun else samplers.euler
-                x = ode(velocity, x, y, num_steps=args.num_steps, **guidance)
+                x = (samplers.heun if args.heun else samplers.euler)(velocity, x, times)
         # decoded outside autocast: bf16 steps near 1 are as coarse as those of a uint8 image
         images = samplers.decode(vae.decode, x.float(), scale, bias)
         if not images.isfinite().all():
             raise FloatingPointError(f"samples {first}:{first + number} are not finite; is the checkpoint sound?")
-        return samplers.to_uint8(images).cpu().numpy()
+        return samplers.truncate_to_uint8(images).cpu().numpy()
 
     return sample
 

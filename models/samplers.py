@@ -1,143 +1,154 @@
-"""Samplers that turn noise (t = 1) into latents (t = 0) by a velocity network. Needs torch only.
+"""Samplers: from noise (t = 1) to latents (t = 0) along a network's velocity. Needs torch only.
 
-Every sampler is a pure function `(velocity, latents, y, ...) -> x`:
+Guidance is a closure around the network, and a solver takes any velocity and a grid of times:
 
-    velocity   function (x [B, ...], t [B], y [B]) -> v [B, ...], the network's dx_t/dt for x_t = a(t) x_0 + s(t) eps
-    latents    [B, ...] standard normal, x at t = 1; the network is called in this tensor's type (float32)
-    y          [B] labels; `null_label` is the one that stands for "no class" (the model's number of classes)
-    returns x  [B, ...] float64 at t = 0: normalised latents, to be decoded with `decode`
+    >>> shape, indices = (4, 8, 8), range(8)
+    >>> generators = sample_generators(seed=0, indices=indices)
+    >>> def noise():
+    ...     return draw_noise(generators, shape)
+    >>> y = sample_labels(seed=0, indices=indices, num_classes=1000)
+    >>> velocity = guided(lambda x, t, y: sit(x, t, y)[0], y, null_label=1000, cfg_scale=2.2, high=0.65)
+    >>> x = euler_maruyama(velocity, noise(), time_grid(250, "sde"), noise, interpolant)
+    >>> images = truncate_to_uint8(decode(vae.decode, x.float(), *sit.latents_stats()))
 
-The state is integrated in float64 whatever the network computes in, as in the reference implementation.
+Here `sit` and `vae` are trained networks and `interpolant` is models/losses.py's, or for the paper's linear
+path just lambda t: (1 - t, t, -torch.ones_like(t), torch.ones_like(t)).
 
-Guidance (all samplers): at a step that starts at time t the label and null predictions are combined as
-v_null + cfg_scale * (v_label - v_null) if and only if cfg_scale > 1 and guidance_low <= t <= guidance_high (inclusive,
-compared in float64); other steps run the label half alone, at half the cost. Interval guidance: arXiv 2404.07724.
+A solver is a function (velocity, x, times, ...) -> x:
 
-    g = sample_generators(seed=0, indices=range(8))
-    latents = draw_noise(g, (4, 32, 32))
-    y = sample_labels(seed=0, indices=range(8), num_classes=1000)
-    noise = lambda i: draw_noise(g, (4, 32, 32))
-    x = euler_maruyama(lambda x, t, y: sit(x, t, y)[0], latents, y, noise, num_steps=250, null_label=1000)
-    images = to_uint8(decode(vae.decode, x.float(), latents_scale, latents_bias))
+    velocity   function (x [B, ...] float64, t) -> v [B, ...] float64, the dx_t/dt of x_t = alpha(t) x_0 +
+               sigma(t) eps; t is one time for all samples (a float) or one for each (float64 [B]). heun and
+               dopri5 pass a third argument, see `guided`.
+    x          [B, ...] standard normal, the state at times[0]
+    times      floats, descending; from 1 to 0 for a whole trajectory
+    returns    [B, ...] float64, the state at times[-1]: normalised latents at time 0, which `decode` takes
+
+The state is kept in float64 whatever the network computes in, as in the reference implementation.
 """
 import hashlib
 import math
+from itertools import pairwise
 
 import torch
 
 
-def check_guidance(cfg_scale, guidance_low, guidance_high):
-    """Raises ValueError unless cfg_scale >= 1 and 0 <= guidance_low <= guidance_high <= 1."""
+# ---------------------------------------------------------------- guidance
+
+def check_guidance(cfg_scale, low, high):
+    """Raises ValueError unless cfg_scale is finite and at least 1, and 0 <= low <= high <= 1."""
     if not (math.isfinite(cfg_scale) and cfg_scale >= 1):
         raise ValueError(f"cfg scale {cfg_scale} is below 1; 1 means no guidance")
-    if not 0 <= guidance_low <= guidance_high <= 1:
-        raise ValueError(f"guidance interval [{guidance_low}, {guidance_high}] must satisfy 0 <= low <= high <= 1")
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"guidance interval [{low}, {high}] must satisfy 0 <= low <= high <= 1")
 
+
+def is_guided(t, cfg_scale, low, high):
+    """Whether there is guidance at time t (float): cfg_scale > 1 and low <= t <= high, both ends included."""
+    return cfg_scale > 1 and low <= t <= high
+
+
+def guided(network, y, null_label, cfg_scale=1.0, low=0.0, high=1.0, dtype=torch.float32):
+    """velocity(x, t) of a network under classifier-free guidance in an interval of times.
+
+    v = v_null + cfg_scale (v_label - v_null) at times `is_guided`; at others v_label alone, which costs half.
+    Guidance: arXiv 2207.12598; the interval: arXiv 2404.07724.
+
+    Args:
+        network: function (x [N, ...], t [N], y [N]) -> v [N, ...]; x and t come in `dtype`.
+        y: labels [B]; null_label: the one that stands for no class, in the models here their number.
+
+    velocity(x, t, at): `at` (float, by default t) is the time by which guidance is switched. A solver that
+    looks at several times in a step names one for all of them: a velocity that jumps inside a step would cost
+    it its order.
+    """
+    check_guidance(cfg_scale, low, high)
+
+    def velocity(x, t, at=None):
+        on = is_guided(t if at is None else at, cfg_scale, low, high)
+        t = t + x.new_zeros(len(x))  # one time for all becomes one for each
+        x, t = x.to(dtype), t.to(dtype)
+        if not on:
+            return network(x, t, y).double()
+        # One batch of 2B rows instead of two of B: the halves see the same kernels.
+        both = network(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, null_label)]))
+        v_label, v_null = both.double().chunk(2)
+        return v_null + cfg_scale * (v_label - v_null)
+
+    return velocity
+
+
+# ---------------------------------------------------------------- solvers
 
 def time_grid(num_steps, mode="ode"):
-    """float64 [num_steps + 1] times from 1 to 0. "ode": equally spaced; "sde": `num_steps` equally spaced points from 1
-    to 0.04, then 0, because the SDE's drift is stiff near the data (the reference's last step of 0.04)."""
+    """num_steps + 1 times (floats) from 1 to 0. "ode": equally spaced; "sde": num_steps equally spaced from 1
+    to 0.04, then 0: near the data the SDE's drift is stiff (the reference's last step of 0.04)."""
     if num_steps < 1:
         raise ValueError(f"number of steps {num_steps} must be at least 1")
     if mode == "ode":
-        return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
-    return torch.cat([torch.linspace(1, 0.04, num_steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
+        return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
+    return torch.linspace(1, 0.04, num_steps, dtype=torch.float64).tolist() + [0.0]
 
 
-def is_guided(t, cfg_scale, guidance_low, guidance_high):
-    """Whether a step that starts at time t (float) is guided."""
-    return cfg_scale > 1 and guidance_low <= t <= guidance_high
+def euler(velocity, x, times):
+    """Probability-flow ODE by Euler's method (order 1); one call of the velocity per step."""
+    x = x.double()
+    for t, t_next in pairwise(times):
+        x = x + (t_next - t) * velocity(x, t)
+    return x
 
 
-def _guided_velocity(velocity, x, t, y, dtype, cfg_scale, guided, null_label):
-    """v [B, ...] float64 at state x [B, ...] and times t [B], float64; one batch of 2B rows when guided, else of B."""
-    x, t = x.to(dtype), t.to(dtype)
-    if not guided:
-        return velocity(x, t, y).double()
-    both = velocity(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, null_label)]))
-    v_label, v_null = both.double().chunk(2)
-    return v_null + cfg_scale * (v_label - v_null)
-
-
-def euler(velocity, latents, y, *, num_steps=50, cfg_scale=1.0, guidance_low=0.0, guidance_high=1.0, null_label=1000):
-    """Probability-flow ODE by Euler's method (order 1): x <- x + (t_next - t) v, `num_steps` network calls."""
-    return _ode(velocity, latents, y, False, num_steps, cfg_scale, guidance_low, guidance_high, null_label)
-
-
-def heun(velocity, latents, y, *, num_steps=50, cfg_scale=1.0, guidance_low=0.0, guidance_high=1.0, null_label=1000):
-    """Probability-flow ODE by Heun's method (order 2): the velocity at Euler's prediction is averaged with the first,
-    except in the last step, which stays Euler's; 2 num_steps - 1 network calls. Both are guided, or neither is."""
-    return _ode(velocity, latents, y, True, num_steps, cfg_scale, guidance_low, guidance_high, null_label)
-
-
-def _ode(velocity, latents, y, second_order, num_steps, cfg_scale, guidance_low, guidance_high, null_label):
-    check_guidance(cfg_scale, guidance_low, guidance_high)
-    grid = time_grid(num_steps, "ode").tolist()
-    x = latents.double()
-    for i, (t, t_next) in enumerate(zip(grid[:-1], grid[1:])):
-        guided = is_guided(t, cfg_scale, guidance_low, guidance_high)
-
-        def v_at(x, t):
-            return _guided_velocity(velocity, x, _times(x, t), y, latents.dtype, cfg_scale, guided, null_label)
-
-        v = v_at(x, t)
+def heun(velocity, x, times):
+    """Probability-flow ODE by Heun's method (order 2): the mean of the velocities at the step's start and at
+    Euler's prediction of its end. The step to time 0 stays Euler's, as in EDM (arXiv 2206.00364). Two calls
+    per step, one in that to 0."""
+    x = x.double()
+    for t, t_next in pairwise(times):
+        v = velocity(x, t)
         x_next = x + (t_next - t) * v
-        if second_order and i < num_steps - 1:
-            x_next = x + (t_next - t) * 0.5 * (v + v_at(x_next, t_next))
+        if t_next > 0:
+            # Guided as the step's start is: both calls, or neither.
+            v_next = velocity(x_next, t_next, t)
+            x_next = x + (t_next - t) * 0.5 * (v + v_next)
         x = x_next
     return x
 
 
-def _times(x, t):
-    return torch.full((len(x),), t, dtype=torch.float64, device=x.device)
+def score_from_velocity(v, x, t, interpolant):
+    """Score grad_x log p_t(x) from the velocity (SiT, arXiv 2401.08740, section 2):
 
-
-def score_from_velocity(v, x, t, path_type="linear"):
-    """Score grad_x log p_t(x) from the velocity: s = ((a/a') v - x) / (sigma^2 - (a/a') sigma' sigma), all float64.
-
-    v, x [B, ...]; t [B] in (0, 1]; path_type "linear" (a = 1 - t, sigma = t: s = -(x + (1-t) v)/t) or "cosine"
-    (a = cos(pi t/2), sigma = sin(pi t/2)). From SiT, arXiv 2401.08740, section 2.
+    s = ((alpha/alpha') v - x) / (sigma^2 - (alpha/alpha') sigma' sigma), for the linear path -(x + (1-t) v) /
+    t. v, x [B, ...] and t [B] in (0, 1], all computed in float64; `interpolant`: function t -> (alpha, sigma,
+    alpha', sigma'), each of the shape of t.
     """
-    t = t.double().view(-1, *[1] * (x.ndim - 1))
-    if path_type == "linear":
-        a, sigma, da, dsigma = 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
-    elif path_type == "cosine":
-        angle = math.pi / 2 * t
-        a, sigma = torch.cos(angle), torch.sin(angle)
-        da, dsigma = -math.pi / 2 * sigma, math.pi / 2 * a
-    else:
-        raise ValueError(f"path type {path_type!r} must be linear or cosine")
-    ratio = a / da
-    return (ratio * v.double() - x.double()) / (sigma**2 - ratio * dsigma * sigma)
+    alpha, sigma, d_alpha, d_sigma = interpolant(t.double().view(-1, *[1] * (x.ndim - 1)))
+    ratio = alpha / d_alpha
+    return (ratio * v.double() - x.double()) / (sigma**2 - ratio * d_sigma * sigma)
 
 
-def euler_maruyama(velocity, latents, y, noise, *, num_steps=250, path_type="linear", cfg_scale=1.0, guidance_low=0.0,
-                   guidance_high=1.0, null_label=1000):
-    """Reverse SDE by Euler-Maruyama with diffusion w = 2t, the paper's sampler.
+def euler_maruyama(velocity, x, times, noise, interpolant):
+    """Reverse SDE with diffusion w(t) = 2t by Euler-Maruyama: the paper's sampler. One call per step.
 
-    Drift d = v - t * score; the step t -> t + h (h < 0) is x <- x + h d + sqrt(2 t |h|) noise(i), and the last one
-    (0.04 -> 0) adds no noise.
+    The step t -> t + h (h < 0) is x <- x + h d + sqrt(2 t |h|) noise() with the drift d = v - t score; the
+    step to time 0 adds no noise.
 
-    noise: function i -> [B, ...] standard normal noise of step i, called once each for i = 0 ... num_steps-2, in order.
+    noise: function () -> [B, ...] standard normal, called once for each step but that to 0, in order;
+    interpolant: as for `score_from_velocity`.
     """
-    check_guidance(cfg_scale, guidance_low, guidance_high)
-    grid = time_grid(num_steps, "sde").tolist()
-    x = latents.double()
-    for i, (t, t_next) in enumerate(zip(grid[:-1], grid[1:])):
-        guided = is_guided(t, cfg_scale, guidance_low, guidance_high)
-        times = _times(x, t)
-        # d is affine in v with the same coefficients for both halves, so guiding v is guiding d
-        v = _guided_velocity(velocity, x, times, y, latents.dtype, cfg_scale, guided, null_label)
+    x = x.double()
+    for t, t_next in pairwise(times):
         h = t_next - t
-        x = x + h * (v - t * score_from_velocity(v, x, times, path_type))
-        if i < num_steps - 1:
-            x = x + math.sqrt(2 * t * -h) * noise(i).to(x)
+        # d is affine in v with the same coefficients for both halves of a guided v, so guiding v is guiding
+        # d.
+        v = velocity(x, t)
+        x = x + h * (v - t * score_from_velocity(v, x, x.new_full((len(x),), t), interpolant))
+        if t_next > 0:
+            x = x + math.sqrt(2 * t * -h) * noise().to(x)
     return x
 
 
-# Dormand & Prince 1980, the pair 5(4): times, stage weights (the last row is the solution of order 5), and the weights
-# of the error estimate (order 5 minus order 4)
-_DOPRI_C = (0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
+# Dormand & Prince 1980, the pair 5(4): times, stage weights (the last row is the solution of order 5), and
+# the weights of the error estimate (order 5 minus order 4)
+_DOPRI_C = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
 _DOPRI_A = (
     (1 / 5,),
     (3 / 40, 9 / 40),
@@ -149,84 +160,97 @@ _DOPRI_A = (
 _DOPRI_E = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
 
 
-def dopri5(velocity, latents, y, *, rtol=1e-5, atol=1e-5, cfg_scale=1.0, guidance_low=0.0, guidance_high=1.0,
-           null_label=1000, max_steps=1000):
-    """Probability-flow ODE by the adaptive Dormand-Prince 5(4) pair, 6 network calls per attempted step.
+def smooth_pieces(cfg_scale=1.0, low=0.0, high=1.0):
+    """The `times` of dopri5: 1, the ends of the guidance interval where the guided velocity jumps, and 0."""
+    return sorted({1.0, 0.0} | ({low, high} if cfg_scale > 1 else set()), reverse=True)
 
-    Each sample has its own step sizes, so its result does not depend on which samples share its batch. A step is
-    accepted when the root mean square over the sample of error / (atol + rtol * max(|x|, |x_new|)) is at most 1. No
-    step crosses an end of the guidance interval, where the velocity jumps. The network sees float32, so tolerances
-    below about 1e-6 gain nothing.
-    Raises ArithmeticError if `max_steps` attempts do not reach the end of a piece.
+
+def dopri5(velocity, x, times=(1.0, 0.0), rtol=1e-5, atol=1e-5, max_steps=1000):
+    """Probability-flow ODE by the adaptive Dormand-Prince 5(4) pair, 6 calls per attempted step.
+
+    No step crosses one of `times`, and between two of them the velocity is guided throughout or not at all,
+    by what holds in their middle. Each sample has its own step sizes, so that its result does not depend on
+    which samples share its batch. A step is accepted where the root mean square over the sample of error /
+    (atol + rtol max(|x|, |x_new|)) is at most 1. The network sees float32: tolerances below about 1e-6 gain
+    nothing. Raises ArithmeticError if `max_steps` attempts do not reach the next of `times`.
     """
-    check_guidance(cfg_scale, guidance_low, guidance_high)
     if not (rtol > 0 and atol > 0):
         raise ValueError(f"tolerances rtol {rtol} and atol {atol} must be above 0")
-    cuts = {1.0, 0.0} | ({guidance_low, guidance_high} if cfg_scale > 1 else set())
-    cuts = sorted(cuts, reverse=True)
-    x = latents.double()
-    for start, stop in zip(cuts[:-1], cuts[1:]):
-        guided = is_guided((start + stop) / 2, cfg_scale, guidance_low, guidance_high)
+    x = x.double()
+    for start, stop in pairwise(times):
+        def piece(x, t, at=(start + stop) / 2):
+            return velocity(x, t, at)
 
-        def v_at(x, t):
-            return _guided_velocity(velocity, x, t, y, latents.dtype, cfg_scale, guided, null_label)
-
-        x = _dopri5_piece(v_at, x, start, stop, rtol, atol, max_steps)
+        x = _dopri5_piece(piece, x, start, stop, rtol, atol, max_steps)
     return x
 
 
-def _dopri5_piece(v_at, x, start, stop, rtol, atol, max_steps):
-    """x at time `stop` from x at time `start` > `stop`; t and h are kept per sample."""
-    def per_sample(values):
+def _dopri5_piece(velocity, x, start, stop, rtol, atol, max_steps):
+    """x at time `stop` from x at time `start` > `stop`; time t and step h are kept per sample, [B]."""
+    def broadcast(values):
         return values.view(-1, *[1] * (x.ndim - 1))
 
-    t = _times(x, start)
+    t = x.new_full((len(x),), start)
     h = torch.full_like(t, -0.05)
-    k_first = v_at(x, t)
+    k_first = velocity(x, t)
     for _ in range(max_steps):
         live = t > stop
         if not live.any():
             return x
         last = h <= stop - t
         h = torch.where(last, stop - t, h)
-        k = [k_first]
-        for c, row in zip(_DOPRI_C[1:], _DOPRI_A):
-            x_new = x + per_sample(h) * sum(a * kj for a, kj in zip(row, k) if a)
-            k.append(v_at(x_new, t + c * h))
-        error = per_sample(h) * sum(e * kj for e, kj in zip(_DOPRI_E, k) if e)
+        x_new, k_last, error = _dopri5_step(velocity, x, t, h, k_first, broadcast)
         error = error / (atol + rtol * torch.maximum(x.abs(), x_new.abs()))
         error = error.square().flatten(1).mean(1).sqrt().nan_to_num(nan=math.inf)
         accept = live & (error <= 1)
-        x = torch.where(per_sample(accept), x_new, x)
-        k_first = torch.where(per_sample(accept), k[-1], k_first)  # first stage of the next step = last of this one
+        x = torch.where(broadcast(accept), x_new, x)
+        # The first stage of the next step is the last one of this.
+        k_first = torch.where(broadcast(accept), k_last, k_first)
         t = torch.where(accept, torch.where(last, stop, t + h), t)
+        # The error grows as h^5: aim at 0.9 of the step that would just pass, changing it by a factor of 5 at
+        # most.
         h = torch.where(live, h * (0.9 * error.clamp_min(1e-10) ** -0.2).clamp(0.2, 5), h)
-    raise ArithmeticError(f"dopri5 did not get from t = {start} to {stop} in {max_steps} steps; loosen rtol and atol")
+    raise ArithmeticError(f"dopri5 did not get from t = {start} to {stop} in {max_steps} steps; "
+                          "loosen rtol and atol")
 
+
+def _dopri5_step(velocity, x, t, h, k_first, broadcast):
+    """One attempt from t [B] to t + h: (x of order 5, velocity there, estimate of the error), all shaped as
+    x."""
+    k = [k_first]
+    for c, row in zip(_DOPRI_C, _DOPRI_A, strict=True):
+        x_new = x + broadcast(h) * sum(a * kj for a, kj in zip(row, k) if a)
+        k.append(velocity(x_new, t + c * h))
+    error = broadcast(h) * sum(e * kj for e, kj in zip(_DOPRI_E, k) if e)
+    return x_new, k[-1], error
+
+
+# ---------------------------------------------------------------- noise and labels of sample i
 
 def _generator(seed, index, stream):
-    # torch's CPU generator keeps 32 bits of its seed: a hashed base plus the index gives each sample its own stream
+    # torch's CPU generator keeps 32 bits of its seed: a hashed base plus the index gives each its own stream.
     base = int.from_bytes(hashlib.sha256(f"{stream} {seed}".encode()).digest()[:4], "little")
     return torch.Generator().manual_seed((base + index) % 2**32)
 
 
 def sample_generators(seed, indices):
-    """One CPU generator per sample, a function of (seed, index) alone. `draw_noise` takes the latents from them first,
-    then the noise of each step."""
+    """One CPU generator per sample, a function of (seed, index) alone. `draw_noise` takes the latents from
+    them first, then the noise of each step."""
     return [_generator(seed, int(i), "noise") for i in indices]
 
 
 def draw_noise(generators, shape):
-    """[B, *shape] float32 standard normal: the next values of each sample's generator. Drawn on the CPU, so that every
-    device sees the same noise."""
+    """[B, *shape] float32 standard normal: the next values of each sample's generator. Drawn on the CPU, so
+    that every device sees the same noise."""
     return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
 
 def sample_labels(seed, indices, num_classes, mode="random", classes=None):
     """[len(indices)] int64 labels, each a function of (seed, index) alone.
 
-    mode "random": uniform over the classes; "equal": index modulo the number of classes, so that num_classes samples in
-    a row hold each class once. `classes`: only these class numbers (ValueError if one is outside [0, num_classes)).
+    mode "random": uniform over the classes; "equal": index modulo the number of classes, so that num_classes
+    samples in a row hold each class once. `classes`: only these class numbers (ValueError if one is outside
+    [0, num_classes)).
     """
     if classes is None:
         classes = range(num_classes)
@@ -236,23 +260,28 @@ def sample_labels(seed, indices, num_classes, mode="random", classes=None):
     if mode == "equal":
         picks = [int(i) % len(classes) for i in indices]
     elif mode == "random":
-        picks = [int(torch.randint(len(classes), (), generator=_generator(seed, int(i), "label"))) for i in indices]
+        generators = [_generator(seed, int(i), "label") for i in indices]
+        picks = [int(torch.randint(len(classes), (), generator=g)) for g in generators]
     else:
         raise ValueError(f"label sampling {mode!r} must be random or equal")
     return torch.tensor([classes[p] for p in picks], dtype=torch.int64)
 
 
-def decode(vae_decode, x, latents_scale, latents_bias, chunk=16):
-    """Images [B, 3, H, W] from normalised latents x [B, C, h, w]: vae_decode(x / latents_scale + latents_bias).
+# ---------------------------------------------------------------- latents to images
 
-    latents_scale = 1/sqrt(running variance) and latents_bias = running mean, [C] or [1, C, 1, 1]; `chunk` samples at a
-    time, so that the decoder's memory stays flat.
+def decode(vae_decode, x, latents_scale, latents_bias, chunk=16):
+    """Images [B, 3, H, W] from normalised latents x [B, C, h, w]: vae_decode(x / latents_scale +
+    latents_bias).
+
+    latents_scale = 1/sqrt(running variance) and latents_bias = running mean of the latent batch norm, [C] or
+    [1, C, 1, 1]; `chunk` samples at a time, so that the decoder's memory stays flat.
     """
     z = x / latents_scale.view(1, -1, 1, 1) + latents_bias.view(1, -1, 1, 1)
     return torch.cat([vae_decode(part) for part in z.split(chunk)])
 
 
-def to_uint8(images):
-    """uint8 [B, H, W, 3] of images [B, 3, H, W] in [-1, 1]: (x + 1)/2 * 255, clamped and truncated as in the paper's
-    code."""
+def truncate_to_uint8(images):
+    """uint8 [B, H, W, 3] of images [B, 3, H, W] in [-1, 1]: (x + 1)/2 * 255, clamped and truncated as in the
+    paper's code. Only for samples: truncation is half a level darker than rounding, and the published FIDs
+    have it."""
     return ((images + 1) / 2 * 255).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)

@@ -22,10 +22,9 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from models import samplers  # noqa: E402
+from models.losses import interpolant  # noqa: E402
 from models.runtime import images  # noqa: E402
 from models.sit import SiT_models  # noqa: E402
-
-INTERVAL = dict(guidance_low=0.0, guidance_high=0.65)
 
 
 def run(network, batch, size, steps, guided, plain, device, autocast):
@@ -33,20 +32,21 @@ def run(network, batch, size, steps, guided, plain, device, autocast):
     generators = samplers.sample_generators(0, range(batch))
     y = samplers.sample_labels(0, range(batch), 1000).to(device)
 
-    def noise(_=None):
+    def noise():
         return samplers.draw_noise(generators, (4, size, size)).to(device, non_blocking=True)
 
-    def velocity(x, t, y):
-        if not plain or not guided:
-            return network(x, t, y)[0]
-        # the usual sampler: both halves always, mixed afterwards
+    def usual(x, t, y):
+        """The usual sampler: both halves at every step, mixed afterwards."""
         rows = torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, 1000)])
         label, null = network(*rows)[0].chunk(2)
         return torch.where(t.view(-1, 1, 1, 1) <= 0.65, null + 2 * (label - null), label)
 
-    scale = 2.0 if guided and not plain else 1.0
+    if guided and plain:
+        velocity = samplers.guided(usual, y, 1000)
+    else:
+        velocity = samplers.guided(lambda x, t, y: network(x, t, y)[0], y, 1000, 2.0 if guided else 1.0, high=0.65)
     with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
-        return samplers.euler_maruyama(velocity, noise(), y, noise, num_steps=steps, cfg_scale=scale, **INTERVAL)
+        return samplers.euler_maruyama(velocity, noise(), samplers.time_grid(steps, "sde"), noise, interpolant)
 
 
 def seconds(function, device, repeats):

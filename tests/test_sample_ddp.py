@@ -17,6 +17,7 @@ from PIL import Image
 import sample_ddp
 import train_repae_e
 from models import samplers
+from models.losses import interpolant
 from models.runtime import files, images
 from models.sit import SiT_models
 from models.vae import VAE_models
@@ -78,9 +79,9 @@ def test_samples_are_what_the_functions_give(ckpt, reference):
     x = samplers.draw_noise(generators, (4, 8, 8))
     y = samplers.sample_labels(0, range(4, 8), 10)
     with torch.no_grad():
-        x = samplers.euler_maruyama(lambda x, t, y: sit(x, t, y)[0], x, y,
-                                    lambda i: samplers.draw_noise(generators, (4, 8, 8)), num_steps=3, cfg_scale=1.5,
-                                    guidance_high=0.7, null_label=10).float()
+        velocity = samplers.guided(lambda x, t, y: sit(x, t, y)[0], y, 10, 1.5, high=0.7)
+        x = samplers.euler_maruyama(velocity, x, samplers.time_grid(3, "sde"),
+                                    lambda: samplers.draw_noise(generators, (4, 8, 8)), interpolant).float()
         z = x * sit.bn.running_var.sqrt()[:, None, None] + sit.bn.running_mean[:, None, None]
         expected = ((vae.decode(z) + 1) / 2 * 255).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
     with np.load(reference) as npz:

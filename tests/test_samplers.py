@@ -1,12 +1,17 @@
 """Samplers: golden parity, order of convergence, marginals, guidance, and draws that depend on (seed, index) alone."""
+import doctest
+import inspect
 import math
+from functools import partial
 
 import pytest
 import torch
 from fill import fill_
 
 from models import samplers
+from models.losses import interpolant
 from models.sit import SiT
+from models.vae import VAE_models
 
 
 @pytest.fixture(params=["analytic", "sit"])
@@ -23,41 +28,43 @@ def field(request, golden):
 
 
 def analytic(config):
+    """The network of the analytic field."""
     a, b, c = config["analytic"]
     return lambda x, t, y: a * x + (b * t + c * y.to(x).sin()).view(-1, *[1] * (x.ndim - 1))
 
 
-def guidance(config, on):
-    if not on:
-        return {}
-    return {k: config[k] for k in ("cfg_scale", "guidance_low", "guidance_high")} | {"null_label": 1000}
+def interval(config, on):
+    """(cfg_scale, low, high) of the golden runs."""
+    return (config["cfg_scale"], config["guidance_low"], config["guidance_high"]) if on else (1.0, 0.0, 1.0)
 
 
 @pytest.mark.usefixtures("plain_convolutions")
 @pytest.mark.parametrize("cfg", ["nocfg", "cfg"])
 def test_golden_samplers(field, close, cfg):
     name, config, g, velocity, x, y, eps = field
-    kwargs = guidance(config, cfg == "cfg")
-    euler = samplers.euler(velocity, x, y, num_steps=config["euler_steps"], **kwargs)
-    heun = samplers.heun(velocity, x, y, num_steps=config["heun_steps"], **kwargs)
+    velocity = samplers.guided(velocity, y, 1000, *interval(config, cfg == "cfg"))
+    euler = samplers.euler(velocity, x, samplers.time_grid(config["euler_steps"]))
+    heun = samplers.heun(velocity, x, samplers.time_grid(config["heun_steps"]))
     assert euler.dtype == heun.dtype == torch.float64
     close(euler, g[f"out.{name}_euler_{cfg}"])
     close(heun, g[f"out.{name}_heun_{cfg}"])
     for path_type in ("linear", "cosine"):
-        sde = samplers.euler_maruyama(velocity, x, y, lambda i: eps[i], num_steps=config["sde_steps"],
-                                      path_type=path_type, **kwargs)
+        noise = iter(eps)
+        sde = samplers.euler_maruyama(velocity, x, samplers.time_grid(config["sde_steps"], "sde"),
+                                      lambda: next(noise), partial(interpolant, path_type=path_type))
         close(sde, g[f"out.{name}_sde_{path_type}_{cfg}"])
 
 
 def test_golden_grids_and_scores(golden, close):
     config, g = golden("samplers")
-    interval = config["cfg_scale"], config["guidance_low"], config["guidance_high"]
     for name, mode in (("euler", "ode"), ("heun", "ode"), ("sde", "sde")):
         grid = samplers.time_grid(config[f"{name}_steps"], mode)
-        close(grid, g[f"out.{name}_t"], atol=0)
-        assert [samplers.is_guided(t, *interval) for t in grid[:-1].tolist()] == g[f"out.{name}_guided"].tolist()
+        close(torch.tensor(grid, dtype=torch.float64), g[f"out.{name}_t"], atol=0)
+        on = [samplers.is_guided(t, *interval(config, True)) for t in grid[:-1]]
+        assert on == g[f"out.{name}_guided"].tolist()
     for path_type in ("linear", "cosine"):
-        score = samplers.score_from_velocity(g["in.score_v"], g["in.score_x"], g["in.score_t"], path_type)
+        path = partial(interpolant, path_type=path_type)
+        score = samplers.score_from_velocity(g["in.score_v"], g["in.score_x"], g["in.score_t"], path)
         close(score, g[f"out.score_{path_type}"])
 
 
@@ -86,8 +93,9 @@ def test_orders_of_convergence(golden):
     config, g = golden("samplers")
     x, y = g["in.analytic_latents"].double(), g["in.analytic_y"]
     truth = exact(config, x, y, pieces_of(config, y, False))
+    velocity = samplers.guided(analytic(config), y, 1000, dtype=torch.float64)
     for solver, order in ((samplers.euler, 1), (samplers.heun, 2)):
-        errors = [(solver(analytic(config), x, y, num_steps=n) - truth).abs().max().item() for n in (40, 80, 160)]
+        errors = [(solver(velocity, x, samplers.time_grid(n)) - truth).abs().max().item() for n in (40, 80, 160)]
         for coarse, fine in zip(errors, errors[1:]):
             assert math.log2(coarse / fine) == pytest.approx(order, abs=0.1)
 
@@ -96,60 +104,68 @@ def test_orders_of_convergence(golden):
 def test_dopri5_reaches_the_closed_form(golden, close, cfg):
     config, g = golden("samplers")
     x, y = g["in.analytic_latents"].double(), g["in.analytic_y"]
-    kwargs = guidance(config, cfg)
+    velocity = samplers.guided(analytic(config), y, 1000, *interval(config, cfg), dtype=torch.float64)
+    times = samplers.smooth_pieces(*interval(config, cfg))
+    assert len(times) == (3 if cfg else 2)  # the golden interval begins at 0
     truth = exact(config, x, y, pieces_of(config, y, cfg))
-    close(samplers.dopri5(analytic(config), x, y, rtol=1e-9, atol=1e-9, **kwargs), truth, atol=1e-8)
-    loose = samplers.dopri5(analytic(config), x, y, rtol=1e-2, atol=1e-2, **kwargs)
+    close(samplers.dopri5(velocity, x, times, rtol=1e-9, atol=1e-9), truth, atol=1e-8)
+    loose = samplers.dopri5(velocity, x, times, rtol=1e-2, atol=1e-2)
     assert 1e-9 < (loose - truth).abs().max() < 1e-2
 
 
 def test_dopri5_steps_do_not_depend_on_the_batch():
-    def velocity(x, t, y):  # fast for some samples, slow for others
-        return torch.sin((y.double() * 10 * t).view(-1, 1)) * x
+    def velocity(y):  # fast for some samples, slow for others
+        return lambda x, t, at: torch.sin((y.double() * 10 * t).view(-1, 1)) * x
 
     x, y = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 9, 3, 30])
-    together = samplers.dopri5(velocity, x, y)
-    alone = [samplers.dopri5(velocity, x[i:i + 1], y[i:i + 1]) for i in range(5)]
+    together = samplers.dopri5(velocity(y), x)
+    alone = [samplers.dopri5(velocity(y[i:i + 1]), x[i:i + 1]) for i in range(5)]
     assert torch.equal(together, torch.cat(alone))
 
 
 def test_dopri5_gives_up_where_the_velocity_is_not_finite():
     with pytest.raises(ArithmeticError, match="loosen"):
-        samplers.dopri5(lambda x, t, y: x / 0, torch.ones(1, 2), torch.zeros(1), max_steps=20)
+        samplers.dopri5(lambda x, t, at: x / 0, torch.ones(1, 2), max_steps=20)
 
 
 @pytest.mark.parametrize("path_type", ["linear", "cosine"])
 def test_sde_ends_in_the_data_distribution(path_type):
     """Gaussian data of standard deviation 0.5 has a closed-form velocity; the SDE must end at 0.5 for both paths."""
-    def velocity(x, t, y):
-        t, var = t.view(-1, 1), 0.25
+    def velocity(x, t):
+        var = 0.25
         if path_type == "linear":
             a, s, da, ds = 1 - t, t, -1, 1
         else:
-            a, s = torch.cos(math.pi / 2 * t), torch.sin(math.pi / 2 * t)
+            a, s = math.cos(math.pi / 2 * t), math.sin(math.pi / 2 * t)
             da, ds = -math.pi / 2 * s, math.pi / 2 * a
         return (a * da * var + s * ds) / (a * a * var + s * s) * x
 
     g = torch.Generator().manual_seed(0)
-    x = samplers.euler_maruyama(velocity, torch.randn(64, 512, generator=g), torch.zeros(64),
-                                lambda i: torch.randn(64, 512, generator=g), num_steps=250, path_type=path_type)
+    def noise(): return torch.randn(64, 512, generator=g)
+    x = samplers.euler_maruyama(velocity, noise(), samplers.time_grid(250, "sde"), noise,
+                                partial(interpolant, path_type=path_type))
     assert x.std().item() == pytest.approx(0.5, rel=0.03)
 
 
 def test_null_rows_run_inside_the_interval_only():
     calls = []
 
-    def velocity(x, t, y):
+    def network(x, t, y):
         calls.append((t[0].item(), y.tolist()))
         assert x.dtype == t.dtype == torch.float32
         return torch.zeros_like(x)
 
     x, y = torch.zeros(2, 1), torch.tensor([3, 4])
-    samplers.euler(velocity, x, y, num_steps=4, cfg_scale=2.0, guidance_low=0.5, guidance_high=0.75, null_label=7)
+    samplers.euler(samplers.guided(network, y, 7, 2.0, 0.5, 0.75), x, samplers.time_grid(4))
     assert calls == [(1.0, [3, 4]), (0.75, [3, 4, 7, 7]), (0.5, [3, 4, 7, 7]), (0.25, [3, 4])]
     calls.clear()
-    samplers.heun(velocity, x, y, num_steps=2, cfg_scale=2.0, guidance_low=0.6, null_label=7)
+    samplers.heun(samplers.guided(network, y, 7, 2.0, 0.6), x, samplers.time_grid(2))
     assert calls == [(1.0, [3, 4, 7, 7]), (0.5, [3, 4, 7, 7]), (0.5, [3, 4])]  # the test is on the step's start
+    calls.clear()
+    velocity = samplers.guided(network, y, 7, 2.0, 0.5, 0.75)
+    samplers.dopri5(velocity, x, samplers.smooth_pieces(2.0, 0.5, 0.75))
+    for t, labels in calls:  # at the ends of the interval both kinds of call are right, one for each side
+        assert len(labels) == (4 if 0.5 < t < 0.75 else 2) or t in (0.5, 0.75)
 
 
 def test_noise_and_labels_depend_on_seed_and_index_alone():
@@ -182,23 +198,46 @@ def test_decode_and_uint8():
     z = samplers.decode(lambda z: z, x, scale, bias, chunk=2)
     assert torch.equal(z, torch.stack([x[:, 0] / 2 + 1, x[:, 1] / 4 - 1], 1))
     pixels = torch.tensor([-3, -1, -0.999, 0, 0.999, 1, 3]).view(1, 1, 1, 7).expand(1, 3, 1, 7)
-    assert samplers.to_uint8(pixels)[0, 0, :, 0].tolist() == [0, 0, 0, 127, 254, 255, 255]
+    assert samplers.truncate_to_uint8(pixels)[0, 0, :, 0].tolist() == [0, 0, 0, 127, 254, 255, 255]
 
 
-@pytest.mark.parametrize("bad", [dict(cfg_scale=0.9), dict(guidance_low=0.7, guidance_high=0.2), dict(num_steps=0),
-                                 dict(cfg_scale=math.nan), dict(guidance_high=1.5)])
-def test_bad_settings(bad):
+@pytest.mark.parametrize("bad", [dict(cfg_scale=0.9), dict(cfg_scale=math.nan), dict(cfg_scale=math.inf),
+                                 dict(low=0.7, high=0.2), dict(high=1.5), dict(low=-0.1), dict(low=math.nan)])
+def test_bad_guidance(bad):
     with pytest.raises(ValueError) as error:
-        samplers.euler(lambda x, t, y: x, torch.zeros(1, 1), torch.zeros(1), **bad)
+        samplers.guided(lambda x, t, y: x, torch.zeros(1), 1000, **bad)
     assert "\n" not in str(error.value)
 
 
-def test_bad_labels_paths_and_tolerances():
+def test_the_docstrings_example():
+    """As it stands, with tiny networks."""
+    torch.manual_seed(0)
+    sit = SiT(input_size=8, patch_size=4, hidden_size=32, depth=1, num_heads=2, encoder_depth=1, z_dims=()).eval()
+    vae = VAE_models["f4d4"]().eval()
+    names = vars(samplers) | {"sit": sit, "vae": vae, "interpolant": interpolant}
+    test, = doctest.DocTestFinder(recurse=False).find(samplers, "samplers", globs=names)
+    with torch.no_grad():
+        result = doctest.DocTestRunner().run(test, clear_globs=False)
+    assert (result.attempted, result.failed) == (7, 0)
+    assert test.globs["images"].shape == (8, 32, 32, 3) and test.globs["images"].dtype == torch.uint8
+    linear = "lambda t: (1 - t, t, -torch.ones_like(t), torch.ones_like(t))"
+    assert linear in samplers.__doc__
+
+
+@pytest.mark.parametrize("solver", [samplers.euler, samplers.heun, samplers.euler_maruyama, samplers.dopri5])
+def test_a_solver_is_short(solver):
+    """A reader sees the method whole: at most 20 lines of code below the docstring."""
+    source = inspect.getsource(solver)
+    code = source.replace(inspect.getdoc(solver), "").split('"""')[-1]
+    assert len(code.strip().splitlines()) <= 20
+
+
+def test_bad_labels_steps_and_tolerances():
     with pytest.raises(ValueError, match="class 10"):
         samplers.sample_labels(0, [], 10, classes=[3, 10])
     with pytest.raises(ValueError, match="label sampling"):
         samplers.sample_labels(0, [0], 10, "even")
-    with pytest.raises(ValueError, match="path type"):
-        samplers.score_from_velocity(torch.zeros(1), torch.zeros(1), torch.ones(1), "quadratic")
+    with pytest.raises(ValueError, match="number of steps"):
+        samplers.time_grid(0)
     with pytest.raises(ValueError, match="tolerances"):
-        samplers.dopri5(lambda x, t, y: x, torch.zeros(1, 1), torch.zeros(1), rtol=0)
+        samplers.dopri5(lambda x, t, at: x, torch.zeros(1, 1), rtol=0)

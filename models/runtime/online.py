@@ -3,10 +3,11 @@ import os
 
 import torch
 
-from models.runtime import distributed, files
+from models.runtime import distributed
 from models.runtime.features import load_inception, load_reference, score_samples
-from models.runtime.images import label_grid
-from models.samplers import decode, draw_noise, euler, sample_generators, sample_labels, to_uint8
+from models.runtime.images import label_grid, round_to_uint8, write_png
+from models.samplers import (decode, draw_noise, euler, guided, sample_generators, sample_labels, time_grid,
+                             truncate_to_uint8)
 
 
 @torch.no_grad()
@@ -15,9 +16,9 @@ def draw_samples(nets, args, indices, labels, cfg_scale):
     shape = (nets.ema.in_channels, nets.ema.input_size, nets.ema.input_size)
     noise = draw_noise(sample_generators(args.seed, indices), shape).to(nets.device)
     with nets.autocast():
-        x = euler(lambda x, t, y: nets.ema(x, t, y)[0], noise, labels.to(nets.device), num_steps=50,
-                  cfg_scale=cfg_scale, null_label=args.num_classes)
-        return to_uint8(decode(nets.vae.decode, x.float(), *nets.ema.latents_stats()).float())
+        velocity = guided(lambda x, t, y: nets.ema(x, t, y)[0], labels.to(nets.device), args.num_classes, cfg_scale)
+        x = euler(velocity, noise, time_grid(50))
+        return truncate_to_uint8(decode(nets.vae.decode, x.float(), *nets.ema.latents_stats()).float())
 
 
 @torch.no_grad()
@@ -28,16 +29,11 @@ def save_grids(nets, args, step, folder, images):
     originals = images[:8].to(nets.device).float() / 127.5 - 1
     with nets.autocast():
         copies = nets.vae.decode(nets.vae.encode(originals).mean)
-    both = to_uint8(torch.cat([originals, copies.float()]))
-    columns = min(args.num_classes, 10)
-    write_grid(os.path.join(folder, "samples", f"{step:07d}.png"), samples.cpu(), labels.tolist(), columns)
-    write_grid(os.path.join(folder, "reconstructions", f"{step:07d}.png"), both.cpu(), None, len(originals))
-
-
-def write_grid(path, images, captions, columns):
-    """label_grid of uint8 images [N, H, W, 3] as a PNG file, whole or not at all."""
-    with files.replace(path) as temporary:
-        label_grid(images, captions, columns).save(temporary, format="png")
+    both = round_to_uint8(torch.cat([originals, copies.float()]))
+    grid = label_grid(samples.cpu(), labels.tolist(), columns=min(args.num_classes, 10))
+    write_png(os.path.join(folder, "samples", f"{step:07d}.png"), grid)
+    grid = label_grid(both.cpu(), columns=len(originals))
+    write_png(os.path.join(folder, "reconstructions", f"{step:07d}.png"), grid)
 
 
 def make_scorer(nets, args):
