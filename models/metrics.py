@@ -12,6 +12,8 @@ Sources: Heusel et al. 2017 (FID), Salimans et al. 2016 (Inception Score), Kynka
 recall), Binkowski et al. 2018 (KID).
 """
 import contextlib
+import functools
+import threading
 
 import numpy as np
 import scipy.linalg
@@ -19,20 +21,51 @@ import torch
 import torch.nn.functional as F
 
 
+_lock, _users, _saved = threading.Lock(), 0, []
+
+
 @contextlib.contextmanager
 def float32_exactly():
-    """Full float32 in products and convolutions on a GPU, whatever the caller has set: no TF32, no autocast."""
-    before = torch.get_float32_matmul_precision()
-    reduced = torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    """Full float32 in products and convolutions, whatever the caller has set: no TF32, no autocast.
+
+    The flags belong to the process, so a stage of work enters once, in one thread, around all its batches: code that
+    another thread runs meanwhile, such as a generator of images, sees the same flags for every batch. Where contexts
+    overlap, the first one in sets them and the last one out puts back what it found. Autocast belongs to a thread.
+    """
+    global _users
+    with _lock:
+        _users += 1
+        if _users == 1:
+            _saved[:] = _set_float32()
     try:
-        with torch.backends.cudnn.flags(benchmark=True, allow_tf32=False), torch.autocast("cuda", enabled=False), \
-                torch.autocast("cpu", enabled=False):
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = reduced
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                for restore in _saved:
+                    restore()
+
+
+def _set_float32():
+    """Set the flags; returns functions that put back what was there."""
+    cuda, cudnn, mkldnn = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn
+    switches = [(cudnn, "allow_tf32", False), (cuda, "allow_fp16_reduced_precision_reduction", False),
+                (cudnn, "benchmark", True)]          # all batches but the last are of one shape
+    # torch 2.9 added a second set of switches, one for each operation, which rule where both are set.
+    operations = [cuda, *(getattr(owner, name, None) for owner in (cudnn, mkldnn) for name in ("conv", "rnn", "matmul"))]
+    switches += [(owner, "fp32_precision", "ieee") for owner in operations if hasattr(owner, "fp32_precision")]
+    restore = []
+    with contextlib.suppress(RuntimeError):          # a caller's fp32_precision makes the older getters raise
+        restore.append(functools.partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()))
+    for owner, name, _ in switches:
+        with contextlib.suppress(RuntimeError):
+            restore.append(functools.partial(setattr, owner, name, getattr(owner, name)))
+    torch.set_float32_matmul_precision("highest")
+    for owner, name, value in switches:
+        setattr(owner, name, value)
+    return restore
 
 
 class Moments:

@@ -1,4 +1,5 @@
 """Features of sets of images, shared among processes, and the scores they allow: behind evaluate_fid.py, rFID and online scores."""
+import contextlib
 import os
 import sys
 import time
@@ -114,14 +115,18 @@ def extract(batches, networks, device, keep=True, skip=(), progress=lambda done:
     0, 1, ... follow each other in the order of the set. networks: functions as inception_features gives. Returns, in
     process 0 ({} elsewhere), mu + suffix and sigma + suffix for every suffix not in `skip`; if `keep`, pool [N, 2048].
     """
+    # The flags are set before the first batch is asked for: it may be decoded on the GPU by the thread of prefetch.
+    with float32_exactly(), contextlib.closing(prefetch(batches)) as batches:
+        return _extract(batches, networks, device, keep, skip, progress)
+
+
+def _extract(batches, networks, device, keep, skip, progress):
     moments, pool, widths, done, more = {}, None, {}, 0, True
-    batches = prefetch(batches)
     while more:
         batch, found = next(batches, None), {}
         if batch is not None:
             images = torch.as_tensor(batch).to(device, non_blocking=True)
-            with float32_exactly():
-                found = {suffix: x.float() for network in networks for suffix, x in network(images).items()}
+            found = {suffix: x.float() for network in networks for suffix, x in network(images).items()}
         widths = {suffix: x.shape[1] for suffix, x in found.items()} or widths
         parts, more = _gather(torch.cat(list(found.values()), 1) if found else torch.zeros(0, 0, device=device), device)
         for part in filter(len, parts):

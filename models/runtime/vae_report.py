@@ -76,7 +76,7 @@ def reconstructions(vae, batches, device, sums, dtype=torch.float32, lpips=None,
             originals = torch.as_tensor(batch).to(device).permute(0, 3, 1, 2)
             posterior = vae.encode(originals.float() / 127.5 - 1)
             copies = to_uint8(vae.decode(posterior.mean))
-        with torch.inference_mode(), float32_exactly():
+        with torch.inference_mode():
             a, b = originals.float(), copies.permute(0, 3, 1, 2).float()
             values = [torch.ones(len(a), device=device), metrics.psnr(a, b), metrics.ssim(a, b),
                       torch.zeros(len(a), device=device) if lpips is None else lpips(a / 127.5 - 1, b / 127.5 - 1),
@@ -97,9 +97,10 @@ def measure(vae, batches, device, dtype=torch.float32, lpips=None, features=None
     """
     sums = torch.zeros(len(SUMS) + 2 * vae.latent_channels, dtype=torch.float64, device=device)
     stream = reconstructions(vae, batches, device, sums, dtype, lpips, tokens)
-    found = features(stream) if features else {}
-    for _ in stream:  # without features, running through it is the work; with them nothing is left
-        pass
+    with float32_exactly():  # once, around all batches: with `features`, a thread draws them from the stream
+        found = features(stream) if features else {}
+        for _ in stream:  # without features, running through it is the work; with them nothing is left
+            pass
     count, *totals = distributed.all_reduce_sum(sums).tolist()
     result = {name: total / count for name, total in zip(SUMS[1:], totals)}
     if lpips is None:
