@@ -1,7 +1,9 @@
 """Features of sets of images, shared among processes, and the scores they allow: behind evaluate_fid.py, rFID and online scores."""
 import contextlib
 import os
+import signal
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,7 +28,31 @@ def load_inception(path=None, device="cpu"):
             files.download(WEIGHTS_URL, path, sha256_prefix=WEIGHTS_SHA256)
         except OSError as error:
             raise OSError(f"{error}, or name it with --inception-weights") from error
-    return files.load_weights(FIDInception(), files.load(path), path).to(device)
+    net = files.load_weights(FIDInception(), files.load(path), path).to(device)
+    net.path, net.sha256 = path, files.sha256(path)
+    return net
+
+
+@contextlib.contextmanager
+def stopped_in_one_line(remedy):
+    """Context in which SIGTERM and Ctrl-C end the process in one line that closes with `remedy`; a second one at once."""
+    def stop(number, frame):
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, signal.SIG_DFL)
+        raise KeyboardInterrupt(number)
+
+    main_thread = threading.current_thread() is threading.main_thread()     # elsewhere Python allows no handlers
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT) if main_thread}
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        number = signal.Signals(*interrupt.args or [signal.SIGINT])
+        if distributed.is_main():
+            print(f"stopped by {number.name}: {remedy}", file=sys.stderr, flush=True)
+        sys.exit(128 + number)      # as shells report a process that a signal ended
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def prefetch(batches):
