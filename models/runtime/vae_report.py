@@ -5,7 +5,6 @@ formulas are in models/metrics.py. Every process works on its share of the image
 or OSError with a message of one line.
 """
 import hashlib
-import json
 import math
 import os
 from types import SimpleNamespace
@@ -180,6 +179,12 @@ def picture(images, vaes, captions):
     return label_grid(torch.cat(rows), captions, columns=len(images))
 
 
+def save_picture(path, images, vaes, captions):
+    """The same as a PNG file, whole or not at all."""
+    with files.replace(path) as temporary:
+        picture(images, vaes, captions).save(temporary, format="png")
+
+
 # ---------------------------------------------------------------- several VAEs: the command line's --eval
 
 def evaluate(args):
@@ -309,8 +314,7 @@ def finished(args, tools):
     """{source: figures} of the VAEs that metrics.json holds already, measured with the same weights and settings."""
     path = os.path.join(args.output_dir, args.exp_name, "metrics.json")
     try:
-        with open(path) as f:
-            content = json.load(f)
+        content = files.load_json(path)
         found, digests = content["vaes"], content["sha256"]
         same = all(content[key] == value for key, value in tools.about.items())
     except (OSError, ValueError, KeyError, TypeError):
@@ -344,9 +348,7 @@ def write_results(args, tools, results):
     figures = {source: {name: None if name in single and not math.isfinite(result[name] or 0) else result[name]
                         for name in single + lists if name in result} for source, result in results.items()}
     content = {**tools.about, "notes": remarks(args, tools), "sha256": tools.digests, "vaes": figures}
-    with files.replace(os.path.join(args.output_dir, args.exp_name, "metrics.json")) as temporary:
-        with open(temporary, "w") as f:
-            json.dump(content, f, indent=1)
+    files.save_json(content, os.path.join(args.output_dir, args.exp_name, "metrics.json"))
 
 
 def report(args, tools, results):
@@ -362,6 +364,5 @@ def report(args, tools, results):
             print(f"{source} {name}: " + " ".join(f"{value:.4g}" for value in result[name]))
     print("\n".join(f"note: {note}" for note in remarks(args, tools)))
     write_results(args, tools, results)
-    with files.replace(os.path.join(folder, "images.png")) as temporary:
-        picture(tools.images.shown, tools.vaes.values(), list(results)).save(temporary, format="png")
+    save_picture(os.path.join(folder, "images.png"), tools.images.shown, tools.vaes.values(), list(results))
     print(f"wrote {folder}/metrics.json and images.png")
