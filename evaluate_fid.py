@@ -30,7 +30,7 @@ from models.metrics import (feature_statistics, frechet_distance, inception_scor
 from models.runtime import distributed, files
 from models.runtime.features import (encoder_features, extract, fitting_batch_size, hog_features, inception_features,
                                      load_inception, load_reference, progress_line, score, score_samples)  # noqa: F401
-from models.runtime.images import MINIMUM, STATISTICS, InputError, input_digest, open_input
+from models.runtime.images import MINIMUM, STATISTICS, InputError, evenly_spaced, input_digest, open_input
 
 FDD_ENCODERS = ("dinov2-vit-l", "vit_large_patch14_dinov2.lvd142m")    # what a figure called fdd may come from
 PROTOCOL = 50_000    # samples behind published figures
@@ -112,7 +112,7 @@ def features_of(images, args, networks, identity, device):
                 found = {name: file[name] for name in file.files}
     hit = distributed.all_reduce_sum(torch.tensor(float(found is not None), device=device))
     if not hit:
-        batches = images.read(args.batch_size, distributed.rank(), distributed.world_size(), total)
+        batches = images.read(args.batch_size, distributed.rank(), distributed.world_size(), range(total))
         skip = ("", "_s") if images.statistics else ()
         found = extract(batches, networks, device, not args.save_ref, skip, progress_line(images.path, total))
         if path:
@@ -124,12 +124,12 @@ def features_of(images, args, networks, identity, device):
 def save_reference(path, images, statistics, count, limit=None):
     """Write arr_0 (`count` images, evenly spaced), mu, sigma, mu_s, sigma_s: the layout of the suite's references."""
     total = min(images.count, limit or images.count)
-    chosen = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int))
+    chosen = evenly_spaced(total, count)
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(chosen), *images.size, 3)}
     with files.replace(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, header)
-            for start, batch in zip(range(0, total, 256), images.read(256, limit=total)):
+            for start, batch in zip(range(0, total, 256), images.read(256, rows=range(total))):
                 file.write(batch[chosen[(chosen >= start) & (chosen < start + 256)] - start].tobytes())
         for key in STATISTICS:
             with archive.open(f"{key}.npy", "w", force_zip64=True) as file:

@@ -97,7 +97,7 @@ def check_settings(args, world_size, state):
     if args.vae_align_proj_coeff and not args.train_encoder:
         raise ValueError("--vae-align-proj-coeff acts on the encoder; it needs --train-encoder")
     if args.vae_align_proj_coeff:
-        check_encoders(args.encoder, args.encoder_ckpt)
+        check_encoders(args.encoder, args.encoder_ckpt, args.resolution)
     vae_state = stats = None
     if state is None:
         vae_state, stats = find_weights(args)
@@ -118,12 +118,11 @@ def find_weights(args):
         raise ValueError("name the VAE to refine with --ckpt; from scratch: --ckpt none --vae f16d32 --train-encoder")
     state = stats = None
     if args.ckpt != "none":
-        args.vae, state, stats = weights.open_vae(args.ckpt, args.vae, args.latents_stats)
+        args.vae, state, stats = vae_files.open_vae(args.ckpt, args.vae, args.latents_stats)
     elif not args.train_encoder or args.vae is None:
         raise ValueError("--ckpt none makes a VAE from scratch: it needs --train-encoder and --vae")
     if args.disc_ckpt == "auto":
-        has_own = args.ckpt in ("REPA-E/sdvae", "REPA-E/invae", "REPA-E/vavae") or (
-            os.path.isfile(args.ckpt) and "discriminator" in files.load(args.ckpt))
+        has_own = args.ckpt != "none" and weights.discriminator_state(args.ckpt, args.vae) is not None
         args.disc_ckpt = args.ckpt if has_own else "none"
     if args.disc_start is None:  # an untrained discriminator learns for a while before the VAE listens to it
         args.disc_start = 5000 if args.disc_ckpt == "none" else 0
@@ -367,10 +366,16 @@ def export(args):
     """--export: the VAE of --ckpt and its latent statistics as a folder."""
     if args.ckpt in (None, "none"):
         raise ValueError("--export needs the VAE's --ckpt")
-    name, state, stats = weights.open_vae(args.ckpt, args.vae, args.latents_stats)
-    vae_files.export_vae(args.export, state, stats, args.format, args.resolution, args.force)
-    print(f"{args.export}: {name} VAE for {args.format}, with " + ("its latent statistics" if stats else
-          "no latent statistics, because it came without (--latents-stats gives them)"))
+    name, state, stats = vae_files.open_vae(args.ckpt, args.vae, args.latents_stats)
+    scalars = vae_files.source_config(args.ckpt)    # a pipeline reads these of the export as it did of the source
+    disc = weights.discriminator_state(args.ckpt, name) if args.format == "compvis" else None
+    if args.dry_run:
+        vae_files.diffusers_config(state, stats, source=scalars) if args.format == "diffusers" else None
+        files.check_writable(os.path.join(args.export, "config.json"))
+        return print("settings are sound")
+    written = vae_files.export_vae(args.export, state, stats, args.format, args.resolution, args.force, source=scalars,
+                                   discriminator=disc)
+    print(f"{args.export}: {written}")
 
 
 def main(argv=None):

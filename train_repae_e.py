@@ -93,12 +93,11 @@ from torch.func import functional_call
 from models.encoders import check_encoders, load_encoders
 from models.losses import (denoising_loss, discriminator_loss, noisy_latents, proj_loss, reconstruction_losses,
                            sample_time, wide)
-from models.runtime import distributed, files, online, trainer, weights
+from models.runtime import distributed, online, trainer, vae_files, weights
 from models.runtime.data import ImageError
 from models.runtime.flops import matmul_rate, step_flops
 from models.runtime.runlog import Collapse, RunLog
 from models.runtime.trainer import Networks
-from models.runtime.vae_files import load_stats_file, load_vae_file
 from models.sit import SiT_models
 from models.vae import Posterior, VAE_models
 
@@ -131,20 +130,19 @@ def check_settings(args, world_size, continued):
     if args.inception_weights is not None and not os.path.isfile(args.inception_weights):
         raise FileNotFoundError(f"--inception-weights {args.inception_weights}: no such file")
     if uses_encoders(args):
-        check_encoders(args.encoder, args.encoder_ckpt)
+        check_encoders(args.encoder, args.encoder_ckpt, args.resolution)
     dataset = trainer.open_data(args)
     if dataset.num_classes > args.num_classes:
         raise ValueError(f"--num-classes {args.num_classes} is below the {dataset.num_classes} classes found in "
                          f"{args.data_dir}")
     state = stats = None
     if args.vae_ckpt != "none" and (args.freeze_vae or not continued):
-        state, stats = load_vae_file(args.vae_ckpt)
-        files.check_state(vae, state, f"{args.vae_ckpt} (for --vae {args.vae})")
-    if args.latents_stats is not None:
-        stats = load_stats_file(args.latents_stats)
-    if stats is not None and stats[0].numel() != vae.latent_channels:
-        raise ValueError(f"{args.latents_stats or args.vae_ckpt}: statistics of {stats[0].numel()} channels, but "
-                         f"{args.vae} has {vae.latent_channels}")
+        _, state, stats = vae_files.open_vae(args.vae_ckpt, args.vae, args.latents_stats)
+    elif args.latents_stats is not None:
+        stats = vae_files.load_stats_file(args.latents_stats)
+        if stats[0].numel() != vae.latent_channels:
+            raise ValueError(f"{args.latents_stats}: statistics of {stats[0].numel()} channels, but {args.vae} has "
+                             f"{vae.latent_channels}")
     if has_disc and not continued:
         weights.discriminator(args.disc_ckpt, args.vae)
     return dataset, state, stats

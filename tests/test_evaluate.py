@@ -1,6 +1,8 @@
 """The evaluator's numbers: every array of adm_*.npz (ADM.md beside them, sections 8 to 11), closed forms, peers."""
+import functools
 import json
 import math
+import threading
 import zlib
 
 import numpy as np
@@ -12,7 +14,7 @@ from fill import fill_
 import evaluate_fid
 from evaluate_fid import feature_statistics, frechet_distance, inception_score, kernel_distance, precision_recall
 from models.inception import FIDInception, resize_tf1
-from models.metrics import Moments, _map_distances, half_norms, manifold_radii
+from models.metrics import Moments, _map_distances, float32_exactly, half_norms, manifold_radii
 
 
 # ---------------------------------------------------------------- the inputs of the golden files, from their seeds
@@ -323,6 +325,88 @@ def test_kernel_distance_is_torch_fidelitys():
     expected = kid.kid_features_to_metric(x, y, kid_subsets=10, kid_subset_size=100, rng_seed=2020, verbose=False)
     ours = kernel_distance(y, x, subsets=10, subset_size=100)
     assert ours == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-4)
+
+
+# ---------------------------------------------------------------- precision of the arithmetic
+
+def precision_flags():
+    """Every switch that float32_exactly sets, and cuDNN's own; "raises" where torch refuses to say (mixed settings)."""
+    b = torch.backends
+    read = [lambda: b.cudnn.enabled, lambda: b.cudnn.allow_tf32, lambda: b.cudnn.benchmark,
+            torch.get_float32_matmul_precision, lambda: b.cuda.matmul.allow_fp16_reduced_precision_reduction]
+    if hasattr(b, "fp32_precision"):
+        read += [lambda: b.cuda.matmul.fp32_precision, lambda: b.cudnn.conv.fp32_precision,
+                 lambda: b.cudnn.rnn.fp32_precision, lambda: b.mkldnn.conv.fp32_precision,
+                 lambda: b.mkldnn.matmul.fp32_precision]
+
+    def answer(get):
+        try:
+            return get()
+        except RuntimeError:
+            return "raises"
+    return [answer(get) for get in read]
+
+
+def test_cudnn_stays_on_in_full_float32():
+    torch.set_float32_matmul_precision("high")
+    before = precision_flags()
+    try:
+        with float32_exactly():
+            enabled, tf32, _, matmul, *_ = precision_flags()
+            assert (enabled, tf32, matmul) == (True, False, "highest")
+            assert not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda")
+        assert precision_flags() == before and before[3] == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_images_decoded_in_the_prefetch_thread_see_the_same_flags_for_every_batch():
+    before, seen, threads = precision_flags(), [], set()
+    decoder = torch.nn.Conv2d(4, 3, 1)
+
+    def batches():
+        for k in range(4):
+            image = decoder(torch.full((2, 4, 32, 32), float(k)))
+            seen.append(precision_flags()), threads.add(threading.current_thread().name)
+            yield image.detach().mul(10).clamp(0, 255).byte().permute(0, 2, 3, 1)
+
+    found = evaluate_fid.extract(batches(), [evaluate_fid.hog_features(32)], "cpu")
+    assert np.isfinite(found["mu_hog"]).all()
+    assert seen == [seen[0]] * 4 and seen[0][:2] == [True, False]
+    assert threading.current_thread().name not in threads
+    assert precision_flags() == before
+
+
+def test_overlapping_contexts_leave_the_flags_as_they_were():
+    before, first, second = precision_flags(), float32_exactly(), float32_exactly()
+    first.__enter__()
+    thread = threading.Thread(target=second.__enter__)
+    thread.start(), thread.join()
+    inside = precision_flags()
+    first.__exit__(None, None, None)
+    assert precision_flags() == inside != before        # the other one is still at work
+    thread = threading.Thread(target=second.__exit__, args=(None, None, None))
+    thread.start(), thread.join()
+    assert precision_flags() == before
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has no fp32_precision")
+@pytest.mark.parametrize("owner", ["cuda.matmul", "cudnn.conv", "cudnn", "mkldnn.conv", "mkldnn.matmul"])
+@pytest.mark.parametrize("value", ["tf32", "ieee"])
+def test_a_callers_fp32_precision_does_not_raise(owner, value):
+    owner = functools.reduce(getattr, owner.split("."), torch.backends)
+    x, found = np.random.default_rng(0).standard_normal((2, 8, 3)), owner.fp32_precision
+    owner.fp32_precision = value
+    try:
+        before = precision_flags()
+        with float32_exactly():
+            inside = precision_flags()
+            precision_recall(*x)
+        assert "raises" not in inside and inside[5:] == ["ieee"] * 5
+        after = precision_flags()       # where torch refused to answer before, it may answer now
+        assert [b for b in before if b != "raises"] == [a for a, b in zip(after, before) if b != "raises"]
+    finally:
+        owner.fp32_precision = found
 
 
 # ---------------------------------------------------------------- the whole way, images to numbers

@@ -1,15 +1,19 @@
 """Reconstruction and latent metrics: closed forms, slow direct computations, and the packages people compare with."""
+import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from fill import fill_
+from PIL import Image
 
-from models.runtime.data import ShapesData
 from models.lpips import LPIPS
 from models.metrics import cknna, latent_moments, principal_colors, psnr, spatial_variance, ssim, total_variation
-from models.vae import Posterior
+from models.runtime import files, vae_report
+from models.runtime.data import ShapesData
+from models.vae import Posterior, VAE_models
 
 
 def pairs(n=4, size=48):
@@ -135,3 +139,81 @@ def test_cknna():
     assert cknna(a, near) > 0.4 > 0.2 > abs(cknna(a, other))
     with pytest.raises(ValueError, match="more images"):
         cknna(a[:10], a[:10])
+
+
+# ---------------------------------------------------------------- several VAEs: finetune_vae.py --eval
+
+class TinyInception(torch.nn.Module):
+    """Pool and spatial features that cost nothing."""
+    sha256 = "tiny"
+
+    def forward(self, images):
+        x = torch.nn.functional.avg_pool2d(images.permute(0, 3, 1, 2).float(), 8).flatten(1)
+        return x[:, :6], x[:, 6:9]
+
+
+@pytest.fixture(scope="module")
+def vae_paths(tmp_path_factory):
+    folder, paths = tmp_path_factory.mktemp("vaes"), []
+    for k in range(2):
+        torch.manual_seed(k)
+        paths.append(str(folder / f"{k}.pt"))
+        files.save(VAE_models["f4d4"]().state_dict(), paths[-1])
+    return paths
+
+
+def settings(tmp_path, vaes, **more):
+    """The settings that --eval reads, on the built-in shapes."""
+    return SimpleNamespace(**{"eval": vaes, "data_dir": "shapes", "resolution": 16, "limit": 8, "metrics": "psnr,rfid,latents",
+                              "vae": None, "encoder": "hog", "encoder_ckpt": None, "model_ckpt": None, "seed": 0,
+                              "inception_weights": None, "mixed_precision": "auto", "output_dir": str(tmp_path),
+                              "exp_name": "eval"} | more)
+
+
+def test_a_stopped_comparison_goes_on_with_the_vaes_that_are_left(tmp_path, vae_paths, monkeypatch, capsys):
+    monkeypatch.setattr(vae_report, "load_inception", lambda path, device: TinyInception())
+    measure, measured = vae_report.measure, []
+
+    def stopping(vae, *rest, **more):
+        measured.append(vae)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return measure(vae, *rest, **more)
+    monkeypatch.setattr(vae_report, "measure", stopping)
+    args = settings(tmp_path, vae_paths)
+    with pytest.raises(SystemExit) as stop:
+        vae_report.evaluate(args)
+    assert stop.value.code == 130
+    error = capsys.readouterr().err.splitlines()
+    assert error[-1].startswith("stopped by SIGINT: ") and not any("Traceback" in line for line in error)
+    assert any("8/8 images" in line and "left" in line for line in error)
+    path = tmp_path / "eval" / "metrics.json"
+    first = json.loads(path.read_text())["vaes"]
+    assert list(first) == vae_paths[:1]
+
+    vae_report.evaluate(args)
+    found = json.loads(path.read_text())
+    assert len(measured) == 3 and list(found["vaes"]) == vae_paths and found["vaes"][vae_paths[0]] == first[vae_paths[0]]
+    assert "1 of 2 VAEs are measured already" in capsys.readouterr().out
+    vae_report.evaluate(args)                                                # nothing is left to do
+    assert len(measured) == 3 and json.loads(path.read_text()) == found
+    vae_report.evaluate(settings(tmp_path, vae_paths, limit=7))             # other settings: all of it again
+    assert len(measured) == 5 and json.loads(path.read_text())["images"] == 7
+    files.save(VAE_models["f4d4"]().state_dict(), vae_paths[0])              # other weights under the same name
+    vae_report.evaluate(settings(tmp_path, vae_paths, limit=7))
+    assert len(measured) == 6
+
+
+def test_a_limit_takes_images_of_all_classes(tmp_path):
+    for k in range(12):
+        path = tmp_path / "set" / f"class{k // 4}" / f"{k:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (20 * k, 0, 0)).save(path)
+    np.savez(tmp_path / "set.npz", np.stack([np.asarray(Image.open(p)) for p in sorted((tmp_path / "set").rglob("*.png"))]))
+    for path in (tmp_path / "set", tmp_path / "set.npz"):
+        images = vae_report.held_out_images(str(path), 16, limit=4)
+        assert images.count == 4 and len(images.shown) == 4
+        assert [batch[:, 0, 0, 0].tolist() for batch in images.read(3)] == [[0, 80, 140], [220]]
+        assert next(images.read(1, rank=2, world_size=3))[0, 0, 0, 0] == 140
+    shown = vae_report.held_out_images(str(path), 16).shown
+    assert shown[:, 0, 0, 0].tolist() == [0, 40, 60, 100, 120, 160, 180, 220]

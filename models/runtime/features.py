@@ -1,6 +1,9 @@
 """Features of sets of images, shared among processes, and the scores they allow: behind evaluate_fid.py, rFID and online scores."""
+import contextlib
 import os
+import signal
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,7 +28,31 @@ def load_inception(path=None, device="cpu"):
             files.download(WEIGHTS_URL, path, sha256_prefix=WEIGHTS_SHA256)
         except OSError as error:
             raise OSError(f"{error}, or name it with --inception-weights") from error
-    return files.load_weights(FIDInception(), files.load(path), path).to(device)
+    net = files.load_weights(FIDInception(), files.load(path), path).to(device)
+    net.path, net.sha256 = path, files.sha256(path)
+    return net
+
+
+@contextlib.contextmanager
+def stopped_in_one_line(remedy):
+    """Context in which SIGTERM and Ctrl-C end the process in one line that closes with `remedy`; a second one at once."""
+    def stop(number, frame):
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, signal.SIG_DFL)
+        raise KeyboardInterrupt(number)
+
+    main_thread = threading.current_thread() is threading.main_thread()     # elsewhere Python allows no handlers
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT) if main_thread}
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        number = signal.Signals(*interrupt.args or [signal.SIGINT])
+        if distributed.is_main():
+            print(f"stopped by {number.name}: {remedy}", file=sys.stderr, flush=True)
+        sys.exit(128 + number)      # as shells report a process that a signal ended
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def prefetch(batches):
@@ -114,14 +141,18 @@ def extract(batches, networks, device, keep=True, skip=(), progress=lambda done:
     0, 1, ... follow each other in the order of the set. networks: functions as inception_features gives. Returns, in
     process 0 ({} elsewhere), mu + suffix and sigma + suffix for every suffix not in `skip`; if `keep`, pool [N, 2048].
     """
+    # The flags are set before the first batch is asked for: it may be decoded on the GPU by the thread of prefetch.
+    with float32_exactly(), contextlib.closing(prefetch(batches)) as batches:
+        return _extract(batches, networks, device, keep, skip, progress)
+
+
+def _extract(batches, networks, device, keep, skip, progress):
     moments, pool, widths, done, more = {}, None, {}, 0, True
-    batches = prefetch(batches)
     while more:
         batch, found = next(batches, None), {}
         if batch is not None:
             images = torch.as_tensor(batch).to(device, non_blocking=True)
-            with float32_exactly():
-                found = {suffix: x.float() for network in networks for suffix, x in network(images).items()}
+            found = {suffix: x.float() for network in networks for suffix, x in network(images).items()}
         widths = {suffix: x.shape[1] for suffix, x in found.items()} or widths
         parts, more = _gather(torch.cat(list(found.values()), 1) if found else torch.zeros(0, 0, device=device), device)
         for part in filter(len, parts):

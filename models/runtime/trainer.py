@@ -372,6 +372,7 @@ def restore(nets, path, state):
 def load_optimizer(optimizer, state, path):
     """Load an optimiser's state but keep the learning rate and the other settings of this run's flags."""
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    files.check_optimizer_state(optimizer, state, path)
     try:
         optimizer.load_state_dict(state)
     except (ValueError, KeyError) as error:
@@ -386,32 +387,47 @@ def load_optimizer(optimizer, state, path):
 
 
 def find_checkpoint(args, folder):
-    """(path, state) to continue from by --resume, or (None, None). A file that cannot be read is passed over, with a note.
+    """(path, state) to continue from by --resume, or (None, None).
 
-    Raises ValueError if the folder holds later checkpoints than the one asked for: the next run would mix both.
+    A file that is proved damaged is passed over, with a note; any other trouble with reading one stops the run, which
+    would else start anew and push the sound checkpoints out. Raises ValueError if the folder holds later checkpoints
+    than the one asked for, which the next run would mix with its own, and for weights that are not finite.
     """
     checkpoints = os.path.join(folder, "checkpoints")
     steps = files.checkpoint_steps(checkpoints)
     if args.resume != "auto":
         path, state = (None, None) if args.resume == "none" else (args.resume, files.load(args.resume))
-        begin = state.get("steps", 0) if isinstance(state, dict) else 0
-        if steps and steps[-1] > begin:
+        if state is not None:
+            check_finite(path, state)
+        if steps and steps[-1] > (state or {}).get("steps", 0):
             raise ValueError(f"{folder} holds a checkpoint of step {steps[-1]}, beyond --resume {args.resume}; "
                              "use another --exp-name or remove it")
         return path, state
     for step in reversed(steps):
         path = os.path.join(checkpoints, f"{step:07d}.pt")
         try:
-            return path, files.load(path)
-        except ValueError as error:
-            print(f"passed over: {error}", flush=True)
+            state = files.load(path)
+        except files.Damaged as error:
+            note = f"passed over: {error}"
+            print(note, flush=True)
+            with open(os.path.join(folder, "log.txt"), "a") as f:
+                f.write(note + "\n")
+            continue
+        check_finite(path, state)
+        return path, state
     return None, None
+
+
+def check_finite(path, state):
+    """Raise a one-line ValueError that names the first tensor of a checkpoint with a NaN or an infinity."""
+    if (name := files.first_non_finite(state)) is not None:
+        raise ValueError(f"{path}: {name} is not finite; remove this checkpoint, and the run continues from the one before")
 
 
 def check_resume(args, path, state, fixed):
     """Raise a one-line ValueError if this is no checkpoint, or its run differs in one of the settings `fixed`; other
     changed settings are printed."""
-    if not isinstance(state, dict) or not {"steps", "args"} <= set(state):
+    if not {"steps", "args"} <= set(state):
         raise ValueError(f"{path}: is no training checkpoint (it has no steps and args)")
     old = vars(state["args"]) if isinstance(state["args"], argparse.Namespace) else state["args"] or {}
     changed = {name: value for name, value in vars(args).items() if name in old and old[name] != value}

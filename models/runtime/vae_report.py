@@ -1,9 +1,10 @@
-"""A VAE on a set of images: the stream of its reconstructions, what is measured on the way, and a picture of both.
+"""Behind `finetune_vae.py --eval`: several VAEs measured side by side on held-out images, a table, and a picture.
 
-Behind `finetune_vae.py --eval`; the formulas are in models/reconstruction.py. Every process works on its share.
-Errors a user can cause are ValueError or OSError with a message of one line.
+`evaluate(args)` is the whole of it; `measure` gives the figures of one VAE as a dict, `picture` the reconstructions. The
+formulas are in models/metrics.py. Every process works on its share of the images. Errors a user can cause are ValueError
+or OSError with a message of one line.
 """
-import json
+import hashlib
 import math
 import os
 from types import SimpleNamespace
@@ -14,42 +15,41 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from models import metrics
-
 from models.encoders import load_encoders
-from models.runtime import distributed, files, weights
-from models.runtime.cli import fail
-from models.runtime.features import extract, inception_features, load_inception
-from models.runtime.images import InputError
-from models.runtime.trainer import autocast_type
-from models.vae import VAE_models
-from models.runtime.data import ShapesData, center_crop, open_image
-from models.runtime.images import label_grid
-from models.runtime.images import open_input
-from models.metrics import float32_exactly, frechet_distance
 from models.losses import noisy_latents
+from models.metrics import float32_exactly, frechet_distance
+from models.runtime import cli, distributed, files, vae_files, weights
+from models.runtime.data import ShapesData, center_crop, open_image
+from models.runtime.features import extract, inception_features, load_inception, progress_line, stopped_in_one_line
+from models.runtime.images import InputError, evenly_spaced, label_grid, open_input, round_to_uint8, write_png
+from models.vae import VAE_models
 
-EVAL_PIXELS = 16 * 256 ** 2  # pixels per process and batch of --eval
+METRICS = ("psnr", "ssim", "lpips", "rfid", "latents", "cknna")  # what --metrics may name
 COLUMNS = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "rfid": "rFID", "spatial_variance": "spatial variance",
            "total_variation": "total variation", "cknna": "CKNNA"}
 SUMS = ("images", "psnr", "ssim", "lpips", "spatial_variance", "total_variation")
+EVAL_PIXELS = 16 * 256 ** 2  # pixels per process and batch
 
+
+# ---------------------------------------------------------------- the images
 
 def open_shapes(resolution, seed, count=1000):
     """The built-in shapes as open_input gives a folder; `seed` should be one that training does not draw from."""
     shapes = ShapesData(count, resolution, seed=seed)
 
-    def read(batch_size, rank=0, world_size=1, limit=None):
-        end = limit or count
-        for first in range(rank * batch_size, end, world_size * batch_size):
-            yield np.stack([shapes[i][0].permute(1, 2, 0) for i in range(first, min(first + batch_size, end))])
+    def read(batch_size, rank=0, world_size=1, rows=None):
+        rows = range(count) if rows is None else rows
+        for first in range(rank * batch_size, len(rows), world_size * batch_size):
+            yield np.stack([shapes[int(i)][0].permute(1, 2, 0) for i in rows[first:first + batch_size]])
     return SimpleNamespace(path="shapes", count=count, size=(resolution, resolution), read=read, names=[])
 
 
 def held_out_images(path, resolution, limit=None, seed=0):
-    """The images to measure on: namespace(count, read, shown).
+    """The images to measure on: namespace(path, count, read, shown, identity).
 
-    read(batch_size, rank, world_size) gives this process's uint8 batches [b, H, W, 3] of the first `limit` images of a
-    folder, a .zip, a .npz or "shapes"; shown is uint8 [n, 3, H, W], up to 8, evenly spaced where that is cheap.
+    `limit` images of a folder, a .zip, a .npz or "shapes", evenly spaced: the first ones of a sorted folder would be of a
+    few classes. read(batch_size, rank, world_size) gives this process's uint8 batches [b, H, W, 3]; shown is uint8
+    [n, 3, H, W], up to 8 of them; identity: text by which a run that goes on finds that they are the same.
     """
     if path == "shapes":
         images = open_shapes(resolution, seed)
@@ -58,23 +58,22 @@ def held_out_images(path, resolution, limit=None, seed=0):
     if tuple(images.size) != (resolution, resolution):
         height, width = images.size
         raise ValueError(f"{path}: holds images of {width}x{height}; pass --resolution {height}")
-    count = min(images.count, limit or images.count)
+    rows = evenly_spaced(images.count, limit or images.count)
+    pictured = rows[evenly_spaced(len(rows), 8)]
     if images.names:
-        chosen = np.unique(np.linspace(0, count - 1, 8).round().astype(int))
-        shown = np.stack([np.asarray(center_crop(open_image(path, images.names[i]), resolution)) for i in chosen])
+        shown = np.stack([np.asarray(center_crop(open_image(path, images.names[i]), resolution)) for i in pictured])
     else:
-        shown = next(images.read(min(8, count)))
+        shown = next(images.read(8, rows=pictured))
+    paths = [os.path.join(path, name) for name in images.names] if os.path.isdir(path) else [path]
+    sizes = [os.path.getsize(p) for p in paths if path != "shapes"]
 
     def read(batch_size, rank=0, world_size=1):
-        return images.read(batch_size, rank, world_size, count)
-    return SimpleNamespace(count=count, read=read, shown=torch.from_numpy(shown).permute(0, 3, 1, 2))
+        return images.read(batch_size, rank, world_size, rows)
+    return SimpleNamespace(path=path, count=len(rows), read=read, shown=torch.from_numpy(shown).permute(0, 3, 1, 2),
+                           identity=hashlib.sha256(repr((path, images.names, sizes, seed)).encode()).hexdigest())
 
 
-def to_uint8(images):
-    """uint8 [B, H, W, 3] of images [B, 3, H, W] in [-1, 1], rounded to the nearest: a reconstruction is compared with
-    uint8 images (the sampler truncates instead, as the paper's does)."""
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-
+# ---------------------------------------------------------------- one VAE
 
 def reconstructions(vae, batches, device, sums, dtype=torch.float32, lpips=None, tokens=None):
     """For each uint8 batch [b, H, W, 3] its reconstruction from the posterior's mean, likewise.
@@ -87,8 +86,8 @@ def reconstructions(vae, batches, device, sums, dtype=torch.float32, lpips=None,
         with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             originals = torch.as_tensor(batch).to(device).permute(0, 3, 1, 2)
             posterior = vae.encode(originals.float() / 127.5 - 1)
-            copies = to_uint8(vae.decode(posterior.mean))
-        with torch.inference_mode(), float32_exactly():
+            copies = round_to_uint8(vae.decode(posterior.mean))
+        with torch.inference_mode():
             a, b = originals.float(), copies.permute(0, 3, 1, 2).float()
             values = [torch.ones(len(a), device=device), metrics.psnr(a, b), metrics.ssim(a, b),
                       torch.zeros(len(a), device=device) if lpips is None else lpips(a / 127.5 - 1, b / 127.5 - 1),
@@ -100,24 +99,27 @@ def reconstructions(vae, batches, device, sums, dtype=torch.float32, lpips=None,
         yield copies
 
 
-def measure(vae, batches, device, dtype=torch.float32, lpips=None, features=None, reference=None, tokens=None):
+def measure(vae, batches, device, dtype=torch.float32, lpips=None, features=None, reference=None, tokens=None,
+            progress=lambda done: None):
     """Figures of a VAE on all processes' batches: a dict with psnr, ssim, lpips (if given), spatial_variance,
     total_variation, latents_mean and latents_std (lists of C, of sampled latents) and, in the main process, rfid.
 
     features: function that takes the stream of uint8 reconstructions and returns their {"mu", "sigma"}, as
-    evaluate_fid.extract does; reference: the same of the originals.
+    features.extract does; reference: the same of the originals. progress: called with the number of images done.
     """
     sums = torch.zeros(len(SUMS) + 2 * vae.latent_channels, dtype=torch.float64, device=device)
-    stream = reconstructions(vae, batches, device, sums, dtype, lpips, tokens)
-    found = features(stream) if features else {}
-    for _ in stream:  # without features, running through it is the work; with them nothing is left
-        pass
+    stream, done = reconstructions(vae, batches, device, sums, dtype, lpips, tokens), 0
+    with float32_exactly():  # once, around all batches: with `features`, a thread draws them from the stream
+        found = features(stream) if features else {}
+        for copies in stream:  # without features, running through it is the work; with them nothing is left
+            done += len(copies) * distributed.world_size()
+            progress(done)
     count, *totals = distributed.all_reduce_sum(sums).tolist()
     result = {name: total / count for name, total in zip(SUMS[1:], totals)}
     if lpips is None:
         del result["lpips"]
     mean, square = np.array(totals[len(SUMS) - 1:]).reshape(2, -1) / count
-    result |= {"latents_mean": mean.tolist(), "latents_std": np.sqrt(square - mean ** 2).tolist()}
+    result |= {"latents_mean": mean.tolist(), "latents_std": np.sqrt(np.maximum(square - mean ** 2, 0)).tolist()}
     if found:
         result["rfid"] = frechet_distance(found["mu"], found["sigma"], reference["mu"], reference["sigma"])
     return result
@@ -132,28 +134,29 @@ class TokenPairs:
 
     def __init__(self, sit, encoder, t=0.5, path_type="linear", seed=0):
         self.sit, self.encoder, self.t, self.path_type = sit, encoder, t, path_type
-        self.seed, self.calls, self.found, self.latest = seed, 0, ([], []), None
+        self.seed, self.calls, self.found, self.latest = seed, 0, [], None
         sit.blocks[sit.encoder_depth - 1].register_forward_hook(lambda _, __, output: setattr(self, "latest", output))
 
     def __call__(self, images, z):
         t = torch.full((len(z),), self.t, device=z.device)
-        number = self.calls * distributed.world_size() + (dist.get_rank() if dist.is_initialized() else 0)
+        number = self.calls * distributed.world_size() + distributed.rank()
         self.calls += 1  # noise of the batch's number: the same for any number of processes
         generator = torch.Generator(z.device).manual_seed(self.seed * 1_000_003 + number)
         noise = torch.randn(z.shape, generator=generator, device=z.device)
         label = torch.full((len(z),), len(self.sit.y_embedder.embedding_table.weight) - 1, device=z.device)
         self.sit(noisy_latents(self.sit.normalize(z), noise, t, self.path_type)[0], t, label, align_only=True)
-        for tokens, found in zip((self.latest, self.encoder(images)), self.found):
-            found.append(tokens.float().mean(1).cpu())
+        self.found.append((number, *(x.float().mean(1).cpu() for x in (self.latest, self.encoder(images)))))
 
     def cknna(self, device, most=10000):
-        """Over the first `most` images of all processes; every process must call it."""
+        """Over at most `most` images of all processes, evenly spaced; every process must call it."""
         found = self.found
         if dist.is_initialized():
             everyone = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, found)
-            found = [[x for part in everyone for x in part[k]] for k in (0, 1)]
-        return metrics.cknna(*(torch.cat(x)[:most].to(device) for x in found))
+            found = sorted((batch for part in everyone for batch in part), key=lambda batch: batch[0])
+        tokens = [torch.cat(batches) for batches in list(zip(*found))[1:]]
+        chosen = evenly_spaced(len(tokens[0]), most)
+        return metrics.cknna(*(x[chosen].to(device) for x in tokens))
 
 
 @torch.inference_mode()
@@ -164,13 +167,78 @@ def picture(images, vaes, captions):
     for vae, caption in zip(vaes, captions, strict=True):
         z = vae.encode(images.to(next(vae.parameters()).device).float() / 127.5 - 1).mean
         colors = (metrics.principal_colors(z.cpu()) * 255).round().to(torch.uint8)
-        rows += [to_uint8(vae.decode(z)).cpu(), F.interpolate(colors, images.shape[-2:]).permute(0, 2, 3, 1)]
+        rows += [round_to_uint8(vae.decode(z)).cpu(), F.interpolate(colors, images.shape[-2:]).permute(0, 2, 3, 1)]
         labels += [caption, f"latents of {caption}"]
     captions = [text for label in labels for text in (label, *[""] * (len(images) - 1))]
     return label_grid(torch.cat(rows), captions, columns=len(images))
 
 
-def model_of(args, source, vae):
+def save_picture(path, images, vaes, captions):
+    """The same as a PNG file, whole or not at all."""
+    write_png(path, picture(images, vaes, captions))
+
+
+# ---------------------------------------------------------------- several VAEs: the command line's --eval
+
+def evaluate(args):
+    """Measure the VAEs args.eval: a table on the terminal; metrics.json and images.png in the run folder.
+
+    args: data_dir, resolution, limit, metrics, vae, encoder, encoder_ckpt, model_ckpt, inception_weights,
+    mixed_precision ("auto" is float32 here), seed, output_dir, exp_name. metrics.json is written after each VAE; a run
+    that was stopped goes on with those that are not in it. A user's mistake ends the process in one line.
+    """
+    try:
+        with stopped_in_one_line("what is measured so far is in metrics.json; the same command goes on"):
+            _evaluate(args)
+    except (InputError, OSError) as error:
+        cli.fail(error)
+    distributed.shut_down()
+
+
+def _evaluate(args):
+    try:
+        rank, world_size, device = distributed.init()
+        with distributed.main_first():
+            tools = prepare(args, device)
+    except (ValueError, OSError) as error:
+        cli.fail(error)
+    results = finished(args, tools) if rank == 0 else {}
+    done = torch.tensor([float(source in results) for source in tools.vaes], device=device)
+    todo = [source for source, d in zip(tools.vaes, distributed.all_reduce_sum(done).tolist()) if not d]
+    size, count = max(1, min(256, EVAL_PIXELS // args.resolution ** 2)), tools.images.count
+    features = reference = None
+    if tools.inception is not None and todo:
+        networks = [inception_features(tools.inception)]
+
+        def features(stream, name):
+            line = progress_line(name, count)
+            return extract(stream, networks, device, keep=False, skip=("_s",), progress=line)
+        reference = features(tools.images.read(size, rank, world_size), args.data_dir)  # of rFID: the same images
+    for source in todo:
+        vae, sit = tools.vaes[source].to(device), tools.sits[source]
+        tokens = sit and TokenPairs(sit.to(device), tools.encoder, path_type=sit.path_type, seed=args.seed)
+        results[source] = measure(vae, tools.images.read(size, rank, world_size), device, tools.dtype, tools.lpips,
+                                  features and (lambda stream: features(stream, source)), reference, tokens,
+                                  progress_line(source, count))
+        if sit:
+            results[source]["cknna"] = tokens.cknna(device)
+        if rank == 0:
+            write_results(args, tools, results)
+    if rank == 0:
+        report(args, tools, {source: results[source] for source in tools.vaes})
+
+
+def open_vae(source, resolution, name=None):
+    """Any VAE, in eval mode on the CPU; ValueError if it is not of type `name` or does not fit the resolution."""
+    found, state, _ = vae_files.open_vae(source, name)
+    vae = VAE_models[found]().eval().requires_grad_(False)
+    vae.load_state_dict(state)
+    if resolution % vae.downsample:
+        raise ValueError(f"--resolution {resolution} is not divisible by {vae.downsample}, the downsampling factor of {found}")
+    return vae
+
+
+def open_sit(args, source, vae):
     """The SiT whose tokens CKNNA compares for this VAE: of --model-ckpt, or of the VAE's own checkpoint; or None."""
     path = args.model_ckpt or source
     content = files.load(path) if os.path.isfile(path) else {}
@@ -187,21 +255,20 @@ def model_of(args, source, vae):
     return sit
 
 
-def prepare_eval(args, device):
+def prepare(args, device):
     """All that --eval needs, or a one-line error before any long work: VAEs and SiTs by source, images, LPIPS,
     Inception, encoder."""
     wanted = [m for m in args.metrics.split(",") if m]
-    known = ["psnr", "ssim", "lpips", "rfid", "latents", "cknna"]
-    if not wanted or set(wanted) - set(known):
-        raise ValueError(f"--metrics {args.metrics}: known are {', '.join(known)}")
+    if not wanted or set(wanted) - set(METRICS):
+        raise ValueError(f"--metrics {args.metrics}: known are {', '.join(METRICS)}")
     if args.resolution < 16:
         raise ValueError(f"--resolution {args.resolution}: SSIM and LPIPS need at least 16 pixels")
     tools = SimpleNamespace(wanted=wanted, vaes={}, sits={}, lpips=None, inception=None, encoder=None)
+    tools.dtype = {"auto": torch.float32, "no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
+        args.mixed_precision]
     for source in args.eval:
-        name, state, _ = weights.open_vae(source, args.vae)
-        tools.vaes[source] = VAE_models[name]().eval().requires_grad_(False)
-        tools.vaes[source].load_state_dict(state)
-        tools.sits[source] = model_of(args, source, tools.vaes[source]) if "cknna" in wanted else None
+        tools.vaes[source] = open_vae(source, args.resolution, args.vae)
+        tools.sits[source] = open_sit(args, source, tools.vaes[source]) if "cknna" in wanted else None
     tools.images = held_out_images(args.data_dir, args.resolution, args.limit, args.seed + 1)
     remedy = "leave it out with --metrics " + (",".join(m for m in wanted if m not in ("lpips", "rfid")) or "psnr,ssim")
     if "lpips" in wanted:
@@ -217,69 +284,73 @@ def prepare_eval(args, device):
         if tools.images.count <= 10:
             raise ValueError(f"{args.data_dir}: cknna needs more than 10 images, not {tools.images.count}")
         tools.encoder = load_encoders(args.encoder, args.encoder_ckpt, args.resolution, device)[0]
+    if distributed.is_main():
+        os.makedirs(os.path.join(args.output_dir, args.exp_name), exist_ok=True)
+        digests = {source: [weights.state_digest(net) for net in (vae, tools.sits[source]) if net is not None]
+                   for source, vae in tools.vaes.items()}
+        tools.about = {"data_dir": args.data_dir, "images": tools.images.count, "resolution": args.resolution,
+                       "identity": tools.images.identity, "metrics": sorted(wanted), "dtype": str(tools.dtype),
+                       "seed": args.seed, "encoder": [args.encoder, args.encoder_ckpt] if "cknna" in wanted else None,
+                       "inception": getattr(tools.inception, "sha256", None)}
+        tools.digests = digests
     return tools
 
 
-def evaluate(args):
-    """--eval: a table on the terminal; metrics.json and images.png in the run folder."""
+# ---------------------------------------------------------------- what is written
+
+def finished(args, tools):
+    """{source: figures} of the VAEs that metrics.json holds already, measured with the same weights and settings."""
+    path = os.path.join(args.output_dir, args.exp_name, "metrics.json")
     try:
-        rank, world_size, device = distributed.init()
-        dtype = torch.float32 if args.mixed_precision == "auto" else autocast_type(args, device)
-        torch.backends.cudnn.allow_tf32 = dtype != torch.float32
-        with distributed.main_first():
-            tools = prepare_eval(args, device)
-    except (ValueError, OSError) as error:
-        fail(error)
-    size = max(1, min(256, EVAL_PIXELS // args.resolution ** 2))
-    results, features = {}, None
-    if tools.inception is not None:
-        networks = [inception_features(tools.inception)]
-        features = lambda stream: extract(stream, networks, device, keep=False, skip=("_s",))  # noqa: E731
-    try:
-        reference = features and features(tools.images.read(size, rank, world_size))  # of rFID: the same images
-        for source, vae in tools.vaes.items():
-            sit = tools.sits[source]
-            tokens = sit and TokenPairs(sit.to(device), tools.encoder, path_type=sit.path_type, seed=args.seed)
-            batches = tools.images.read(size, rank, world_size)
-            results[source] = measure(vae.to(device), batches, device, dtype, tools.lpips, features, reference, tokens)
-            if sit:
-                results[source]["cknna"] = tokens.cknna(device)
-    except InputError as error:
-        fail(error)
-    if rank == 0:
-        report(args, tools, results)
-    distributed.shut_down()
+        content = files.load_json(path)
+        found, digests = content["vaes"], content["sha256"]
+        same = all(content[key] == value for key, value in tools.about.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    done = {source: figures for source, figures in found.items() if same and digests[source] == tools.digests.get(source)}
+    if done:
+        print(f"{path}: {len(done)} of {len(tools.vaes)} VAEs are measured already")
+    return done
 
 
-def report(args, tools, results):
-    """Print the table, write metrics.json and images.png."""
-    folder, n = os.path.join(args.output_dir, args.exp_name), tools.images.count
+def columns(tools):
+    """(single figures, lists) that --metrics asks for, by name."""
+    latents = "latents" in tools.wanted
+    wanted = {*tools.wanted, *(("spatial_variance", "total_variation") if latents else ())}
+    return [m for m in COLUMNS if m in wanted], ["latents_mean", "latents_std"] if latents else []
+
+
+def remarks(args, tools):
+    """What a reader of the table must know, one line each."""
+    n = tools.images.count
     notes = [f"{n:,} images of {args.data_dir} at {args.resolution} px; reconstructed from the posterior's mean"]
     if "rfid" in tools.wanted:
         notes.append("rFID's reference is these images themselves, not the reference of a generation benchmark"
                      + ("; fewer than 2,049 images: compare only at equal numbers" if n < 2049 else ""))
-    wanted = {*tools.wanted, *(("spatial_variance", "total_variation") if "latents" in tools.wanted else ())}
-    columns = [m for m in COLUMNS if m in wanted]
+    return notes
+
+
+def write_results(args, tools, results):
+    """metrics.json with the VAEs measured so far; an infinite PSNR is null there."""
+    single, lists = columns(tools)
+    figures = {source: {name: None if name in single and not math.isfinite(result[name] or 0) else result[name]
+                        for name in single + lists if name in result} for source, result in results.items()}
+    content = {**tools.about, "notes": remarks(args, tools), "sha256": tools.digests, "vaes": figures}
+    files.save_json(content, os.path.join(args.output_dir, args.exp_name, "metrics.json"))
+
+
+def report(args, tools, results):
+    """Print the table, write metrics.json (in the order of args.eval) and images.png."""
+    folder, (single, lists) = os.path.join(args.output_dir, args.exp_name), columns(tools)
     width = max(3, *map(len, results))
-    print("".join([f"{'VAE':<{width}}", *(f"  {COLUMNS[m]:>16}" for m in columns)]))
+    print("".join([f"{'VAE':<{width}}", *(f"  {COLUMNS[name]:>16}" for name in single)]))
     for source, result in results.items():
-        cells = [f"{result[m]:.4f}" if m in result else "-" for m in columns]
+        cells = [f"{result[name]:.4f}" if result.get(name) is not None else "-" for name in single]
         print("".join([f"{source:<{width}}", *(f"  {cell:>16}" for cell in cells)]))
-    moments = ["latents_mean", "latents_std"] if "latents" in tools.wanted else []
     for source, result in results.items():
-        for name in moments:
+        for name in lists:
             print(f"{source} {name}: " + " ".join(f"{value:.4g}" for value in result[name]))
-    print("\n".join(f"note: {note}" for note in notes))
-    figures = {source: {k: None if k in columns and not math.isfinite(result[k]) else result[k]
-                        for k in columns + moments if k in result} for source, result in results.items()}
-    about = {"data_dir": args.data_dir, "images": n, "resolution": args.resolution, "notes": notes}
-    with files.replace(os.path.join(folder, "metrics.json")) as temporary, open(temporary, "w") as f:
-        json.dump({**about, "vaes": figures}, f, indent=1)
+    print("\n".join(f"note: {note}" for note in remarks(args, tools)))
+    write_results(args, tools, results)
     save_picture(os.path.join(folder, "images.png"), tools.images.shown, tools.vaes.values(), list(results))
     print(f"wrote {folder}/metrics.json and images.png")
-
-
-def save_picture(path, images, vaes, captions):
-    """`picture` as a PNG file, whole or not at all."""
-    with files.replace(path) as temporary:
-        picture(images, vaes, captions).save(temporary, format="png")

@@ -81,24 +81,6 @@ def build_vae(content, settings, path, vae_ckpt=None):
     return files.load_weights(vae.to_empty(device="cpu"), state, vae_ckpt or f"VAE of {path}").eval(), source
 
 
-def open_vae(source, name=None, stats_file=None):
-    """(name of the architecture, state dict, statistics or None) of any VAE; ValueError if it is not of type `name`.
-    The statistics are those of `stats_file` if given."""
-    state, stats = vae_files.load_vae_file(source)
-    stats = vae_files.load_stats_file(stats_file) if stats_file else stats
-    try:
-        found = vae_files.vae_name(state)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
-    if name not in (None, found):
-        raise ValueError(f"{source}: holds a VAE of type {found}, not --vae {name}")
-    with torch.device("meta"):
-        files.check_state(VAE_models[found](), state, source)
-    if stats is not None and stats[0].numel() != state["decoder.conv_in.weight"].shape[1]:
-        raise ValueError(f"{stats_file or source}: latent statistics of {stats[0].numel()} channels, unlike the VAE")
-    return found, state, stats
-
-
 def state_digest(module):
     """sha256 (hex) over the names and tensors of a module or of a state dict."""
     digest = hashlib.sha256()
