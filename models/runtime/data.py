@@ -165,8 +165,8 @@ def _listing(path):
     elif not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such folder or .zip; {EXPECTED}")
     elif path.lower().endswith((".h5", ".hdf5")):
-        raise ValueError(f"{path}: HDF5 is not read here; give the images it was made from, a folder or .zip, "
-                         "or a fast .zip of them that python -m models.runtime.prepare FOLDER OUT.zip makes")
+        raise ValueError(f"{path}: HDF5 is not read here; give the images it was made from, a folder or "
+                         ".zip, or a fast .zip made of them: python -m models.runtime.prepare FOLDER OUT.zip")
     elif not path.lower().endswith(".zip"):
         raise ValueError(f"{path}: neither a folder nor a .zip; {EXPECTED}")
     else:
@@ -224,7 +224,7 @@ def open_image(path, name):
         raise
     except Image.UnidentifiedImageError:
         reason = "no image format"
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged data; reading it is done already
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
         reason = str(error).split("\n")[0]
     raise ImageError(f"{path}/{name}: not a readable image ({reason}); remove it or pass --skip-corrupt")
 
@@ -343,12 +343,12 @@ def _labels(names, path, folders, depth):
     for folder in folders:
         name = folder[len(shared):-1]
         if folder.startswith(shared) and name and "/" not in name and name not in number:
-            raise ValueError(f"{path}: class folder {folder[:-1]} holds no images; leaving it out would change "
-                             "the labels after it: fill it, or remove it if it is no class")
+            raise ValueError(f"{path}: class folder {folder[:-1]} holds no images; leaving it out would "
+                             "change the labels after it: fill it, or remove it if it is no class")
     return classes, np.array([number[name] for name in found], np.int64)
 
 
-def _read_json(path, name):
+def read_json(path, name):
     """Content of a .json of the folder or .zip `path`; None where there is none."""
     try:
         return json.loads(_read(path, name))
@@ -402,21 +402,27 @@ class ImageData(Dataset):
 
     Labels are torchvision's ImageFolder's: classes sorted by name, and a class folder without images is
     refused, since leaving it out would shift the labels after it. Where there is a dataset.json in EDM2's
-    layout (as prepare.py writes it), labels come from there instead. Attributes: path, names, labels (int64
-    array), classes (label k is the k-th), num_classes. Raises what `find_images` raises, and ValueError for
-    images without a class.
+    layout (as prepare.py writes it), labels come from there instead. A set without labels, described so by its
+    dataset.json, is one class; with `unlabelled` a folder of nothing but images is one too, instead of an error.
+
+    Attributes: path, names, labels (int64 array), classes (label k is the k-th), num_classes, labelled.
+    Raises what `find_images` raises, and ValueError for images without a class.
     """
 
-    def __init__(self, path, resolution, hflip=False, seed=0, skip_corrupt=False):
+    def __init__(self, path, resolution, hflip=False, seed=0, skip_corrupt=False, unlabelled=False):
         self.path, self.resolution, self.skip_corrupt = str(path), resolution, skip_corrupt
         self.hflip, self.seed = hflip, seed
         self.names, folders, depth = _listing(self.path)
-        described = _read_json(self.path, "/".join(self.names[0].split("/")[:depth] + ["dataset.json"]))
-        if described is None:
-            self.classes, self.labels = _labels(self.names, self.path, folders, depth)
-        else:
+        described = read_json(self.path, "/".join(self.names[0].split("/")[:depth] + ["dataset.json"]))
+        self.labelled = True
+        if described is not None:
             self.classes, self.labels, self.names = _json_labels(described, self.names, self.path, depth)
+            self.labelled = described["labels"] is not None
             self.check_prepared(described.get("prepared"))
+        elif unlabelled and not any("/" in name for name in self.names):
+            self.classes, self.labels, self.labelled = ["images"], np.zeros(len(self.names), np.int64), False
+        else:
+            self.classes, self.labels = _labels(self.names, self.path, folders, depth)
         self.num_classes = len(self.classes)
 
     def check_prepared(self, prepared):
@@ -602,7 +608,8 @@ class EndlessSampler(Sampler):
             step += 1
 
 
-def _start_worker(_):
+def start_worker(_):
+    """What a decoding process does first; for DataLoader's worker_init_fn."""
     torch.set_num_threads(1)  # decoding is one thread's work; more would take the cores of the other workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process, which ends its workers
     # ImageNet has odd EXIF blocks: an image is decoded or it raises.
@@ -618,6 +625,7 @@ class _Loader(DataLoader):
             try:
                 yield from iterator
             except (OSError, EOFError) as error:
+                time.sleep(1)  # for the signal of its death, which raises here what has to be said, and only once
                 raise RuntimeError(f"DataLoader worker closed its connection: {error}") from error
         iterator = super().__iter__()  # the workers start now, not with the first batch
         return batches(iterator) if self.num_workers else iterator
@@ -633,13 +641,13 @@ def make_loader(dataset, sampler, batch_size, num_workers=8, device="cpu"):
     if num_workers > 0:
         # fork shares the list of files with the workers; where there is none (Windows) they get a copy each.
         method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-        workers = dict(multiprocessing_context=method, persistent_workers=True, worker_init_fn=_start_worker)
+        workers = dict(multiprocessing_context=method, persistent_workers=True, worker_init_fn=start_worker)
     return _Loader(dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers, drop_last=True,
                    pin_memory=torch.device(device).type == "cuda", **workers)
 
 
 def worker_death(error):
-    """One line for the RuntimeError that torch raises when a loader's worker process dies; None for any other.
+    """One line for the RuntimeError that torch raises when a loader's worker dies; None for any other.
 
     torch raises it from a signal handler: wherever the training process is at that moment, not only in
     next().
