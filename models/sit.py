@@ -180,7 +180,10 @@ class SiT(nn.Module):
         # Not where the weights are frozen: little is kept then, and a stand-in of functional_call is gone by the backward pass.
         save_memory = self.grad_checkpoint and torch.is_grad_enabled() and self.x_embedder.proj.weight.requires_grad
         for number, block in enumerate(self.blocks, start=1):
-            x = recompute(block, x, c, use_reentrant=False) if save_memory else block(x, c)
+            if save_memory:
+                x = recompute(block, x, c, use_reentrant=False, preserve_rng_state=False)  # nothing in a block is random
+            else:
+                x = block(x, c)
             if number == self.encoder_depth:
                 zs_tilde = [projector(x) for projector in self.projectors]
                 if align_only:

@@ -6,7 +6,6 @@ f4d4 a tiny one for 32-pixel images. Needs only torch.
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint as recompute
 
 
@@ -51,41 +50,18 @@ class GroupNorm(nn.GroupNorm):
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-class NormSiLUConv(torch.autograd.Function):
-    """conv(silu(group_norm(x))), 3x3, keeping only x for the backward pass: its normalised and its activated copy, half of a
-    VAE's memory, are cheap to make again."""
-
-    @staticmethod
-    def forward(ctx, x, scale, shift, weight, bias, groups, eps):
-        # The GPU's group norm knows one memory format only.
-        ctx.format = torch.channels_last if not x.is_cuda and not x.is_contiguous() else torch.contiguous_format
-        x = x.contiguous(memory_format=ctx.format)
-        ctx.sizes, ctx.eps = (x.shape[0], x.shape[1], x.shape[2] * x.shape[3], groups), eps
-        y, mean, rstd = torch.native_group_norm(x, scale, shift, *ctx.sizes, eps)
-        ctx.save_for_backward(x, scale, shift, weight, mean, rstd)
-        with no_autocast(x):
-            return F.conv2d(F.silu(y, inplace=True), weight, bias, padding=1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, scale, shift, weight, mean, rstd = ctx.saved_tensors
-        need_x, need_scale, need_shift, *need_conv = ctx.needs_input_grad[:5]
-        y = torch.native_group_norm(x, scale, shift, *ctx.sizes, ctx.eps)[0]
-        grad, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            grad, F.silu(y), weight, [len(weight)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, *need_conv])
-        grad = torch.ops.aten.silu_backward(grad.contiguous(memory_format=ctx.format), y)
-        grads = torch.ops.aten.native_group_norm_backward(grad, x, mean, rstd, scale, *ctx.sizes, [need_x, need_scale, need_shift])
-        return *grads, grad_weight, grad_bias, None, None
-
-
 def norm_silu_conv(norm, conv, x):
-    """conv(silu(norm(x))) for x [B, C, H, W] and a 3x3 convolution: [B, C', H, W] in the type of x, with less kept for the
-    backward pass. (The compiler decides that for itself.)"""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    """conv(silu(norm(x))) for x [B, C, H, W], keeping only x for the backward pass: its normalised and its activated copy,
+    more than half of a VAE's memory, are cheap to make again.
+
+    The convolution stands inside so that its input is not kept, yet is not computed twice: recomputation stops as soon as
+    everything the backward pass asks for is there, and that is just before it.
+    """
+    def function(x):
         return conv(F.silu(norm(x)))
-    parameters = (p.to(x.dtype) for p in (norm.weight, norm.bias, conv.weight, conv.bias))
-    return NormSiLUConv.apply(x, *parameters, norm.num_groups, norm.eps)
+    if not torch.is_grad_enabled():
+        return function(x)
+    return recompute(function, x, use_reentrant=False, preserve_rng_state=False)
 
 
 class ResnetBlock(nn.Module):
@@ -137,7 +113,9 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        with no_autocast(x):  # which would copy pixels as float32, the VAE's largest tensor
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self.conv(x)
 
 
 def _middle(channels):
@@ -158,7 +136,10 @@ def _level(in_channels, out_channels, blocks, attention):
 def _run_level(level, h, save_memory):
     """The blocks of one level; with save_memory their activations are computed again in the backward pass."""
     for i, block in enumerate(level.block):
-        h = recompute(block, h, use_reentrant=False) if save_memory and torch.is_grad_enabled() else block(h)
+        if save_memory and torch.is_grad_enabled():
+            h = recompute(block, h, use_reentrant=False, preserve_rng_state=False)  # nothing in a block is random
+        else:
+            h = block(h)
         if len(level.attn):
             h = level.attn[i](h)
     return h
@@ -243,7 +224,7 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if quant else nn.Identity()
 
     def save_memory(self):
-        """Keep only the blocks' inputs for the backward pass and compute the rest again (a third more arithmetic)."""
+        """Keep only the blocks' inputs for the backward pass and compute the rest again (15 % more arithmetic)."""
         self.encoder.grad_checkpoint = self.decoder.grad_checkpoint = True
 
     def moments(self, x):

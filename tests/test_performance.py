@@ -4,6 +4,7 @@ import copy
 import bench_train
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import train_repae_e as train
 from models import vae
@@ -48,27 +49,26 @@ def test_less_is_kept_for_the_backward_pass(monkeypatch):
     assert usual < 0.6 * kept_for_backward(vae.VAE_models["f4d4"](), images)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_norm_silu_conv_has_the_gradients_of_its_parts(dtype, memory_format, frozen, device):
+def test_norm_silu_conv_is_its_parts_to_the_bit(dtype, memory_format, frozen):
     torch.manual_seed(0)
-    norm, conv = vae.GroupNorm(64).to(device), torch.nn.Conv2d(64, 32, 3, padding=1).to(device)
+    norm, conv = vae.GroupNorm(64), torch.nn.Conv2d(64, 32, 3, padding=1)
     torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
-    if dtype == torch.float64:
-        norm.double(), conv.double()
     norm.requires_grad_(not frozen), conv.requires_grad_(not frozen)
-    x = (torch.randn(2, 64, 8, 8, device=device) + 1).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
+    x = (torch.randn(2, 64, 8, 8) + 1).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
     inputs = [x] if frozen else [x, *norm.parameters(), *conv.parameters()]
     results = []
     for function in (vae.norm_silu_conv, bench_train.PLAIN[vae, "norm_silu_conv"]):
-        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16), FlopCounterMode(display=False) as flops:
             y = function(norm, conv, x)
-        results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+            y.square().sum().backward()
+        results.append([y, *(leaf.grad for leaf in inputs), torch.tensor(flops.get_total_flops())])
+        for leaf in inputs:
+            leaf.grad = None
     for actual, expected in zip(*results):
-        assert actual.dtype == expected.dtype
-        torch.testing.assert_close(actual, expected, rtol=1e-12 if dtype == torch.float64 else 1e-2, atol=1e-12)
+        assert actual.dtype == expected.dtype and torch.equal(actual, expected)
 
 
 def make_steps(plain, number, *flags):
