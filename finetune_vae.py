@@ -71,17 +71,15 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     parse_args()  # before torch is imported, which takes seconds: --help and a mistyped flag answer at once
 
-import sys
 from types import SimpleNamespace
 
 import torch
 
 from models.encoders import check_encoders, load_encoders
 from models.losses import discriminator_loss, proj_loss, reconstruction_losses, wide
-from models.runtime import distributed, files, trainer, vae_files, vae_report, weights
-from models.runtime.data import ImageError
+from models.runtime import distributed, files, signals, trainer, vae_files, vae_report, weights
 from models.runtime.flops import matmul_rate, vae_step_flops
-from models.runtime.runlog import Collapse, RunLog
+from models.runtime.runlog import RunLog
 from models.runtime.trainer import Networks
 from models.vae import Posterior, VAE_models
 
@@ -277,20 +275,24 @@ def measure_stats(args, vae, dataset, device):
 
 
 def set_up(args, folder, device):
-    """Everything before the first step, what can fail first. Returns (nets, dataset, stats, start: the step to go on
-    from, state of the log, path of the checkpoint or None); None after a --dry-run."""
+    """Everything before the first step, what can fail first. Returns a namespace: nets, dataset, stats (of the latents),
+    start (the step to go on from), kept (what every checkpoint repeats), log (the log's state), path (of the checkpoint);
+    None after a --dry-run."""
     with distributed.main_first():  # it downloads, the others find the files
         path, state = trainer.find_checkpoint(args, folder)
         if state is not None:
-            if not isinstance(state, dict) or "vae_ema" not in state:
+            if "vae_ema" not in state:
                 raise ValueError(f"{path}: holds no vae_ema; it is no checkpoint of this kind of run")
             args.vae = args.vae or vae_files.vae_name(state["vae_ema"])
             args.disc_ckpt = state["args"]["disc_ckpt"]
             args.disc_start = state["args"]["disc_start"] if args.disc_start is None else args.disc_start
             trainer.check_resume(args, path, state, FIXED_IN_A_RUN)
         dataset, vae_state, stats = check_settings(args, distributed.world_size(), state)
-        if args.dry_run:
-            return None
+    kept = {"data": trainer.check_data(args, dataset, state)}
+    if args.dry_run:
+        return None
+    lock = trainer.claim_folder(folder)
+    with distributed.main_first():
         nets = build_networks(args, device, vae_state, "none" if state else args.disc_ckpt)
     trainer.prepare(nets, args)
     start = 0
@@ -301,7 +303,8 @@ def set_up(args, folder, device):
     trainer.check_same_start(start, device)
     if state is None and stats is None and not args.train_encoder:
         stats = measure_stats(args, nets.vae, dataset, device)
-    return nets, dataset, stats, start, (state or {}).get("log"), path
+    return SimpleNamespace(nets=nets, dataset=dataset, stats=stats, start=start, kept=kept,
+                           log=(state or {}).get("log"), path=path, lock=lock)
 
 
 def train(args):
@@ -310,30 +313,31 @@ def train(args):
     try:
         rank, world_size, device = distributed.init()
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        ready = set_up(args, folder, device)
-        if ready is None:
+        run = set_up(args, folder, device)
+        if run is None:
             return print("settings are sound") if rank == 0 else None
-        nets, dataset, stats, start, log_state, path = ready
+        nets, dataset, stats, start = run.nets, run.dataset, run.stats, run.start
     except (ValueError, OSError) as error:
         cli.fail(error)
 
     log = RunLog(folder, args, vae_step_flops(args, nets), matmul_rate(device, nets.dtype))
     log.rewind(start)
-    if log_state is not None:
-        log.load_state_dict(log_state, device)
+    if run.log is not None:
+        log.load_state_dict(run.log, device)
     trainer.write_args(args, folder)
     log.say(f"{'VAE' if args.train_encoder else 'decoder'} of {args.vae} ({args.ckpt}), {len(dataset)} images, "
-            f"{world_size} x {device.type}, from step {start}" + (f" of {path}" if path else ""))
+            f"{world_size} x {device.type}, from step {start}" + (f" of {run.path}" if run.path else ""))
 
     loader = trainer.data_loader(args, dataset, device, start, args.num_workers)
-    skipped_files, last_good = 0, path
-    try:
+    step, skipped_files, last_good = start, 0, run.path
+    with trainer.guarded(log, lambda: last_good), signals.watch() as asked:
         for step in range(start + 1, args.max_train_steps + 1):
             images, _, skipped = next(loader)
             skipped_files += int(skipped.sum())
             batch = make_batch(nets, args, step, images)
             log.add(*train_step(nets, args, batch, use_gan=step > args.disc_start))
 
+            stop = distributed.any_process(asked.by)
             final = step == args.max_train_steps
             def due(every): return every > 0 and step % every == 0
             if due(args.log_every) or final:
@@ -342,22 +346,20 @@ def train(args):
                 with log.paused():
                     vae_report.save_picture(os.path.join(folder, "reconstructions", f"{step:07d}.png"), images[:8],
                                             [nets.ema], ["EMA"])
-            if due(args.checkpointing_steps) or final:
+            if due(args.checkpointing_steps) or final or stop:
                 with log.paused():
                     if args.train_encoder:
                         stats = measure_stats(args, nets.ema, dataset, device)
                     # What other scripts read of it is vae_ema, with its latents_scale and latents_bias.
                     state = trainer.checkpoint_state(
                         nets, args, step, latents_scale=stats[0].cpu(), latents_bias=stats[1].cpu(),
-                        lecam_means=nets.lecam_means.cpu(), log=log.state_dict())
+                        lecam_means=nets.lecam_means.cpu(), **run.kept, log=log.state_dict())
                     last_good = trainer.save_checkpoint(state, args, folder)
-    except Collapse as error:
-        log.say(f"stopped: {error}; the last good checkpoint is {last_good or 'none yet'}")
-        sys.exit(1)
-    except ImageError as error:
-        cli.fail(error)
-    log.say(f"done: {folder}")
-    distributed.shut_down()
+            if stop:
+                break
+    log.say(f"done: {folder}" if step == args.max_train_steps else
+            f"stopped by {asked.by or 'another process'}: saved {last_good}; the same command continues")
+    trainer.leave(run.lock)
 
 
 # --------------------------------------------------------------------------------------------------- export

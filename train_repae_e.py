@@ -84,7 +84,6 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     parse_args()  # before torch is imported, which takes seconds: --help and a mistyped flag answer at once
 
-import sys
 from types import SimpleNamespace
 
 import torch
@@ -93,10 +92,9 @@ from torch.func import functional_call
 from models.encoders import check_encoders, load_encoders
 from models.losses import (denoising_loss, discriminator_loss, noisy_latents, proj_loss, reconstruction_losses,
                            sample_time, wide)
-from models.runtime import distributed, online, trainer, vae_files, weights
-from models.runtime.data import ImageError
+from models.runtime import distributed, online, signals, trainer, vae_files, weights
 from models.runtime.flops import matmul_rate, step_flops
-from models.runtime.runlog import Collapse, RunLog
+from models.runtime.runlog import RunLog
 from models.runtime.trainer import Networks
 from models.sit import SiT_models
 from models.vae import Posterior, VAE_models
@@ -315,22 +313,30 @@ def sit_losses(nets, args, part):
 # --------------------------------------------------------------------------------------------------- the loop
 
 def set_up(args, folder, device):
-    """Everything before the first step, what can fail first. Returns (nets, dataset, start: the step to go on from,
-    state of the log, path of the checkpoint or None); None after a --dry-run."""
+    """Everything before the first step, what can fail first. Returns a namespace: nets, dataset, start (the step to go on
+    from), kept (what every checkpoint repeats), log (the log's state), path (of the checkpoint); None after a --dry-run."""
     with distributed.main_first():  # it downloads, the others find the files
         path, state = trainer.find_checkpoint(args, folder)
         if state is not None:
             trainer.check_resume(args, path, state, FIXED_IN_A_RUN)
         dataset, vae_state, stats = check_settings(args, distributed.world_size(), continued=state is not None)
-        if args.dry_run:
-            return None
+    kept = {"data": trainer.check_data(args, dataset, state)}
+    if args.freeze_vae:
+        kept["vae_digest"] = weights.state_digest(vae_state)
+        if state is not None and state.get("vae_digest", kept["vae_digest"]) != kept["vae_digest"]:
+            raise ValueError(f"{path}: was trained on another VAE than {args.vae_ckpt} now is; name that one")
+    if args.dry_run:
+        return None
+    lock = trainer.claim_folder(folder)
+    with distributed.main_first():
         nets = build_networks(args, device, vae_state, continued=state is not None)
     trainer.prepare(nets, args)
     start = 0 if state is None else trainer.restore(nets, path, state)
     trainer.check_same_start(start, device)
     if state is None:
         set_latents_stats(nets, args, dataset, stats)
-    return nets, dataset, start, (state or {}).get("log"), path
+    return SimpleNamespace(nets=nets, dataset=dataset, start=start, kept=kept, log=(state or {}).get("log"), path=path,
+                           lock=lock)
 
 
 def main(argv=None):
@@ -339,10 +345,10 @@ def main(argv=None):
     try:
         rank, world_size, device = distributed.init()
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        ready = set_up(args, folder, device)
-        if ready is None:
+        run = set_up(args, folder, device)
+        if run is None:
             return print("settings are sound") if rank == 0 else None
-        nets, dataset, start, log_state, path = ready
+        nets, dataset, start = run.nets, run.dataset, run.start
         score = online.make_scorer(nets, args) if args.eval_steps else None
     except (ValueError, OSError) as error:
         cli.fail(error)
@@ -350,22 +356,23 @@ def main(argv=None):
     flops = step_flops(args, nets, lambda: build_sit(args, nets.vae, nets.encoders))
     log = RunLog(folder, args, flops, matmul_rate(device, nets.dtype))
     log.rewind(start)
-    if log_state is not None:
-        log.load_state_dict(log_state, device)
+    if run.log is not None:
+        log.load_state_dict(run.log, device)
     trainer.write_args(args, folder)
     log.say(f"{args.model} ({sum(p.numel() for p in nets.sit.parameters()) / 1e6:.1f} M) with {args.vae}, {len(dataset)} "
             f"images of {dataset.num_classes} classes, {world_size} x {device.type}, from step {start}"
-            + (f" of {path}" if path else ""))
+            + (f" of {run.path}" if run.path else ""))
 
     loader = trainer.data_loader(args, dataset, device, start, args.num_workers)
-    skipped_files, last_good = 0, path
-    try:
+    step, skipped_files, last_good = start, 0, run.path
+    with trainer.guarded(log, lambda: last_good), signals.watch() as asked:
         for step in range(start + 1, args.max_train_steps + 1):
             images, labels, skipped = next(loader)
             skipped_files += int(skipped.sum())
             batch = make_batch(nets, args, step, images, labels)
             log.add(*train_step(nets, args, batch, use_gan=step > args.disc_start))
 
+            stop = distributed.any_process(asked.by)
             final, scores = step == args.max_train_steps, {}
             def due(every): return every > 0 and step % every == 0
             if due(args.eval_steps):
@@ -376,17 +383,15 @@ def main(argv=None):
             if due(args.sampling_steps) and rank == 0:
                 with log.paused():
                     online.save_grids(nets, args, step, folder, images)
-            if due(args.checkpointing_steps) or final:
+            if due(args.checkpointing_steps) or final or stop:
                 with log.paused():
-                    state = trainer.checkpoint_state(nets, args, step, log=log.state_dict())
+                    state = trainer.checkpoint_state(nets, args, step, **run.kept, log=log.state_dict())
                     last_good = trainer.save_checkpoint(state, args, folder)
-    except Collapse as error:
-        log.say(f"stopped: {error}; the last good checkpoint is {last_good or 'none yet'}")
-        sys.exit(1)
-    except ImageError as error:
-        cli.fail(error)
-    log.say(f"done: {folder}")
-    distributed.shut_down()
+            if stop:
+                break
+    log.say(f"done: {folder}" if step == args.max_train_steps else
+            f"stopped by {asked.by or 'another process'}: saved {last_good}; the same command continues")
+    trainer.leave(run.lock)
 
 
 if __name__ == "__main__":

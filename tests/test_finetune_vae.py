@@ -24,7 +24,8 @@ from models.discriminator import Discriminator
 from models.losses import discriminator_loss, gan_loss, reconstruction_losses
 from models.lpips import LPIPS
 from models.vae import Posterior, VAE_models
-from models.runtime.vae_report import held_out_images, measure, to_uint8
+from models.runtime.images import round_to_uint8
+from models.runtime.vae_report import held_out_images, measure
 
 TINY = ["--preset", "demo", "--batch-size", "8", "--sampling-steps", "0", "--log-every", "1", "--checkpointing-steps", "2",
         "--keep-checkpoints", "0", "--exp-name", "run"]
@@ -299,7 +300,7 @@ def test_run_folder_and_checkpoint_layout(tmp_path, start, close):
     assert set(names.split()) <= set(logged(folder)[-1]) and 0 < logged(folder)[-1]["mfu"] < 2
     state = final_state(folder, 2)
     assert list(state) == ["vae", "vae_ema", "opt_vae", "discriminator", "opt_disc", "latents_scale", "latents_bias", "lecam_means",
-                           "log", "loss_scale", "args", "steps"]
+                           "data", "log", "loss_scale", "args", "steps"]
     assert json.loads((folder / "args.json").read_text()) == state["args"] and state["args"]["vae"] == "f4d4"
     loaded, stats = vae_files.load_vae_file(str(folder / "checkpoints" / "0000002.pt"))
     assert_same(loaded, state["vae_ema"])
@@ -426,7 +427,7 @@ def test_measure_does_not_depend_on_batches(start):
         assert found[0][name] == pytest.approx(found[1][name], rel=1e-4), name
     parts = [measure(vae, images.read(2, rank, 2), torch.device("cpu"))["psnr"] for rank in (0, 1)]
     assert (6 * parts[0] + 4 * parts[1]) / 10 == pytest.approx(found[0]["psnr"], rel=1e-5)
-    assert to_uint8(torch.tensor([-2, -1, 0.0, 1, 3]).view(1, 1, 1, 5)).flatten().tolist() == [0, 0, 128, 255, 255]
+    assert round_to_uint8(torch.tensor([-2, -1, 0.0, 1, 3]).view(1, 1, 1, 5)).flatten().tolist() == [0, 0, 128, 255, 255]
 
 
 def test_cknna_of_a_training_checkpoint(tmp_path, start, first_stage):

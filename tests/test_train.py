@@ -231,7 +231,7 @@ def test_run_folder_and_checkpoint_layout(tmp_path):
              "seconds_per_step mfu skipped_steps")
     assert set(names.split()) <= set(line) and line["step"] == 2 and 0 < line["mfu"] < 2
     state = final_state(folder, 2)
-    assert list(state) == ["model", "ema", "opt", "vae", "opt_vae", "discriminator", "opt_disc", "log",
+    assert list(state) == ["model", "ema", "opt", "vae", "opt_vae", "discriminator", "opt_disc", "data", "log",
                            "loss_scale", "args", "steps"]
     assert state["args"]["model"] == "SiT-Ti/4" and json.loads((folder / "args.json").read_text()) == state["args"]
     assert not torch.equal(state["model"]["final_layer.linear.weight"], state["ema"]["final_layer.linear.weight"])
@@ -242,7 +242,7 @@ def test_frozen_vae_run(tmp_path):
     files.save(vae.state_dict(), tmp_path / "vae.pt")
     folder = run(tmp_path, "--freeze-vae", "--vae-ckpt", str(tmp_path / "vae.pt"), "--max-train-steps", "2")
     state = final_state(folder, 2)
-    assert list(state) == ["model", "ema", "opt", "log", "loss_scale", "args", "steps"]
+    assert list(state) == ["model", "ema", "opt", "data", "vae_digest", "log", "loss_scale", "args", "steps"]
     bn = {k: v for k, v in state["model"].items() if k.startswith("bn.")}
     assert bn["bn.num_batches_tracked"] == 0 and not torch.equal(bn["bn.running_var"], torch.ones(4))  # measured, then fixed
     assert "proj_loss" in metrics(folder)[0] and "vae_loss" not in metrics(folder)[0]

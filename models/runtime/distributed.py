@@ -50,6 +50,7 @@ def barrier():
 
 def shut_down():
     """Leave the process group, at the end of a script."""
+    _HOST_GROUP.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -64,11 +65,34 @@ def main_first():
         barrier()
 
 
+_HOST_GROUP = []
+
+
+def any_process(flag):
+    """Whether `flag` is true in any process; all must ask at the same moment. Waits for the other processes, not for GPUs."""
+    if not dist.is_initialized():
+        return bool(flag)
+    if not _HOST_GROUP:  # gloo beside NCCL: a flag on the host should not queue behind kernels
+        _HOST_GROUP.append(dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else dist.group.WORLD)
+    both = torch.tensor([float(flag)])
+    dist.all_reduce(both, dist.ReduceOp.MAX, group=_HOST_GROUP[0])
+    return both.item() > 0
+
+
 def all_reduce_sum(tensor):
     """Sum of `tensor` over all processes, in place; returned for convenience. No gradient."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def gather(value):
+    """[value of each process], in every process; any object that pickles. All must call it."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 class AllReduceSum(torch.autograd.Function):

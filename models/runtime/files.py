@@ -30,6 +30,10 @@ MARK, FORMAT = b"repa-e format ", 1
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+class NotFinite(ValueError):
+    """Something to be saved holds NaN or infinity; the message is one line."""
+
+
 class Damaged(ValueError):
     """A file that is proved damaged: its digest differs, it ends early, or it is no file of its kind at all."""
 
@@ -122,11 +126,11 @@ def save(obj, path):
     """torch.save of `obj` to `path`, whole or not at all, with a digest that `load` checks and a format version.
 
     The digest is the CRC-32 that the zip format keeps of each tensor and that torch writes anyway. A tensor that is not
-    finite is refused (ValueError): it would be taken for a good checkpoint later.
+    finite is refused (NotFinite): it would be taken for a good checkpoint later.
     """
     bad = first_non_finite(obj)
     if bad is not None:
-        raise ValueError(f"{path}: not written, because {bad} holds NaN or infinity")
+        raise NotFinite(f"{path}: not written, because {bad} holds NaN or infinity")
     with replace(path) as temporary:
         with _CheckedFile(io.FileIO(temporary, "wb")) as f:
             try:

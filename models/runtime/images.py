@@ -277,9 +277,25 @@ def _image_headers(path, names):
 
 # ---------------------------------------------------------------- any of them
 
-def open_input(path, resolution=None):
-    """A .npz, a folder of images or a .zip of one, as open_npz describes it. Raises InputError, ValueError or
-    OSError with a one-line message."""
+def open_shapes(resolution, seed, count=1000):
+    """The built-in shapes as open_npz describes a file; `seed` should be one that training does not draw from."""
+    from models.runtime.data import ShapesData
+    shapes = ShapesData(count, resolution, seed=seed)
+
+    def read(batch_size, rank=0, world_size=1, rows=None):
+        rows = range(count) if rows is None else rows
+        for first in range(rank * batch_size, len(rows), world_size * batch_size):
+            yield np.stack([shapes[int(i)][0].permute(1, 2, 0) for i in rows[first:first + batch_size]])
+
+    return SimpleNamespace(path="shapes", count=count, size=(resolution, resolution), converted=0, names=[],
+                           statistics={}, protocol=None, read=read, array=lambda name: None)
+
+
+def open_input(path, resolution=None, seed=1):
+    """A .npz, a folder of images or a .zip of one, as open_npz describes it; "shapes" is the built-in set of drawn
+    images, of that seed. Raises InputError, ValueError or OSError with a one-line message."""
+    if path == "shapes":
+        return open_shapes(resolution or 32, seed)
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such file; give a .npz with arr_0, a folder or a .zip of images")
     images = open_npz(path) if path.endswith(".npz") else open_images(path, resolution)
@@ -297,6 +313,8 @@ def evenly_spaced(count, most):
 def input_digest(images):
     """sha256 of the file, or of the names and contents of a folder's images."""
     digest = hashlib.sha256()
+    if images.path == "shapes":
+        return hashlib.sha256(np.concatenate(list(images.read(100))).tobytes()).hexdigest()
     for name in images.names if os.path.isdir(images.path) else [""]:
         digest.update(name.encode())
         with open(os.path.join(images.path, name) if name else images.path, "rb") as file:

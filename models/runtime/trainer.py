@@ -10,6 +10,7 @@ import copy
 import importlib.util
 import json
 import os
+import sys
 import warnings
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -21,8 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models.losses import gan_loss, wide
 from models.metrics import latent_moments
-from models.runtime import distributed, files
-from models.runtime.data import EndlessSampler, ImageData, ShapesData, check_images, make_loader
+from models.runtime import cli, distributed, files
+from models.runtime.data import (EndlessSampler, ImageData, ImageError, ShapesData, check_images, check_same_data,
+                                 identity, make_loader, share, worker_death)
+from models.runtime.runlog import Collapse
 from models.vae import ResnetBlock
 
 LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,17 +73,33 @@ def check_settings(args, world_size):
 
 
 def open_data(args):
-    """The images of --data-dir ("shapes": the built-in set); every file's first bytes are looked at, by one process."""
+    """The images of --data-dir; "shapes": the built-in set."""
     if args.data_dir == "shapes":
         return ShapesData(50000, args.resolution, hflip=args.hflip, seed=args.seed)
-    dataset = ImageData(args.data_dir, args.resolution, args.hflip, args.seed, args.skip_corrupt)
-    bad = check_images(args.data_dir, dataset.names) if distributed.is_main() else []
+    return ImageData(args.data_dir, args.resolution, args.hflip, args.seed, args.skip_corrupt)
+
+
+def check_data(args, dataset, state):
+    """Look at the first bytes of every file, a share per process, unless the run whose checkpoint `state` is did so
+    before. Returns the data's identity, for the checkpoints; every process must call this.
+
+    Raises ValueError for files that are no images, and if the classes are not those that the run was trained on.
+    """
+    found = identity(dataset)
+    before = (state or {}).get("data")
+    if before is not None and (note := check_same_data(before, found, args.data_dir)) and distributed.is_main():
+        print(note, flush=True)
+    if args.data_dir == "shapes" or before == found:
+        return found
+    mine = share(dataset.names, distributed.rank(), distributed.world_size())
+    say = print if distributed.is_main() else lambda _: None
+    bad = [name for part in distributed.gather(check_images(args.data_dir, mine, say=say)) for name in part]
     if bad and (not args.skip_corrupt or len(bad) == len(dataset)):
         raise ValueError(f"{args.data_dir}: {bad[0]} is no image ({len(bad)} such files); remove them or pass "
                          "--skip-corrupt")
-    if bad:
+    if bad and distributed.is_main():
         print(f"{len(bad)} of {len(dataset)} files are no images and will be skipped, e.g. {bad[0]}", flush=True)
-    return dataset
+    return found
 
 
 def data_loader(args, dataset, device, step, workers):
@@ -246,8 +265,8 @@ def gan_gradient(nets, parts, recon, weight=1.0):
     with nets.autocast(False):
         loss = gan_loss(nets.disc, leaf)
         gradient, = torch.autograd.grad(weight * loss, leaf)
-    for part, share in zip(parts, gradient.chunk(len(parts))):
-        part.gan_loss, part.gan_weight, part.gan_gradient = loss.detach(), weight, share * len(parts)
+    for part, piece in zip(parts, gradient.chunk(len(parts))):
+        part.gan_loss, part.gan_weight, part.gan_gradient = loss.detach(), weight, piece * len(parts)
 
 
 def weigh_gan(parts, weight):
@@ -467,6 +486,43 @@ def keep_newest(folder, count, milestones):
     for step in files.checkpoint_steps(folder)[:-count] if count else []:
         if not milestones or step % milestones:
             os.remove(os.path.join(folder, f"{step:07d}.pt"))
+
+
+def claim_folder(folder):
+    """Lock the run folder for this process and remove what killed runs left half-written. By the main process; raises
+    OSError if another run is at work there."""
+    if not distributed.is_main():
+        return None
+    lock = files.lock(folder)
+    for place in (folder, *(os.path.join(folder, name) for name in ("checkpoints", "samples", "reconstructions"))):
+        files.remove_leftovers(place)
+    return lock
+
+
+@contextlib.contextmanager
+def guarded(log, last_good):
+    """Context of the training loop, which turns what ends a run badly into one line and an exit code: 2 for a mistake a
+    user can mend, 1 for a run that has collapsed or lost its disk or a data worker. last_good(): the newest checkpoint."""
+    try:
+        yield
+    except (Collapse, files.NotFinite) as error:
+        log.say(f"stopped: {error}; the last good checkpoint is {last_good() or 'none yet'}")
+        sys.exit(1)
+    except ImageError as error:
+        cli.fail(error)
+    except OSError as error:
+        cli.fail(error, code=1)
+    except RuntimeError as error:
+        if (line := worker_death(error)) is None:
+            raise
+        cli.fail(line, code=1)
+
+
+def leave(lock):
+    """The end of a run: give the folder back, leave the process group."""
+    if lock is not None:
+        lock.close()
+    distributed.shut_down()
 
 
 def write_args(args, folder):

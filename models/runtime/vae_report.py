@@ -19,7 +19,7 @@ from models.encoders import load_encoders
 from models.losses import noisy_latents
 from models.metrics import float32_exactly, frechet_distance
 from models.runtime import cli, distributed, files, vae_files, weights
-from models.runtime.data import ShapesData, center_crop, open_image
+from models.runtime.data import center_crop, open_image
 from models.runtime.features import extract, inception_features, load_inception, progress_line, stopped_in_one_line
 from models.runtime.images import InputError, evenly_spaced, label_grid, open_input, round_to_uint8, write_png
 from models.vae import VAE_models
@@ -33,17 +33,6 @@ EVAL_PIXELS = 16 * 256 ** 2  # pixels per process and batch
 
 # ---------------------------------------------------------------- the images
 
-def open_shapes(resolution, seed, count=1000):
-    """The built-in shapes as open_input gives a folder; `seed` should be one that training does not draw from."""
-    shapes = ShapesData(count, resolution, seed=seed)
-
-    def read(batch_size, rank=0, world_size=1, rows=None):
-        rows = range(count) if rows is None else rows
-        for first in range(rank * batch_size, len(rows), world_size * batch_size):
-            yield np.stack([shapes[int(i)][0].permute(1, 2, 0) for i in rows[first:first + batch_size]])
-    return SimpleNamespace(path="shapes", count=count, size=(resolution, resolution), read=read, names=[])
-
-
 def held_out_images(path, resolution, limit=None, seed=0):
     """The images to measure on: namespace(path, count, read, shown, identity).
 
@@ -51,10 +40,7 @@ def held_out_images(path, resolution, limit=None, seed=0):
     few classes. read(batch_size, rank, world_size) gives this process's uint8 batches [b, H, W, 3]; shown is uint8
     [n, 3, H, W], up to 8 of them; identity: text by which a run that goes on finds that they are the same.
     """
-    if path == "shapes":
-        images = open_shapes(resolution, seed)
-    else:
-        images = open_input(path, None if path.endswith(".npz") else resolution)
+    images = open_input(path, None if path.endswith(".npz") else resolution, seed)
     if tuple(images.size) != (resolution, resolution):
         height, width = images.size
         raise ValueError(f"{path}: holds images of {width}x{height}; pass --resolution {height}")
