@@ -64,6 +64,21 @@ def main_first():
         barrier()
 
 
+def from_main(function):
+    """function() run in the main process alone; every process gets its result, or raises its ValueError or OSError."""
+    box = [None]
+    if is_main():
+        try:
+            box = [function()]
+        except (ValueError, OSError) as error:
+            box = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    if isinstance(box[0], Exception):
+        raise box[0]
+    return box[0]
+
+
 def all_reduce_sum(tensor):
     """Sum of `tensor` over all processes, in place; returned for convenience. No gradient."""
     if dist.is_initialized():

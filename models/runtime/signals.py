@@ -1,0 +1,44 @@
+"""A polite end: SIGTERM, SIGUSR1 and Ctrl-C ask a run to save and stop; a second Ctrl-C ends it at once.
+
+    with signals.watch() as asked:
+        for batch in batches:
+            ...
+            if asked.by:        # "SIGTERM"; asked.at is when, on the clock of time.monotonic()
+                break
+"""
+import contextlib
+import os
+import signal
+import threading
+import time
+from types import SimpleNamespace
+
+
+@contextlib.contextmanager
+def watch():
+    """Context whose value has `by`, the name of the first signal that asked for the end (None so far), and
+    `at`, its time.
+
+    Nothing is interrupted: the work looks when it can stop. Outside the main thread, where Python allows no
+    handlers, nothing is watched.
+    """
+    asked = SimpleNamespace(by=None, at=None)
+    # A terminal sends Ctrl-C to torchrun and its processes alike, and torchrun passes it on: one Ctrl-C in
+    # all.
+    echo = 2.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
+
+    def handle(number, frame):
+        if asked.by is None:
+            asked.by, asked.at = signal.Signals(number).name, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - asked.at >= echo:
+            signal.signal(number, signal.SIG_DFL)  # ends as a process without Python would: no traceback
+            os.kill(os.getpid(), number)
+
+    watched = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handle) for number in watched if in_main_thread}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
