@@ -45,13 +45,18 @@ def start(script, arguments, log, settings={}, **environment):
     return process
 
 
-def run_two(script, arguments, log, settings={}):
-    """The same in two processes, with what torchrun sets for them; waits, and fails with their output if one fails."""
+def start_two(script, arguments, log, settings={}):
+    """The same in two processes, with what torchrun sets for them."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    both = [start(script, arguments, log, settings, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+    return [start(script, arguments, log, settings, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                   MASTER_PORT=port) for rank in ("0", "1")]
+
+
+def run_two(script, arguments, log, settings={}):
+    """start_two; waits, and fails with their output if one fails."""
+    both = start_two(script, arguments, log, settings)
     try:
         wait_for(lambda: all(p.exitcode == 0 for p in both), both, log)
     finally:

@@ -1,10 +1,13 @@
 """sample_ddp.py: samples depend on the seed and their index alone, runs stop and continue, released files load."""
 import argparse
+import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +20,8 @@ from PIL import Image
 import sample_ddp
 import train_repae_e
 from models import samplers
-from models.losses import interpolant
-from models.runtime import files, images
+from models.losses import PATHS, interpolant
+from models.runtime import files, images, shards
 from models.sit import SiT_models
 from models.vae import VAE_models
 
@@ -115,22 +118,28 @@ def test_killed_and_continued(ckpt, tmp_path):
     whole, path = tmp_path / "whole.npz", tmp_path / "a.npz"
     sample_ddp.main(["--ckpt", ckpt, *flags, "--npz", str(whole)])
     run = processes.start("sample_ddp", ["--ckpt", ckpt, *flags, "--npz", path, "--pproc-batch-size", "4"], tmp_path / "log")
-    shards = tmp_path / "a.shards"
-    processes.wait_for(lambda: len(images.list_shards(shards)) >= 2, [run], tmp_path / "log")
+    folder = tmp_path / "a.shards"
+    processes.wait_for(lambda: len(shards.list_shards(folder)) >= 2, [run], tmp_path / "log")
     processes.kill(run)
-    done = sum(b - a for a, b in images.list_shards(shards))
+    done = sum(b - a for a, b in shards.list_shards(folder))
     assert 0 < done < 40 and not path.exists()
+    # what else a kill can leave: temporary files, of a shard and of the .npz
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for left in (folder / f".00000036-00000040.npz.{gone.pid}.tmp", tmp_path / f".a.npz.{gone.pid}.tmp"):
+        left.write_bytes(bytes(1000))
     sample_ddp.main(["--ckpt", ckpt, *flags, "--npz", str(path)])
     assert path.read_bytes() == whole.read_bytes()
+    assert not list(tmp_path.rglob("*.tmp"))
     assert json.loads(path.with_suffix(".json").read_text())["run"]["samples"] == 40 - done  # nothing made twice
-    assert not shards.exists()
+    assert not folder.exists()
 
 
 def test_halves_of_two_machines(ckpt, reference, tmp_path, capsys):
     first = sample(ckpt, tmp_path / "one" / "a.npz", "--range", "0:10")
     second = sample(ckpt, tmp_path / "two" / "a.npz", "--range", "10:19")
     assert "lacks samples 10:19" in capsys.readouterr().out and not first.exists() and not second.exists()
-    for shard in (tmp_path / "two" / "a.shards").glob("*.npy"):
+    for shard in (tmp_path / "two" / "a.shards").glob("*.npz"):
         shard.rename(tmp_path / "one" / "a.shards" / shard.name)
     sample(ckpt, first)
     assert first.read_bytes() == reference.read_bytes()
@@ -232,8 +241,8 @@ from models.runtime import images
 part = np.random.default_rng(0).integers(0, 256, (50, 256, 256, 3), dtype=np.uint8)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
-images.write_npz(sys.argv[1], (part for _ in range(40)), (2000, 256, 256, 3), np.zeros(2000, int), {"seed": 0})
-print(sum(len(rows) for rows in images.npz_rows(sys.argv[1])), (peak() - before) / 1024)
+images.write_npz(sys.argv[1], (part for _ in range(40)), (2000, 256, 256, 3), arr_1=np.zeros(2000, int))
+print(sum(len(rows) for rows in images.open_npz(sys.argv[1]).read(64)), (peak() - before) / 1024)
 """
     out = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.npz")], capture_output=True, text=True,
                          cwd=ROOT, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}).stdout.split()
@@ -242,29 +251,32 @@ print(sum(len(rows) for rows in images.npz_rows(sys.argv[1])), (peak() - before)
         assert content["arr_1"].shape == (2000,)
 
 
-def test_an_unfinished_or_short_npz_is_never_left(tmp_path):
-    rows = np.zeros((3, 2, 2, 3), np.uint8)
-    with pytest.raises(ValueError, match="3 samples instead of 4"):
-        images.write_npz(str(tmp_path / "a.npz"), [rows], (4, 2, 2, 3), np.zeros(4), {})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_missing_ranges():
-    assert images.missing_ranges([], 0, 5) == [(0, 5)]
-    assert images.missing_ranges([(0, 4), (6, 9)], 0, 12) == [(4, 6), (9, 12)]
-    assert images.missing_ranges([(0, 4), (2, 9)], 3, 8) == []
-    assert images.missing_ranges([(0, 4), (20, 30)], 6, 12) == [(6, 12)]
-
-
 BAD = [
-    (["--cfg-scale", "0.5"], "below 1"),
+    (["--cfg-scale", "0.5"], "at least 1"),
     (["--guidance-low", "0.8", "--guidance-high", "0.2"], "0.8, 0.2"),
     (["--heun"], "--mode ode"),
     (["--mode", "ode", "--heun", "--dopri5"], "exclude"),
     (["--classes", "3,10"], "class 10"),
     (["--classes", "cat"], "--classes"),
     (["--range", "9:5"], "--range"),
+    *(([flag, value], flag) for flag in ("--num-fid-samples", "--pproc-batch-size", "--num-steps", "--cfg-scale",
+                                         "--guidance-low", "--guidance-high", "--rtol", "--atol", "--global-seed",
+                                         "--train-steps") for value in ("nan", "inf", "-1", "1e400")),
     (["--num-fid-samples", "0"], "--num-fid-samples"),
+    (["--num-fid-samples", "1000000000000"], "--num-fid-samples"),
+    (["--pproc-batch-size", "0"], "--pproc-batch-size"),
+    (["--num-steps", "0"], "--num-steps"),
+    (["--num-steps", "2.5"], "--num-steps"),
+    (["--rtol", "1e-300"], "--rtol"),
+    (["--atol", "0"], "--atol"),
+    (["--guidance-high", "1.1"], "--guidance-high"),
+    (["--classes", ""], "--classes"),
+    (["--classes", "1,-1"], "class -1"),
+    (["--range", "0:5:9"], "--range"),
+    (["--range", "-2:5"], "--range"),
+    (["--npz", ".npz"], "ends in .npz"),
+    (["--mixed-precision", "fp8"], "--mixed-precision"),
+    (["--num-fid", "4"], "--num-fid"),
     (["--mode", "pde"], "--mode"),
     (["--npz", "a.zip"], ".npz"),
     (["--train-steps", "3"], "--exp-path"),
@@ -329,7 +341,10 @@ def test_output_of_other_settings_is_not_touched(ckpt, reference, tmp_path, caps
     capsys.readouterr()
     assert "global_seed" in refused(capsys, "--ckpt", ckpt, *FAST, "--global-seed", "1", "--npz", tmp_path / "b.npz")
     path.write_bytes(b"PK")
-    assert "no whole .npz" in refused(capsys, "--ckpt", ckpt, *FAST, "--npz", path)
+    assert "truncated or no .npz" in refused(capsys, "--ckpt", ckpt, *FAST, "--npz", path)
+    np.savez(path, np.zeros((N, 32, 32, 3), np.uint8))
+    assert "not from here" in refused(capsys, "--ckpt", ckpt, *FAST, "--npz", path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "b.shards"]
 
 
 def test_samples_that_are_not_finite_stop_the_run(ckpt, tmp_path, capsys):
@@ -338,6 +353,278 @@ def test_samples_that_are_not_finite_stop_the_run(ckpt, tmp_path, capsys):
     torch.save(content | {"ema": ema}, path := tmp_path / "nan.pt")  # files.save refuses NaN
     assert "not finite" in refused(capsys, "--ckpt", path, *FAST, "--npz", tmp_path / "a.npz")
     assert not (tmp_path / "a.npz").exists()
+
+
+# ---------------------------------------------------------------- shards
+
+def test_missing_ranges():
+    assert shards.missing_ranges([], 0, 5) == [(0, 5)]
+    assert shards.missing_ranges([(0, 4), (6, 9)], 0, 12) == [(4, 6), (9, 12)]
+    assert shards.missing_ranges([(0, 4), (2, 9)], 3, 8) == []
+    assert shards.missing_ranges([(0, 4), (20, 30)], 6, 12) == [(6, 12)]
+
+
+def test_batches_end_at_multiples_of_their_size():
+    assert shards.cut([(0, 10)], 4) == [(0, 4), (4, 8), (8, 10)]
+    assert shards.cut([(3, 4), (6, 13), (16, 20)], 4) == [(3, 4), (6, 8), (8, 12), (12, 13), (16, 20)]
+    assert shards.cut([(1, 3)], 64) == [(1, 3)] and shards.cut([], 4) == []
+
+
+def pictures(count, size=8):
+    return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def test_rows_of_overlapping_shards(tmp_path):
+    data, folder = pictures(200), str(tmp_path)
+    for first, end in ((0, 70), (64, 128), (100, 190), (150, 200)):
+        shards.write_shard(folder, first, data[first:end], {})
+    for number in (1, 64, 65, 70, 100, 129, 200):
+        assert np.array_equal(np.concatenate(list(shards.shard_rows(folder, number))), data[:number]), number
+
+
+def test_damaged_shards_are_removed_and_those_of_another_protocol_refused(tmp_path, capsys):
+    data, folder = pictures(20), tmp_path / "shards"
+    def path(first, end): return Path(shards.shard_path(folder, first, end))
+    def check(**protocol): shards.check_shards(str(folder), (8, 8), {"seed": 1} | protocol)
+    for first in range(0, 20, 4):
+        shards.write_shard(str(folder), first, data[first:first + 4], {"seed": 1, "num_fid_samples": 99})
+    (folder / "notes.txt").write_text("mine")
+    (folder / "1-2.npz").write_text("")  # no name of ours
+    check()
+    assert len(shards.list_shards(folder)) == 5 and capsys.readouterr().err == ""
+    with pytest.raises(ValueError, match="00000.*was made with seed 1, this run has 2"):
+        check(seed=2)
+    assert len(shards.list_shards(folder)) == 5
+    flipped = bytearray(path(0, 4).read_bytes())
+    flipped[400] ^= 1
+    path(0, 4).write_bytes(flipped)
+    path(4, 8).write_bytes(path(4, 8).read_bytes()[:500])
+    path(8, 12).rename(path(8, 13))
+    np.savez(path(12, 16), data[:4])
+    check()
+    notes = capsys.readouterr().err.splitlines()
+    assert shards.list_shards(folder) == [(16, 20)]
+    assert len(notes) == 4 and all(note.startswith("note: ") and "made again" in note for note in notes)
+    shards.write_shard(str(folder), 0, pictures(4, 9), {"seed": 1})
+    check()
+    assert shards.list_shards(folder) == [(16, 20)]
+    lock = shards.claim(str(folder))
+    shards.remove_shards(folder)
+    shards.release(str(folder), lock)
+    assert sorted(os.listdir(folder)) == ["1-2.npz", "notes.txt"]  # what is not ours stays
+
+
+def test_a_shard_that_cannot_be_read_is_not_removed(tmp_path, monkeypatch):
+    shards.write_shard(str(tmp_path), 0, pictures(4), {})
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+    monkeypatch.setattr(images, "open_npz", refuse)
+    with pytest.raises(PermissionError):
+        shards.check_shards(str(tmp_path), (8, 8), {})
+    assert shards.list_shards(tmp_path) == [(0, 4)]
+
+
+def test_damaged_shards_are_made_again(ckpt, reference, tmp_path, capsys):
+    path = sample(ckpt, tmp_path / "a.npz", "--range", "0:18")
+    first, *_, last = sorted((tmp_path / "a.shards").glob("*.npz"))
+    first.write_bytes(first.read_bytes()[:-1000])
+    np.savez(last, np.zeros((2, 9, 9, 3), np.uint8))
+    sample(ckpt, path)
+    assert path.read_bytes() == reference.read_bytes()
+    notes = capsys.readouterr().err
+    assert first.name in notes and last.name in notes and not (tmp_path / "a.shards").exists()
+
+
+def test_shards_of_another_seed_are_refused_by_name(ckpt, tmp_path, capsys):
+    """Two machines were given different seeds; the shards of both lie in one folder."""
+    sample(ckpt, tmp_path / "one" / "a.npz", "--range", "0:4")
+    sample(ckpt, tmp_path / "two" / "a.npz", "--range", "4:8", "--global-seed", "1")
+    shard, = (tmp_path / "two" / "a.shards").glob("*.npz")
+    shard.rename(tmp_path / "one" / "a.shards" / shard.name)
+    capsys.readouterr()
+    error = refused(capsys, "--ckpt", ckpt, *FAST, "--npz", tmp_path / "one" / "a.npz")
+    assert shard.name in error and "global_seed 1, this run has 0" in error
+    assert len(shards.list_shards(tmp_path / "one" / "a.shards")) == 2
+
+
+def test_a_shard_that_goes_bad_before_the_end_costs_no_other(ckpt, reference, tmp_path, capsys, monkeypatch):
+    """Found while the .npz is written: no .npz, the shards stay, and the next run makes that one again."""
+    path, finish = tmp_path / "a.npz", sample_ddp.finish
+
+    def damage_first(*job):
+        bad = max((tmp_path / "a.shards").glob("*.npz"))
+        bad.write_bytes(bad.read_bytes()[:300])
+        finish(*job)
+    monkeypatch.setattr(sample_ddp, "finish", damage_first)
+    assert ".npz: " in refused(capsys, "--ckpt", ckpt, *FAST, "--npz", path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.shards"]
+    monkeypatch.undo()
+    assert sample(ckpt, path).read_bytes() == reference.read_bytes()
+
+
+# ---------------------------------------------------------------- outputs, locks, full disks
+
+def test_outputs_are_tried_before_work(ckpt, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sample_ddp, "make_sampler", lambda *_: pytest.fail("has begun"))
+    flags = ["--ckpt", ckpt, *FAST, "--npz", tmp_path / "a.npz"]
+    (tmp_path / "a.json").mkdir()
+    assert "a.json: is a folder" in refused(capsys, *flags)
+    (tmp_path / "a.json").rmdir()
+    (tmp_path / "a").write_text("a file")
+    assert "cannot be written" in refused(capsys, *flags, "--png")
+    assert "cannot be written" in refused(capsys, "--ckpt", ckpt, *FAST, "--npz", tmp_path / "a" / "b.npz")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_second_run_in_the_same_folder_is_refused(ckpt, tmp_path, capsys):
+    """The lock is the kernel's: it ends with the process that holds it, however that ends."""
+    code = ("import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); "
+            "print('held', flush=True); time.sleep(600)")
+    folder = tmp_path / "a.shards"
+    folder.mkdir()
+    other = subprocess.Popen([sys.executable, "-c", code, folder / ".lock"], stdout=subprocess.PIPE)
+    try:
+        other.stdout.readline()
+        assert "another run is at work" in refused(capsys, "--ckpt", ckpt, *FAST, "--npz", tmp_path / "a.npz")
+        sample(ckpt, tmp_path / "b.npz", "--range", "0:1")  # another name is another folder
+    finally:
+        other.kill()
+        other.wait()
+    sample(ckpt, tmp_path / "a.npz", "--range", "0:1")
+
+
+@pytest.mark.parametrize("where", ["shard", "npz", "json", "png"])
+def test_disk_full(ckpt, reference, tmp_path, capsys, monkeypatch, where):
+    """One line that names the file; what was written before stays, and with room the same command ends the same."""
+    path, real = tmp_path / "a.npz", files.replace
+    wanted = {"shard": "00000016-00000019.npz", "npz": "a.npz", "json": "a.json", "png": "a.png"}[where]
+
+    def full(name):
+        def fail(*_, **__):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        with monkeypatch.context() as patch:
+            if os.path.basename(name) == wanted:  # as the writers inside would find it
+                patch.setattr(np.lib.format, "write_array_header_1_0", fail)
+                patch.setattr(json, "dump", fail)
+                patch.setattr(Image.Image, "save", fail)
+            with real(name) as temporary:
+                yield temporary
+    import contextlib
+    monkeypatch.setattr(files, "replace", contextlib.contextmanager(full))
+    error = refused(capsys, "--ckpt", ckpt, *FAST, "--npz", path, "--pproc-batch-size", "4")
+    assert "disk full" in error and wanted in error
+    kept = shards.list_shards(tmp_path / "a.shards")
+    assert kept == [(i, min(i + 4, N)) for i in range(0, 16 if where == "shard" else N, 4)]
+    assert path.exists() == (where in ("json", "png")) and not list(tmp_path.rglob("*.tmp"))
+    monkeypatch.undo()
+    assert sample(ckpt, path).read_bytes() == reference.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.npz", "a.png"]
+
+
+# ---------------------------------------------------------------- signals
+
+LONG = ["--num-fid-samples", "4000", "--num-steps", "3", "--pproc-batch-size", "4"]
+
+
+def stop(running, folder, log, numbers, to=None):
+    """Send signals to running processes once two shards are there; their exit codes and the seconds they took."""
+    processes.wait_for(lambda: len(shards.list_shards(folder)) >= 2, running, log)
+    begin = time.monotonic()
+    for number in numbers:
+        for process in to or running:
+            os.kill(process.pid, number)
+    for process in running:
+        process.join(60)
+    return [process.exitcode for process in running], time.monotonic() - begin
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_stops_between_batches(ckpt, tmp_path, number):
+    log = tmp_path / "log"
+    run = processes.start("sample_ddp", ["--ckpt", ckpt, *LONG, "--npz", tmp_path / "a.npz"], log)
+    codes, seconds = stop([run], tmp_path / "a.shards", log, [number])
+    last = log.read_text().splitlines()[-1]
+    assert codes == [0] and seconds < 20
+    assert last.startswith(f"stopped by {number.name}: ") and "a.shards" in last and "Traceback" not in log.read_text()
+    done = shards.list_shards(tmp_path / "a.shards")
+    assert f"{sum(end - first for first, end in done)} samples are in" in last
+    for first, end in done:
+        assert images.open_npz(shards.shard_path(tmp_path / "a.shards", first, end)).count == end - first
+
+
+def test_a_second_ctrl_c_ends_at_once(ckpt, tmp_path):
+    log = tmp_path / "log"
+    flags = ["--ckpt", ckpt, "--num-fid-samples", "8", "--num-steps", "100000", "--npz", tmp_path / "a.npz"]
+    run = processes.start("sample_ddp", flags, log)
+    processes.wait_for((tmp_path / "a.shards" / ".lock").exists, [run], log)
+    time.sleep(0.5)
+    os.kill(run.pid, signal.SIGINT)
+    run.join(1)
+    assert run.is_alive()  # in the middle of its only batch
+    os.kill(run.pid, signal.SIGINT)
+    run.join(10)
+    assert run.exitcode == -signal.SIGINT and "Traceback" not in log.read_text()
+
+
+def test_a_long_batch_is_given_up(ckpt, tmp_path):
+    log = tmp_path / "log"
+    flags = ["--ckpt", ckpt, "--num-fid-samples", "8", "--num-steps", "100000", "--npz", tmp_path / "a.npz"]
+    run = processes.start("sample_ddp", flags, log, {"GRACE": 0.5})
+    processes.wait_for((tmp_path / "a.shards" / ".lock").exists, [run], log)
+    os.kill(run.pid, signal.SIGTERM)
+    run.join(30)
+    assert run.exitcode == 0 and "stopped by SIGTERM: 0 samples" in log.read_text()
+    assert not (tmp_path / "a.shards").exists()
+
+
+def test_two_processes_stop_and_go_on(ckpt, reference, tmp_path):
+    """Also where the signal reaches only one of them."""
+    log, flags = tmp_path / "log", ["--ckpt", ckpt, *LONG, "--npz", tmp_path / "a.npz"]
+    for which in (0, 1):
+        running = processes.start_two("sample_ddp", flags, log)
+        (tmp_path / "a.shards").mkdir(exist_ok=True)
+        done = shards.list_shards(tmp_path / "a.shards")
+        processes.wait_for(lambda: len(shards.list_shards(tmp_path / "a.shards")) > len(done), running, log)
+        codes, seconds = stop(running, tmp_path / "a.shards", log, [signal.SIGTERM], [running[which]])
+        assert codes == [0, 0] and seconds < 30
+        assert log.read_text().count("stopped by") == which + 1 and "Traceback" not in log.read_text()
+
+
+def test_a_signal_while_the_npz_is_written(ckpt, reference, tmp_path, capsys, monkeypatch):
+    path, write = tmp_path / "a.npz", images.write_npz
+
+    def interrupted(name, *rest, **arrays):
+        if name == str(path):
+            os.kill(os.getpid(), signal.SIGTERM)
+        write(name, *rest, **arrays)
+    monkeypatch.setattr(images, "write_npz", interrupted)
+    sample(ckpt, path)
+    assert f"stopped by SIGTERM: {N} samples are in" in capsys.readouterr().out
+    assert [p.name for p in tmp_path.iterdir()] == ["a.shards"]
+    monkeypatch.undo()
+    assert sample(ckpt, path).read_bytes() == reference.read_bytes()
+
+
+# ---------------------------------------------------------------- the command line
+
+def test_help_and_mistakes_answer_at_once(tmp_path):
+    """Without torch: the flags come before the heavy imports, and what they name is compared with the code here."""
+    def run(*flags):
+        begin = time.monotonic()
+        done = subprocess.run([sys.executable, ROOT / "sample_ddp.py", *flags], capture_output=True, text=True,
+                              cwd=tmp_path)
+        return done.returncode, done.stdout, done.stderr, time.monotonic() - begin
+
+    code, out, err, seconds = run("--help")
+    assert code == 0 and err == "" and seconds < 3
+    for part in ("checkpoint:", "samples:", "solver and guidance:", "output:", "running:", "torchrun --nproc-per-node"):
+        assert part in out
+    code, out, err, seconds = run("--cfg-scale", "nan")
+    assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and seconds < 3
+    source = (ROOT / "sample_ddp.py").read_text()
+    choices = re.search(r'"--path-type".*?choices=\[(.*?)\]', source, re.S)[1]
+    assert [c.strip('" ') for c in choices.split(",")] == list(PATHS)
 
 
 def test_every_flag_is_used():

@@ -74,9 +74,24 @@ def any_process(flag):
         return bool(flag)
     if not _HOST_GROUP:  # gloo beside NCCL: a flag on the host should not queue behind kernels
         _HOST_GROUP.append(dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else dist.group.WORLD)
-    both = torch.tensor([float(flag)])
+    both = torch.tensor([float(bool(flag))])
     dist.all_reduce(both, dist.ReduceOp.MAX, group=_HOST_GROUP[0])
     return both.item() > 0
+
+
+def from_main(function):
+    """function() run in the main process alone; every process gets its result, or raises its ValueError or OSError."""
+    box = [None]
+    if is_main():
+        try:
+            box = [function()]
+        except (ValueError, OSError) as error:
+            box = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    if isinstance(box[0], Exception):
+        raise box[0]
+    return box[0]
 
 
 def all_reduce_sum(tensor):

@@ -1,4 +1,4 @@
-"""Images in and out of files: .npz, folders and .zips read as streams; .npz, PNG files and shards written.
+"""Images in and out of files: .npz, folders and .zips read as streams; .npz and PNG files written.
 
     images = open_input("samples.npz")              # namespace(path, count, size (H, W), read, protocol, ...)
     for batch in images.read(64, rank, world_size): # uint8 [b, H, W, 3]; never more than a batch in memory
@@ -18,8 +18,6 @@ import hashlib
 import json
 import math
 import os
-import re
-import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -376,86 +374,3 @@ def write_pngs(folder, rows):
         for part in rows:
             list(pool.map(write, enumerate(part, first)))
             first += len(part)
-
-
-# ---------------------------------------------------------------- shards: samples that wait for their .npz
-
-SHARD = re.compile(r"(\d{8,})-(\d{8,})\.npz")
-
-
-def write_shard(folder, first, images, protocol):
-    """Write the samples first, first + 1, ... (uint8 [k, H, W, 3]) into `folder`, a .npz with the protocol (a
-    dict)."""
-    path = shard_path(folder, first, first + len(images))
-    write_npz(path, [images], images.shape, protocol=json.dumps(protocol))
-
-
-def shard_path(folder, first, end):
-    """Path of the shard with the samples first .. end - 1."""
-    return os.path.join(folder, f"{first:08d}-{end:08d}.npz")
-
-
-def list_shards(folder):
-    """Sorted [(first, end)] of the shards in `folder`; [] if it does not exist."""
-    matches = map(SHARD.fullmatch, os.listdir(folder) if os.path.isdir(folder) else [])
-    return sorted((int(m[1]), int(m[2])) for m in matches if m)
-
-
-def missing_ranges(shards, first, end):
-    """[(first, end)] of what sorted shards leave out of first .. end - 1."""
-    gaps = []
-    for start, stop in shards + [(end, end)]:
-        if min(start, end) > first:
-            gaps.append((first, min(start, end)))
-        first = max(first, stop)
-    return gaps
-
-
-def check_shards(folder, size, check_protocol):
-    """Read every shard and its digest. Damaged ones, and those of other than `size` (H, W), are removed and
-    named on stderr: their samples are made again.
-
-    check_protocol: function (protocol, path) that raises ValueError for a shard of another protocol, before
-    any is removed. OSError for one that cannot be read: nothing is known about it.
-    """
-    def problem(shard):
-        path = shard_path(folder, *shard)
-        try:
-            images = open_npz(path)
-            if images.protocol is not None:
-                check_protocol(images.protocol, path)
-            if images.protocol is None or images.count != shard[1] - shard[0] or images.size != size:
-                height, width = images.size
-                return f"{path}: holds {images.count} images of {width}x{height}, or no protocol"
-            for _ in images.read(64):
-                pass
-        except InputError as error:
-            return str(error)
-
-    with ThreadPoolExecutor(8) as pool:
-        shards = list_shards(folder)
-        problems = list(pool.map(problem, shards))
-    for shard, text in zip(shards, problems):
-        if text:
-            print(f"note: {text}; its samples are made again", file=sys.stderr)
-            os.remove(shard_path(folder, *shard))
-
-
-def shard_rows(folder, number):
-    """Yields samples 0 .. number - 1 from the shards, in order, as uint8 arrays [k, H, W, 3]."""
-    done = 0
-    for first, end in list_shards(folder):
-        if first <= done < min(end, number):
-            for part in open_npz(shard_path(folder, first, end)).read(64):
-                rows = part[max(0, done - first):max(0, number - first)]
-                first += len(part)
-                done += len(rows)
-                yield rows
-
-
-def remove_shards(folder):
-    """Remove the shards in `folder`, and the folder if nothing else is left in it."""
-    for shard in list_shards(folder):
-        os.remove(shard_path(folder, *shard))
-    with contextlib.suppress(OSError):
-        os.rmdir(folder)

@@ -16,13 +16,15 @@ from types import SimpleNamespace
 
 @contextlib.contextmanager
 def watch():
-    """Context whose value has `by`, the name of the first signal that asked for the end (None so far), and `at`.
+    """Context whose value has `by`, the name of the first signal that asked for the end (None so far), and
+    `at`, its time.
 
     Nothing is interrupted: the work looks when it can stop. Outside the main thread, where Python allows no
     handlers, nothing is watched.
     """
     asked = SimpleNamespace(by=None, at=None)
-    # A terminal sends Ctrl-C to torchrun and its processes alike, and torchrun passes it on: that is one Ctrl-C.
+    # A terminal sends Ctrl-C to torchrun and its processes alike, and torchrun passes it on: one Ctrl-C in
+    # all.
     echo = 2.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
     def handle(number, frame):
