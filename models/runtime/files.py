@@ -18,6 +18,7 @@ import shutil
 import socket
 import tempfile
 import time
+import warnings
 import zipfile
 
 import numpy as np
@@ -287,14 +288,14 @@ def load(path, verify=True):
             head = f.read(4)
         if path.endswith(".safetensors"):
             content = _load_safetensors(path)
-        elif zipfile.is_zipfile(path):
+        elif head == b"PK\3\4":
             check_zip(path, verify)
             content = _torch_load(path, mmap=True)
-        elif not head[:1] == b"\x80":  # neither a zip nor a pickle, which older versions of torch wrote
-            kind = {b"": "is empty", b"PK\3\4": "ends early"}.get(head, "is no checkpoint, whole or part")
-            raise Damaged(f"{path}: cannot be read, it {kind}; use another copy, or remove it")
-        else:
+        elif head[:1] == b"\x80":  # a pickle, as torch wrote before version 1.6
             content = _torch_load(path, mmap=False)
+        else:
+            kind = "is no checkpoint, whole or part" if head else "is empty"
+            raise Damaged(f"{path}: cannot be read, it {kind}; use another copy, or remove it")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such file") from error
     except IsADirectoryError as error:
@@ -319,7 +320,7 @@ def check_zip(path, verify=True):
     Takes 1.2 s per GiB where sha256 takes 2.2. Files that torch wrote without CRCs (torch.serialization.
     set_crc32_options) and that have no mark of `save` pass.
     """
-    bad, comment, odd = "its list of members", b"", False
+    bad, comment, odd = "its end, or its list of members,", b"", False
     try:
         with zipfile.ZipFile(path) as archive:
             members, comment = archive.infolist(), archive.comment
@@ -342,7 +343,7 @@ def check_zip(path, verify=True):
     if bad is None and version is not None and not version.isdigit():
         bad = "its end"
     if bad is not None:
-        raise Damaged(f"{path}: damaged, {bad} differs from its digest; use another copy, or remove it")
+        raise Damaged(f"{path}: damaged, {bad} is not as it was written; use another copy, or remove it")
     if version is not None and int(version) > FORMAT:
         raise ValueError(f"{path}: refused, its format {int(version)} is later than {FORMAT}, the last one "
                          "known here; use "
@@ -351,7 +352,8 @@ def check_zip(path, verify=True):
 
 def _torch_load(path, mmap):
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the protocol of pickles that cannot be read anyway
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, MemoryError):
         raise

@@ -182,9 +182,9 @@ def optimizer_names(content, key):
     network = {"opt": "model", "opt_vae": "vae", "opt_disc": "discriminator"}[key]
     state, weights = content.get(key), content.get(network)
     try:
-        count = sum(len(group["params"]) for group in state["param_groups"])
-        names = [name for name in weights if not name.endswith(BUFFERS)]
-    except (TypeError, KeyError, AttributeError) as error:
+        count = sum(len(group["params"]) for group in dict(state)["param_groups"])
+        names = [name for name in dict(weights) if not name.endswith(BUFFERS)]
+    except (TypeError, KeyError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{key}: no optimiser state, or no {network} beside it") from error
     if count == len(names) - 1 and "pos_embed" in names:
         names.remove("pos_embed")
