@@ -1,24 +1,26 @@
-"""Frozen vision encoders: their patch tokens are the target of the alignment loss (REPA, arXiv 2410.06940, section 3).
+"""Frozen vision encoders: their patch tokens are the target of the alignment loss (REPA, arXiv 2410.06940,
+section 3).
 
-Needs torch and timm (and what timm brings: safetensors, huggingface_hub); imports nothing of this project, so it can be
-lifted out alone.
+Needs torch and timm (and what timm brings: safetensors, huggingface_hub); imports nothing of this project, so
+it can be lifted out alone.
 
-    encoders = load_encoders("dinov2-vit-b", resolution=256, device=device)       # or "dinov2-vit-b,clip-vit-l"
-    targets = [encoder(images) for encoder in encoders]   # uint8 [B, 3, R, R] -> float32 [B, T, D], T a square grid
+    encoders = load_encoders("dinov2-vit-b", resolution=256, device=device)  # or "dinov2-vit-b,clip-vit-l"
+    targets = [encoder(images) for encoder in encoders]
+    # uint8 [B, 3, R, R] -> float32 [B, T, D], T a square grid
 
 A name is one of `ENCODERS` (the reference's names), any model name of timm, or `hog`, which needs no weights.
 
-What an encoder sees (`input_size`): the image at its own size R, or 7/8 of it for 14-pixel patches, so that a 256-pixel
-image gives a 16x16 grid either way. An image smaller than the encoder was trained on is enlarged to that size (256, or
-224 for 14-pixel patches, at most): a 32-pixel image goes to tf_efficientnet_lite0 at 224. Position embeddings are
-resampled to that size once, by timm, when the weights are loaded; a network for which timm cannot do so (CaiT, VOLO,
-MLP-Mixer) sees every image at the size it was trained on.
+What an encoder sees (`input_size`): the image at its own size R, or 7/8 of it for 14-pixel patches, so that a
+256-pixel image gives a 16x16 grid either way. An image smaller than the encoder was trained on is enlarged to
+that size (256, or 224 for 14-pixel patches, at most): a 32-pixel image goes to tf_efficientnet_lite0 at 224.
+Position embeddings are resampled to that size once, by timm, when the weights are loaded; a network for which
+timm cannot do so (CaiT, VOLO, MLP-Mixer) sees every image at the size it was trained on.
 
-Mean and std are those the weights were trained with, as timm lists them: CLIP's own, 0.5/0.5 for SigLIP, ImageNet's for
-DINO, DINOv2, DINOv3, MAE, I-JEPA and MoCo v3; the reference uses the same. Tokens are what the network's last norm
-gives (`x_norm_patchtokens` in DINOv2), without class and register tokens; of CLIP and MAE, under the reference's names,
-what enters that norm, because the reference aligns with that (`BEFORE_LAST_NORM`; the two differ by about half their
-length).
+Mean and std are those the weights were trained with, as timm lists them: CLIP's own, 0.5/0.5 for SigLIP,
+ImageNet's for DINO, DINOv2, DINOv3, MAE, I-JEPA and MoCo v3; the reference uses the same. Tokens are what the
+network's last norm gives (`x_norm_patchtokens` in DINOv2), without class and register tokens; of CLIP and
+MAE, under the reference's names, what enters that norm, because the reference aligns with that
+(`BEFORE_LAST_NORM`; the two differ by about half their length).
 
 Errors a user can cause are ValueError with a message of one line.
 """
@@ -72,9 +74,9 @@ MOCOV3_URL = "https://dl.fbaipublicfiles.com/moco-v3/{0}-300ep/{0}-300ep.pth.tar
 class TimmEncoder(nn.Module):
     """A frozen timm network as a token extractor.
 
-    `model` needs timm's `forward_features`; `size` is the side in pixels it gets to see, `mean` and `std` (3 numbers
-    each) are those of its training, for images in [0, 1]. `last_norm`: whether tokens pass the network's last norm.
-    `probe` sets embed_dim, grid (tokens along a side) and flops (of one image).
+    `model` needs timm's `forward_features`; `size` is the side in pixels it gets to see, `mean` and `std` (3
+    numbers each) are those of its training, for images in [0, 1]. `last_norm`: whether tokens pass the
+    network's last norm. `probe` sets embed_dim, grid (tokens along a side) and flops (of one image).
     """
 
     def __init__(self, model, name, size, mean, std, last_norm=True):
@@ -85,7 +87,8 @@ class TimmEncoder(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def probe(self):
-        """Runs one blank image through, so that a network that gives no tokens is noticed before training starts."""
+        """Runs one blank image through, so that a network that gives no tokens is noticed before training
+        starts."""
         with FlopCounterMode(display=False) as counter:
             tokens = self(torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=self.mean.device))
         self.flops = counter.get_total_flops()
@@ -100,14 +103,18 @@ class TimmEncoder(nn.Module):
         """uint8 [B, 3, R, R] -> float32 [B, grid * grid, embed_dim], row by row."""
         x = images.float() / 255
         if x.shape[-1] != self.size:
-            # Bicubic without antialiasing for 256 -> 224, as the reference does; antialiased where it shrinks more.
-            x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=self.size < 0.75 * x.shape[-1])
+            # Bicubic without antialiasing for 256 -> 224, as the reference does; antialiased where it shrinks
+            # more.
+            shrinks = self.size < 0.75 * x.shape[-1]
+            x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=shrinks)
         return self.tokens((x - self.mean) / self.std).float()
 
     def tokens(self, x):
-        """Normalised images [B, 3, size, size] -> [B, T, D]: patch tokens alone, or a feature map laid out row by row."""
+        """Normalised images [B, 3, size, size] -> [B, T, D]: patch tokens alone, or a feature map laid out
+        row by row."""
         if not self.last_norm:
-            return self.model.forward_intermediates(x, indices=1, norm=False, output_fmt="NLC", intermediates_only=True)[0]
+            return self.model.forward_intermediates(  # of the last 1 block
+                x, indices=1, norm=False, output_fmt="NLC", intermediates_only=True)[0]
         x = self.model.forward_features(x)
         if torch.is_tensor(x) and x.ndim == 4:
             last = getattr(self.model, "output_fmt", None) == "NHWC"
@@ -125,13 +132,14 @@ class TimmEncoder(nn.Module):
 class HOG(nn.Module):
     """Dense histograms of oriented gradients as patch tokens: a target that needs no weights.
 
-    After MaskFeat (arXiv 2112.09133): per colour channel, 9 unsigned orientation bins, 2x2 cells per patch, so 108
-    numbers. A pixel votes with its gradient magnitude for the two nearest bins; a cell averages the votes of a window
-    twice its side. A patch is divided by sqrt(|v|^2 + eps^2), and eps over the same root is appended as the 109th
-    number: every token has length 1, and a flat patch is a definite direction, where the plain histogram would be zero
-    (which has no cosine) or noise blown up to length 1. `eps` is in units of intensity (range [0, 1]) per pixel.
-    Patches are 16 pixels for images of 256 and more, smaller below, 4 at least: 32 pixels give an 8x8 grid. Where such
-    patches do not fill the image, they are smaller still: always a multiple of 4, so that a cell's window has a centre.
+    After MaskFeat (arXiv 2112.09133): per colour channel, 9 unsigned orientation bins, 2x2 cells per patch,
+    so 108 numbers. A pixel votes with its gradient magnitude for the two nearest bins; a cell averages the
+    votes of a window twice its side. A patch is divided by sqrt(|v|^2 + eps^2), and eps over the same root is
+    appended as the 109th number: every token has length 1, and a flat patch is a definite direction, where
+    the plain histogram would be zero (which has no cosine) or noise blown up to length 1. `eps` is in units
+    of intensity (range [0, 1]) per pixel. Patches are 16 pixels for images of 256 and more, smaller below, 4
+    at least: 32 pixels give an 8x8 grid. Where such patches do not fill the image, they are smaller still:
+    always a multiple of 4, so that a cell's window has a centre.
     """
 
     BINS = 9
@@ -154,7 +162,8 @@ class HOG(nn.Module):
             dx = (x[:, :, 1:-1, 2:] - x[:, :, 1:-1, :-2]) / 2
             dy = (x[:, :, 2:, 1:-1] - x[:, :, :-2, 1:-1]) / 2
             magnitude = (dx.square() + dy.square()).sqrt()
-            where = torch.atan2(dy, dx) * (self.BINS / math.pi)  # in bins; unsigned: the half turn is BINS wide
+            # in bins; unsigned: the half turn is BINS wide
+            where = torch.atan2(dy, dx) * (self.BINS / math.pi)
             cell = self.patch // 2
             cells = []
             for k in range(self.BINS):  # one bin at a time: all at once would take BINS times the memory
@@ -169,8 +178,8 @@ class HOG(nn.Module):
 
 
 def input_size(resolution, patch, own):
-    """Side in pixels an encoder sees for images of `resolution`; `patch` None for a convolutional network, `own` the
-    side it was trained on. The rule is in the module's docstring."""
+    """Side in pixels an encoder sees for images of `resolution`; `patch` None for a convolutional network,
+    `own` the side it was trained on. The rule is in the module's docstring."""
     size, floor = (resolution * 7 // 8, 224) if patch == 14 else (resolution, 256)
     size = max(size, min(own, floor))
     return max(1, round(size / patch)) * patch if patch else size
@@ -186,12 +195,14 @@ def _one_line(what, remedy):
     except (MemoryError, KeyboardInterrupt):
         raise
     except Exception as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
         raise ValueError(f"{what}: {reason[:200]}; {remedy}") from error
 
 
 def _reach(url):
-    """Raises OSError soon when there is no way to the server; huggingface_hub alone retries for most of a minute."""
+    """Raises OSError soon when there is no way to the server; huggingface_hub alone retries for most of a
+    minute."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise OSError("not in the local cache, and HF_HUB_OFFLINE is set")
     try:
@@ -200,11 +211,13 @@ def _reach(url):
         pass  # an answer is an answer
     except OSError as error:
         if "certificate" not in str(error).lower():  # another client may know more of those: let it try
-            raise OSError(f"not in the local cache, and no network ({getattr(error, 'reason', error)})") from None
+            reason = getattr(error, "reason", error)
+            raise OSError(f"not in the local cache, and no network ({reason})") from None
 
 
 def _fetch(name, cfg):
-    """State dict of the pretrained weights of a named encoder, out of timm's or torch.hub's cache, or downloaded there."""
+    """State dict of the pretrained weights of a named encoder, out of timm's or torch.hub's cache, or
+    downloaded there."""
     with _one_line(f"weights of encoder {name}", "give them with --encoder-ckpt PATH, or take --encoder hog"):
         url = cfg.url if cfg else None
         if name.lower().startswith("mocov3-"):
@@ -232,7 +245,8 @@ def _from_hub(cfg):
     if not any(isinstance(try_to_load_from_cache(repo, n, revision=revision or None), str) for n in names):
         _reach(constants.ENDPOINT)
     getLogger("huggingface_hub").setLevel(ERROR)  # a line for each retry
-    return _unwrap(timm.models.load_state_dict_from_hf(cfg.hf_hub_id, *names[:1] if cfg.hf_hub_filename else ()))
+    which = names[:1] if cfg.hf_hub_filename else []
+    return _unwrap(timm.models.load_state_dict_from_hf(cfg.hf_hub_id, *which, weights_only=True))
 
 
 def _read_state(path):
@@ -250,7 +264,8 @@ def _read_state(path):
     except (OSError, MemoryError):
         raise
     except Exception:
-        raise ValueError("no whole file of tensors (torch.load with weights_only=True, or .safetensors)") from None
+        what = "no whole file of tensors (torch.load with weights_only=True, or .safetensors)"
+        raise ValueError(what) from None
 
 
 def _unwrap(state):
@@ -259,7 +274,8 @@ def _unwrap(state):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     state = {k: v for k, v in state.items() if torch.is_tensor(v)} if isinstance(state, dict) else {}
-    for prefix in ("_orig_mod.", "module.", "base_encoder.", "backbone.", "model.", "timm_model."):  # MoCo v3: base_
+    # MoCo v3: base_
+    for prefix in ("_orig_mod.", "module.", "base_encoder.", "backbone.", "model.", "timm_model."):
         state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)} or state
     return state
 
@@ -267,8 +283,8 @@ def _unwrap(state):
 def _fitting(model, state, what):
     """`state` in the names and shapes of a timm `model`, through timm's own converter for that architecture.
 
-    All of the network must be there with the right shapes; only what lies outside it (classifier, decoder, text tower)
-    may be more. Raises ValueError naming what differs. The model may be on the meta device.
+    All of the network must be there with the right shapes; only what lies outside it (classifier, decoder,
+    text tower) may be more. Raises ValueError naming what differs. The model may be on the meta device.
     """
     with _one_line(what, "give --encoder-ckpt a weights file of that encoder"):
         if not state:
@@ -278,7 +294,8 @@ def _fitting(model, state, what):
         if convert is not None:
             try:
                 state = convert(dict(state), model)
-            except Exception:  # it assumes its architecture's names: without them, the comparison below says more
+            # it assumes its architecture's names: without them, the comparison below says more
+            except Exception:
                 pass
         missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
         shapes = [k for k in own if k in state and state[k].shape != own[k].shape]
@@ -296,7 +313,8 @@ def _fitting(model, state, what):
 # ---------------------------------------------------------------- by name
 
 def _resolve(name):
-    """--encoder name -> (timm name, its pretrained_cfg). Raises ValueError, with near matches, for an unknown one."""
+    """--encoder name -> (timm name, its pretrained_cfg). Raises ValueError, with near matches, for an unknown
+    one."""
     known = ENCODERS.get(name.lower(), name)
     try:
         if not timm.is_model(known):
@@ -304,7 +322,8 @@ def _resolve(name):
         cfg = timm.models.get_pretrained_cfg(known)
     except RuntimeError:  # no such model, or no such tag of it
         near = difflib.get_close_matches(name.lower(), [*ENCODERS, "hog"], 3, 0.6)
-        near = near or difflib.get_close_matches(name, timm.list_models() + timm.list_models(pretrained=True), 3, 0.6)
+        all_names = timm.list_models() + timm.list_models(pretrained=True)
+        near = near or difflib.get_close_matches(name, all_names, 3, 0.6)
         hint = f"; near: {', '.join(near)}" if near else ""
         known = ", ".join([*ENCODERS, "hog"])
         raise ValueError(f"unknown encoder {name!r}: known are {known}, and any timm name{hint}") from None
@@ -312,24 +331,29 @@ def _resolve(name):
 
 
 def _create(name, size, device="cpu"):
-    """The encoder of that name for images of `size` pixels, with random weights; on "meta" nothing is computed or stored."""
+    """The encoder of that name for images of `size` pixels, with random weights; on "meta" nothing is
+    computed or stored."""
     timm_name, cfg = _resolve(name)
-    # A network with a table of positions is built for its size; a convolutional one takes any, without being told.
+    # A network with a table of positions is built for its size; a convolutional one takes any, without being
+    # told.
     options = {"img_size": size} if cfg and cfg.fixed_input_size else {}
     mean, std = (cfg.mean, cfg.std) if cfg else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    if name.lower().startswith("mocov3-"):  # of timm's entry only the architecture is used, but for the heads of S
+    # of timm's entry only the architecture is used, but for the heads of S
+    if name.lower().startswith("mocov3-"):
         mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
         options |= {"num_heads": 12} if name.lower() == "mocov3-vit-s" else {}
-    with _one_line(f"encoder {name} at {size} pixels", "take another --encoder or --resolution"), torch.device(device):
+    remedy = "take another --encoder or --resolution"
+    with _one_line(f"encoder {name} at {size} pixels", remedy), torch.device(device):
         model = timm.create_model(timm_name, num_classes=0, **options)
         return TimmEncoder(model, name, size, mean, std, name.lower() not in BEFORE_LAST_NORM)
 
 
 def _outline(name, resolution, state=None, what=None):
-    """(encoder without weights, on the meta device; `state` in its names and shapes, or None): what fits, at no cost.
+    """(encoder without weights, on the meta device; `state` in its names and shapes, or None): what fits, at
+    no cost.
 
-    A network that cannot be had at the size that suits `resolution`, or whose positions timm cannot resample to it, is
-    taken at the size it was trained on. `what` names the state's source in an error.
+    A network that cannot be had at the size that suits `resolution`, or whose positions timm cannot resample
+    to it, is taken at the size it was trained on. `what` names the state's source in an error.
     """
     timm_name, cfg = _resolve(name)
     own = cfg.input_size[-1] if cfg else 224
@@ -347,7 +371,8 @@ def _outline(name, resolution, state=None, what=None):
             continue
         if size != wanted and os.environ.get("RANK", "0") == "0" and (name, size) not in _SAID:
             _SAID.add((name, size))
-            print(f"note: encoder {name} sees every image at {size} pixels, the size it was trained on; it cannot be had at "
+            print(f"note: encoder {name} sees every image at {size} pixels, the size it was trained on; it "
+                  "cannot be had at "
                   f"{wanted}", file=sys.stderr, flush=True)
         return encoder, weights
     raise failure
@@ -360,7 +385,8 @@ def _state(name, ckpt):
     """State dict of the file `ckpt`, or of the encoder's own weights."""
     if not ckpt:
         return _fetch(name, _resolve(name)[1])
-    with _one_line(f"{ckpt} (weights for encoder {name})", "give --encoder-ckpt a weights file of that encoder"):
+    with _one_line(f"{ckpt} (weights for encoder {name})", "give --encoder-ckpt a weights file of that "
+                                                           "encoder"):
         return _read_state(ckpt)
 
 
@@ -373,7 +399,8 @@ def build_encoder(name, resolution, ckpt=None, device="cpu"):
     sketch, weights = _outline(name, resolution, state, f"{ckpt} (weights for encoder {name})" if ckpt else
                                f"weights of encoder {name}")
     encoder = _create(name, sketch.size)
-    encoder.model.load_state_dict(weights, strict=False)  # all of it is there, but for num_batches_tracked in some
+    # all of it is there, but for num_batches_tracked in some
+    encoder.model.load_state_dict(weights, strict=False)
     encoder.grid, encoder.embed_dim, encoder.flops = sketch.grid, sketch.embed_dim, sketch.flops
     return encoder.to(device)
 
@@ -381,25 +408,28 @@ def build_encoder(name, resolution, ckpt=None, device="cpu"):
 def load_encoders(names, ckpts=None, resolution=256, device="cpu"):
     """Comma-separated encoder names, with weights from disk where given -> list of frozen encoders.
 
-    names: "dinov2-vit-b", "dinov2-vit-b,clip-vit-l", "tf_efficientnet_lite0", "hog".
-    ckpts: None, or as many paths, comma-separated; an empty one ("a.pth,") is fetched from the encoder's own source.
-    Each encoder has name, embed_dim and grid, and maps uint8 images [B, 3, R, R], R = resolution, to float32 tokens
-    [B, grid * grid, embed_dim] without gradients. Raises ValueError for an unknown name, and for weights that are
+    names: "dinov2-vit-b", "dinov2-vit-b,clip-vit-l", "tf_efficientnet_lite0", "hog". ckpts: None, or as many
+    paths, comma-separated; an empty one ("a.pth,") is fetched from the encoder's own source. Each encoder has
+    name, embed_dim and grid, and maps uint8 images [B, 3, R, R], R = resolution, to float32 tokens [B, grid *
+    grid, embed_dim] without gradients. Raises ValueError for an unknown name, and for weights that are
     missing, of another architecture, or out of reach.
     """
     return [build_encoder(name, resolution, path, device) for name, path in _pairs(names, ckpts)]
 
 
 def check_encoders(names, ckpts=None, resolution=None):
-    """Raise what load_encoders would raise for names, files and, with `resolution`, shapes; nothing is downloaded.
+    """Raise what load_encoders would raise for names, files and, with `resolution`, shapes; nothing is
+    downloaded.
 
-    With `resolution`: a list of the encoders without weights (meta device): name, embed_dim, grid and flops are there.
+    With `resolution`: a list of the encoders without weights (meta device): name, embed_dim, grid and flops
+    are there.
     """
     encoders = []
     for name, path in _pairs(names, ckpts):
         hog = name.lower() == "hog"
         if hog and path:
-            raise ValueError(f"encoder hog takes no weights, not {path}; leave its place in --encoder-ckpt empty")
+            raise ValueError(f"encoder hog takes no weights, not {path}; leave its place in --encoder-ckpt "
+                             "empty")
         if not hog:
             _resolve(name)
         if path and not os.path.exists(path):
@@ -417,5 +447,6 @@ def _pairs(names, ckpts):
     names = [name.strip() for name in names.split(",")]
     paths = [path.strip() or None for path in ckpts.split(",")] if ckpts else [None] * len(names)
     if len(paths) != len(names):
-        raise ValueError(f"--encoder names {len(names)} encoders, --encoder-ckpt {len(paths)} files; give one for each")
+        raise ValueError(f"--encoder names {len(names)} encoders, --encoder-ckpt {len(paths)} files; give "
+                         "one for each")
     return list(zip(names, paths))

@@ -16,24 +16,40 @@ from models.vae import VAE_models
 diffusers = pytest.importorskip("diffusers", reason="needs the package diffusers")
 pytest.importorskip("transformers", reason="needs the package transformers")
 
-NUMBERS = {"f8d4": {}, "f8d16": {"scaling_factor": 0.3611, "shift_factor": 0.1159}}  # sd-vae-ft-mse states none, Flux's these
+NUMBERS = {
+    "f8d4": {},
+    "f8d16": {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+}  # sd-vae-ft-mse states none, Flux's these
 
 
 @pytest.fixture(scope="module", params=NUMBERS)
 def vaes(request, tmp_path_factory):
-    """name -> diffusers folder: a VAE as others publish it, what our export makes of it, and, refined (which keeps the
-    latents), what it would be with its own config and what our export of the training checkpoint makes of it."""
+    """name -> diffusers folder: a VAE as others publish it, what our export makes of it, and, refined (which
+    keeps the latents), what it would be with its own config and what our export of the training checkpoint
+    makes of it."""
     name, folder = request.param, tmp_path_factory.mktemp("vae")
     vae = fill_(VAE_models[name]()).eval()
-    for n, p in vae.named_parameters():  # random weights give pictures far beyond [-1, 1], which a pipeline would clip
+    for (
+        n,
+        p,
+    ) in (
+        vae.named_parameters()
+    ):  # random weights give pictures far beyond [-1, 1], which a pipeline would clip
         if n.startswith("decoder.conv_out"):
             p.data *= 0.3
     refined = {k: v * 1.1 if k.startswith("decoder.mid") else v for k, v in vae.state_dict().items()}
     for kind, state in (("original", vae.state_dict()), ("refined", refined)):
         peer = diffusers.AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=2,
-            up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=vae.latent_channels, use_quant_conv=name == "f8d4",
-            use_post_quant_conv=name == "f8d4", sample_size=64, **NUMBERS[name])
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            layers_per_block=2,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            latent_channels=vae.latent_channels,
+            use_quant_conv=name == "f8d4",
+            use_post_quant_conv=name == "f8d4",
+            sample_size=64,
+            **NUMBERS[name],
+        )
         peer.load_state_dict(vae_files.to_diffusers(state))
         peer.save_pretrained(folder / kind)
         if not NUMBERS[name]:
@@ -47,43 +63,97 @@ def vaes(request, tmp_path_factory):
     for source, export in (("original", "exported"), ("0000001.pt", "refined-exported")):
         found, state, stats = vae_files.open_vae(str(folder / source))
         assert found == name
-        vae_files.export_vae(folder / export, state, stats, source=vae_files.source_config(str(folder / source)))
-    return {"name": name, **{k: str(folder / k) for k in ("original", "exported", "refined", "refined-exported")}}
+        vae_files.export_vae(
+            folder / export, state, stats, source=vae_files.source_config(str(folder / source))
+        )
+    return {
+        "name": name,
+        **{k: str(folder / k) for k in ("original", "exported", "refined", "refined-exported")},
+    }
 
 
 def dit(vae):
     network = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=vae.config.latent_channels, num_layers=1, sample_size=4,
-        patch_size=2, out_channels=2 * vae.config.latent_channels, num_embeds_ada_norm=1000)
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=vae.config.latent_channels,
+        num_layers=1,
+        sample_size=4,
+        patch_size=2,
+        out_channels=2 * vae.config.latent_channels,
+        num_embeds_ada_norm=1000,
+    )
     pipe = diffusers.DiTPipeline(network, vae, diffusers.DDIMScheduler())
-    return lambda g: pipe([3], guidance_scale=1.0, generator=g, num_inference_steps=2, output_type="np").images
+    return lambda g: (
+        pipe([3], guidance_scale=1.0, generator=g, num_inference_steps=2, output_type="np").images
+    )
 
 
 def sd3(vae):
     channels = vae.config.latent_channels
     network = diffusers.SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=channels, num_layers=1, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=24, out_channels=channels)
-    pipe = diffusers.StableDiffusion3Pipeline(network, diffusers.FlowMatchEulerDiscreteScheduler(), vae, *[None] * 6)
+        sample_size=8,
+        patch_size=2,
+        in_channels=channels,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=24,
+        out_channels=channels,
+    )
+    pipe = diffusers.StableDiffusion3Pipeline(
+        network, diffusers.FlowMatchEulerDiscreteScheduler(), vae, *[None] * 6
+    )
     prompt = {"prompt_embeds": torch.full((1, 5, 32), 0.1), "pooled_prompt_embeds": torch.full((1, 24), 0.1)}
-    return lambda g: pipe(**prompt, guidance_scale=1.0, height=32, width=32, generator=g, num_inference_steps=2,
-                          output_type="np").images
+    return lambda g: (
+        pipe(
+            **prompt,
+            guidance_scale=1.0,
+            height=32,
+            width=32,
+            generator=g,
+            num_inference_steps=2,
+            output_type="np",
+        ).images
+    )
 
 
 def flux(vae):
     network = diffusers.FluxTransformer2DModel(
-        patch_size=1, in_channels=4 * vae.config.latent_channels, num_layers=1, num_single_layers=1, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=24, axes_dims_rope=(4, 4, 8))
-    pipe = diffusers.FluxPipeline(diffusers.FlowMatchEulerDiscreteScheduler(), vae, None, None, None, None, network)
+        patch_size=1,
+        in_channels=4 * vae.config.latent_channels,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=24,
+        axes_dims_rope=(4, 4, 8),
+    )
+    pipe = diffusers.FluxPipeline(
+        diffusers.FlowMatchEulerDiscreteScheduler(), vae, None, None, None, None, network
+    )
     prompt = {"prompt_embeds": torch.full((1, 5, 32), 0.1), "pooled_prompt_embeds": torch.full((1, 24), 0.1)}
-    return lambda g: pipe(**prompt, guidance_scale=1.0, height=32, width=32, generator=g, num_inference_steps=2,
-                          output_type="np").images
+    return lambda g: (
+        pipe(
+            **prompt,
+            guidance_scale=1.0,
+            height=32,
+            width=32,
+            generator=g,
+            num_inference_steps=2,
+            output_type="np",
+        ).images
+    )
 
 
 @pytest.mark.parametrize("pipeline", [dit, sd3, flux])
 def test_pipelines_decode_as_with_the_original(vaes, pipeline, close):
-    """The same network, noise and steps: equal pictures. A VAE without shift_factor as its publisher wrote it makes SD3's
-    and Flux's pipelines fail; the export has a number there, so it is compared with the original given that number."""
+    """The same network, noise and steps: equal pictures. A VAE without shift_factor as its publisher wrote it
+    makes SD3's and Flux's pipelines fail; the export has a number there, so it is compared with the original
+    given that number."""
     def pictures(folder):
         vae = diffusers.AutoencoderKL.from_pretrained(folder)
         if vae.config.shift_factor is None and pipeline is not dit:
@@ -125,7 +195,10 @@ def test_stable_diffusion_xl_reads_the_statistics(tmp_path, close):
 def test_networks_agree(name, tmp_path, close):
     vae = fill_(VAE_models[name]()).eval()
     channels = vae.latent_channels
-    stats = torch.linspace(0.5, 2, channels).view(1, -1, 1, 1), torch.linspace(-1, 1, channels).view(1, -1, 1, 1)
+    stats = (
+        torch.linspace(0.5, 2, channels).view(1, -1, 1, 1),
+        torch.linspace(-1, 1, channels).view(1, -1, 1, 1),
+    )
     vae_files.export_vae(tmp_path / "vae", vae.state_dict(), stats)
     peer, info = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]

@@ -1,4 +1,5 @@
-"""models/encoders.py: sizes, tokens against timm's own model, weights files of all layouts, HOG, errors, no network."""
+"""models/encoders.py: sizes, tokens against timm's own model, weights files of all layouts, HOG, errors, no
+network."""
 
 import http.server
 import math
@@ -42,9 +43,12 @@ def weights(name, seed=0, **options):
 
 
 def shallow(monkeypatch, depth=2, **sizes):
-    """timm's networks with all of their parts, but few blocks, or narrow ones: what is tested does not depend on that."""
+    """timm's networks with all of their parts, but few blocks, or narrow ones: what is tested does not depend
+    on that."""
     create = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, depth=depth, **sizes, **options))
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, **options: create(name, depth=depth, **sizes, **options)
+    )
 
 
 def images(resolution, n=2):
@@ -60,7 +64,9 @@ def timm_model(name, path, size):
     """The same weights through timm's own loader, the peer to compare with."""
     options = {"img_size": size} if timm.models.get_pretrained_cfg(name).fixed_input_size else {}
     overlay = {"file": str(path), "hf_hub_id": None, "url": None}
-    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **options).eval()
+    return timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **options
+    ).eval()
 
 
 def fails(names, ckpts, *words, resolution=256):
@@ -73,18 +79,33 @@ def fails(names, ckpts, *words, resolution=256):
 
 # ---------------------------------------------------------------- sizes and names
 
-@pytest.mark.parametrize("resolution, patch, own, size", [
-    (256, 14, 518, 224), (512, 14, 518, 448), (256, 14, 224, 224), (32, 14, 518, 224),  # DINOv2, CLIP, I-JEPA
-    (256, 16, 224, 256), (512, 16, 224, 512), (256, 16, 256, 256), (32, 16, 224, 224),  # MAE, DINO, MoCo v3; SigLIP
-    (256, None, 224, 256), (32, None, 224, 224), (32, None, 600, 256), (300, None, 224, 300),  # convolutional
-    (256, 32, 224, 256), (250, 16, 224, 256)])
+@pytest.mark.parametrize(
+    "resolution, patch, own, size",
+    [
+        (256, 14, 518, 224),
+        (512, 14, 518, 448),
+        (256, 14, 224, 224),
+        (32, 14, 518, 224),  # DINOv2, CLIP, I-JEPA
+        (256, 16, 224, 256),
+        (512, 16, 224, 512),
+        (256, 16, 256, 256),
+        (32, 16, 224, 224),  # MAE, DINO, MoCo v3; SigLIP
+        (256, None, 224, 256),
+        (32, None, 224, 224),
+        (32, None, 600, 256),
+        (300, None, 224, 300),  # convolutional
+        (256, 32, 224, 256),
+        (250, 16, 224, 256),
+    ],
+)
 def test_input_size(resolution, patch, own, size):
     assert input_size(resolution, patch, own) == size
 
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_names_are_timms(name):
-    """Every name is there in timm, has a source of weights, gives 16x16 tokens for 256 pixels, and the right mean."""
+    """Every name is there in timm, has a source of weights, gives 16x16 tokens for 256 pixels, and the right
+    mean."""
     timm_name, cfg = encoders._resolve(name.upper())
     assert timm_name == ENCODERS[name] and (cfg.hf_hub_id or cfg.url)
     patch = int(timm_name.split("patch")[1].split("_")[0])
@@ -102,7 +123,8 @@ def test_names_are_timms(name):
 @pytest.mark.parametrize("name", ["test_vit", "test_vit3", "test_vit_relpos", "test_resnet", "test_mambaout"])
 @pytest.mark.parametrize("resolution", [32, 256])
 def test_tokens_are_those_of_timms_model(tmp_path, name, resolution):
-    """ViTs with position tables, with relative positions, feature maps in both layouts; above and below their size."""
+    """ViTs with position tables, with relative positions, feature maps in both layouts; above and below their
+    size."""
     save_file(weights(name), tmp_path / "w.safetensors")
     encoder, = load_encoders(name, str(tmp_path / "w.safetensors"), resolution)
     x, size = images(resolution), max(resolution, 160)
@@ -125,7 +147,8 @@ def test_tokens_are_those_of_timms_model(tmp_path, name, resolution):
 
 
 def test_dinov2_from_its_authors_file(tmp_path, monkeypatch):
-    """Their file: positions for 518 pixels, a mask token. 256-pixel images are seen at 224, tokens after the norm."""
+    """Their file: positions for 518 pixels, a mask token. 256-pixel images are seen at 224, tokens after the
+    norm."""
     shallow(monkeypatch)
     name = ENCODERS["dinov2-vit-s"]
     state = weights(name)
@@ -144,7 +167,8 @@ def test_dinov2_from_its_authors_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["clip-vit-l", "mae-vit-b", "mae-vit-l"])
 def test_tokens_before_the_last_norm(tmp_path, monkeypatch, name):
-    """CLIP's and MAE's tokens under the reference's names are those of the network without its last norm, in float64."""
+    """CLIP's and MAE's tokens under the reference's names are those of the network without its last norm, in
+    float64."""
     shallow(monkeypatch, embed_dim=48, num_heads=4)
     save_file(weights(ENCODERS[name]), tmp_path / "w.safetensors")
     encoder, = load_encoders(name, str(tmp_path / "w.safetensors"), 256)
@@ -162,15 +186,26 @@ def test_tokens_before_the_last_norm(tmp_path, monkeypatch, name):
         torch.testing.assert_close(act(v.clone()), v * torch.sigmoid(1.702 * v))
 
 
-@pytest.mark.parametrize("name, last_norm", [("dinov2-vit-b", True), ("dinov3-vit-s", True), ("jepa-vit-h", True), ("clip-vit-l", False),
-                                             ("siglip2-vit-b", True), ("mocov3-vit-l", True), ("mae-vit-b", False)])
+@pytest.mark.parametrize(
+    "name, last_norm",
+    [
+        ("dinov2-vit-b", True),
+        ("dinov3-vit-s", True),
+        ("jepa-vit-h", True),
+        ("clip-vit-l", False),
+        ("siglip2-vit-b", True),
+        ("mocov3-vit-l", True),
+        ("mae-vit-b", False),
+    ],
+)
 def test_which_norm(monkeypatch, name, last_norm):
     shallow(monkeypatch)
     assert encoders.check_encoders(name, resolution=256)[0].last_norm == last_norm
 
 
 def test_positions_that_cannot_be_resampled(tmp_path, monkeypatch, capfd):
-    """timm fits no CaiT to another size: it sees 256-pixel images at its own 224 instead of being refused, and says so."""
+    """timm fits no CaiT to another size: it sees 256-pixel images at its own 224 instead of being refused,
+    and says so."""
     shallow(monkeypatch)
     save_file(weights("cait_xxs24_224", num_classes=0), tmp_path / "w.safetensors")
     capfd.readouterr()
@@ -199,7 +234,8 @@ def test_shapes_without_weights(monkeypatch):
 
 @pytest.mark.parametrize("features", [[torch.zeros(1, 64, 8)], torch.zeros(1, 8), torch.zeros(1, 27, 8)])
 def test_no_grid_of_tokens(tmp_path, monkeypatch, features):
-    """Some of timm's networks give lists, one vector, or tokens of several sizes: said before training starts."""
+    """Some of timm's networks give lists, one vector, or tokens of several sizes: said before training
+    starts."""
     save_file(weights("test_vit"), tmp_path / "w.safetensors")
     monkeypatch.setattr(timm.models.VisionTransformer, "forward_features", lambda self, x: features)
     with pytest.raises(ValueError, match="grid"):
@@ -214,7 +250,9 @@ def test_frozen(tmp_path):
     torch.nn.Sequential(encoder).train()
     assert torch.equal(encoder(images(32)), before) and not encoder.model.training
     assert not any(p.requires_grad for p in encoder.parameters())
-    assert all(torch.equal(v, state[k]) for k, v in encoder.state_dict().items())  # batch norm's statistics too
+    assert all(
+        torch.equal(v, state[k]) for k, v in encoder.state_dict().items()
+    )  # batch norm's statistics too
 
 
 def test_target_can_be_used_in_a_loss(tmp_path):
@@ -228,7 +266,8 @@ def test_target_can_be_used_in_a_loss(tmp_path):
 
 
 def test_autocast(tmp_path):
-    """Under bfloat16 autocast the image is still resized and normalised in float32, and tokens come as float32."""
+    """Under bfloat16 autocast the image is still resized and normalised in float32, and tokens come as
+    float32."""
     save_file(weights("test_vit"), tmp_path / "w.safetensors")
     for encoder in load_encoders("test_vit,hog", f"{tmp_path}/w.safetensors,", 64):
         with torch.autocast("cpu", torch.bfloat16):
@@ -264,14 +303,17 @@ def test_layouts(tmp_path, layout):
 
 @pytest.mark.parametrize("letter, heads", [("s", 12), ("b", 12), ("l", 16)])
 def test_mocov3(tmp_path, monkeypatch, letter, heads):
-    """Its checkpoint holds the encoder as module.base_encoder beside a momentum copy; its mean is ImageNet's, and its
-    small ViT has 12 heads, not timm's 6."""
+    """Its checkpoint holds the encoder as module.base_encoder beside a momentum copy; its mean is ImageNet's,
+    and its small ViT has 12 heads, not timm's 6."""
     shallow(monkeypatch)
     name = f"mocov3-vit-{letter}"
     state = weights(ENCODERS[name], num_classes=0)
-    wrapped = {**{f"module.base_encoder.{k}": v for k, v in state.items()},
-               **{f"module.momentum_encoder.{k}": v + 1 for k, v in state.items()},
-               "module.base_encoder.head.0.weight": torch.zeros(4096, 192), "module.predictor.0.weight": torch.zeros(4)}
+    wrapped = {
+        **{f"module.base_encoder.{k}": v for k, v in state.items()},
+        **{f"module.momentum_encoder.{k}": v + 1 for k, v in state.items()},
+        "module.base_encoder.head.0.weight": torch.zeros(4096, 192),
+        "module.predictor.0.weight": torch.zeros(4),
+    }
     torch.save({"epoch": 300, "arch": "vit_base", "state_dict": wrapped}, tmp_path / "300ep.pth.tar")
     encoder, = load_encoders(name, str(tmp_path / "300ep.pth.tar"), 256)
     assert torch.equal(encoder.model.blocks[1].attn.qkv.weight, state["blocks.1.attn.qkv.weight"])
@@ -289,17 +331,24 @@ def test_mocov3_addresses(monkeypatch):
 def test_several_encoders(tmp_path):
     save_file(weights("test_vit"), tmp_path / "a.safetensors")
     save_file(weights("test_resnet"), tmp_path / "b.safetensors")
-    found = load_encoders("test_vit, hog,test_resnet", f"{tmp_path}/a.safetensors,, {tmp_path}/b.safetensors", 128)
+    found = load_encoders(
+        "test_vit, hog,test_resnet", f"{tmp_path}/a.safetensors,, {tmp_path}/b.safetensors", 128
+    )
     assert [encoder.name for encoder in found] == ["test_vit", "hog", "test_resnet"]
     assert [encoder.embed_dim for encoder in found] == [64, 109, 96]
     assert [encoder(images(128)).shape[2] for encoder in found] == [64, 109, 96]
 
 
 def test_wrong_weights_build_no_network(tmp_path, monkeypatch):
-    """What does not fit is found out on the meta device: no network is made, where a large one takes a minute twice."""
+    """What does not fit is found out on the meta device: no network is made, where a large one takes a minute
+    twice."""
     save_file(weights("test_resnet"), tmp_path / "w.safetensors")
     create, devices = encoders._create, []
-    monkeypatch.setattr(encoders, "_create", lambda name, size, device="cpu": devices.append(device) or create(name, size, device))
+    monkeypatch.setattr(
+        encoders,
+        "_create",
+        lambda name, size, device="cpu": devices.append(device) or create(name, size, device),
+    )
     fails("test_vit", str(tmp_path / "w.safetensors"), "another architecture")
     with pytest.raises(ValueError, match="another architecture"):
         encoders.check_encoders("test_vit", str(tmp_path / "w.safetensors"), 256)
@@ -343,7 +392,9 @@ def test_unknown_encoder(name, near):
     assert name[:2] != "vi" or near in text.split("near: ")[1]
 
 
-@pytest.mark.parametrize("name", ["dinov2-vit-b", "jepa-vit-h", "mocov3-vit-b", "tf_efficientnet_lite0", "test_vit"])
+@pytest.mark.parametrize(
+    "name", ["dinov2-vit-b", "jepa-vit-h", "mocov3-vit-b", "tf_efficientnet_lite0", "test_vit"]
+)
 def test_no_network(name, capfd, monkeypatch):
     """One line, soon (nothing is built first, nothing retried), and nothing else printed."""
     if name == "jepa-vit-h":
@@ -427,7 +478,9 @@ def plain_hog(image, patch, eps=0.02):
             for j in range(side):
                 dx = (x[c, i, min(j + 1, side - 1)] - x[c, i, max(j - 1, 0)]) / 2
                 dy = (x[c, min(i + 1, side - 1), j] - x[c, max(i - 1, 0), j]) / 2
-                where = math.degrees(math.atan2(dy, dx)) % 180 / 20 - 0.5  # bin k is centred at 20 k + 10 degrees
+                where = (
+                    math.degrees(math.atan2(dy, dx)) % 180 / 20 - 0.5
+                )  # bin k is centred at 20 k + 10 degrees
                 low = math.floor(where)
                 votes[c, low % 9, i, j] += math.hypot(dx, dy) * (1 - where + low)
                 votes[c, (low + 1) % 9, i, j] += math.hypot(dx, dy) * (where - low)
@@ -460,15 +513,31 @@ def test_hog_grid():
     for resolution in range(32, 513, 8):
         hog = HOG(resolution)
         tokens = hog(images(resolution, 1))
-        assert tokens.shape == (1, hog.grid ** 2, 109) and tokens.dtype == torch.float32 and hog.patch in (4, 8, 12, 16)
+        assert (
+            tokens.shape == (1, hog.grid**2, 109)
+            and tokens.dtype == torch.float32
+            and hog.patch in (4, 8, 12, 16)
+        )
         torch.testing.assert_close(tokens.norm(dim=-1), torch.ones(1, hog.grid ** 2))
-    assert [HOG(r).grid for r in (32, 64, 96, 128, 160, 224, 256, 264, 512)] == [8, 16, 24, 16, 20, 28, 16, 22, 32]
+    assert [HOG(r).grid for r in (32, 64, 96, 128, 160, 224, 256, 264, 512)] == [
+        8,
+        16,
+        24,
+        16,
+        20,
+        28,
+        16,
+        22,
+        32,
+    ]
 
 
 def test_hog_sees_edges():
     hog = HOG(64)
     flat = hog(torch.full((1, 3, 64, 64), 77, dtype=torch.uint8))
-    assert torch.equal(flat, F.one_hot(torch.full((1, 256), 108), 109).float())  # a flat image is a definite direction
+    assert torch.equal(
+        flat, F.one_hot(torch.full((1, 256), 108), 109).float()
+    )  # a flat image is a definite direction
     ramp = torch.arange(64).mul(3).to(torch.uint8)
     across, down = ramp.expand(1, 3, 64, 64), ramp[:, None].expand(1, 3, 64, 64)
     bins = [hog(x)[:, 17 * 7, :108].view(3, 9, 4).sum((0, 2)) for x in (across, down)]
@@ -487,10 +556,13 @@ def test_hog_resolution():
 
 # ---------------------------------------------------------------- the file
 
-@pytest.mark.skipif(not {"EFFICIENTNET_LITE0", "IMAGENET_SAMPLE"} <= os.environ.keys(),
-                    reason="set EFFICIENTNET_LITE0 (weights) and IMAGENET_SAMPLE (.zip of one photo per class) to run")
+@pytest.mark.skipif(
+    not {"EFFICIENTNET_LITE0", "IMAGENET_SAMPLE"} <= os.environ.keys(),
+    reason="set EFFICIENTNET_LITE0 (weights) and IMAGENET_SAMPLE (.zip of one photo per class) to run",
+)
 def test_real_weights_see_what_they_were_trained_on():
-    """The classifier on top of the tokens names the photos: size, crop, mean, std and token order are right."""
+    """The classifier on top of the tokens names the photos: size, crop, mean, std and token order are
+    right."""
     from models.runtime.data import ImageData
     path = os.environ["EFFICIENTNET_LITE0"]
     data = ImageData(os.environ["IMAGENET_SAMPLE"], 256)

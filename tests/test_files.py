@@ -1,4 +1,6 @@
-"""models/runtime/files.py: whole or not at all, damage told from other failures, one run per folder, one downloader."""
+"""models/runtime/files.py: whole or not at all, damage told from other failures, one run per folder, one
+downloader."""
+
 import argparse
 import hashlib
 import http.server
@@ -25,7 +27,8 @@ def one_line(error, *words):
 
 
 def in_child(work):
-    """Exit code of a forked process that runs `work`: 0, or 1 where it raises; a fork sees the test's own state."""
+    """Exit code of a forked process that runs `work`: 0, or 1 where it raises; a fork sees the test's own
+    state."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -49,14 +52,17 @@ def test_save_and_load(tmp_path):
     assert torch.equal(back["ema"]["w"], CONTENT["ema"]["w"]) and back["half"].dtype == torch.bfloat16
     assert back["args"] == CONTENT["args"] and back["steps"] == 7
     assert os.listdir(tmp_path / "new") == ["0000007.pt"]
-    plain = torch.load(tmp_path / "new" / "0000007.pt", weights_only=True)  # an ordinary file of torch's to everyone else
+    plain = torch.load(
+        tmp_path / "new" / "0000007.pt", weights_only=True
+    )  # an ordinary file of torch's to everyone else
     assert torch.equal(plain["ema"]["w"], CONTENT["ema"]["w"])
     assert zipfile.ZipFile(tmp_path / "new" / "0000007.pt").comment == b"repa-e format 1"
 
 
 @pytest.mark.parametrize("zip_format, crc", [(True, True), (True, False), (False, True)])
 def test_files_of_others_load(tmp_path, zip_format, crc):
-    """What torch.save wrote, in its old format too, with the reference's Namespace, with or without digests."""
+    """What torch.save wrote, in its old format too, with the reference's Namespace, with or without
+    digests."""
     torch.serialization.set_crc32_options(crc)
     try:
         torch.save({**CONTENT, "args": argparse.Namespace(model="SiT-XL/2")}, tmp_path / "a.pt",
@@ -73,7 +79,9 @@ def test_flipped_bits_are_seen(tmp_path):
     files.save(state, path)
     whole, found = path.read_bytes(), 0
     tensor = whole.index(struct.pack("<4f", 0, 1, 2, 3))
-    for place in sorted({*range(0, len(whole), 5), *range(tensor, tensor + 32), *range(len(whole) - 40, len(whole))}):
+    for place in sorted(
+        {*range(0, len(whole), 5), *range(tensor, tensor + 32), *range(len(whole) - 40, len(whole))}
+    ):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 64]) + whole[place + 1:])
         try:
             back = files.load(path)
@@ -81,7 +89,10 @@ def test_flipped_bits_are_seen(tmp_path):
         except ValueError as error:
             assert "\n" not in str(error) and "a.pt" in str(error)
             found += isinstance(error, files.Damaged)
-            assert isinstance(error, files.Damaged) or place > len(whole) - 20, (place, error)  # there: the format's mark
+            assert isinstance(error, files.Damaged) or place > len(whole) - 20, (
+                place,
+                error,
+            )  # there: the format's mark
         assert not tensor <= place < tensor + 32 or found, place
     assert found > 150  # the rest is padding, dates and such
 
@@ -193,8 +204,16 @@ def test_safetensors(tmp_path):
 
 
 def test_not_finite(tmp_path):
-    state = {"steps": 3, "opt": {"state": {0: {"exp_avg": torch.zeros(4)}}}, "ema": {"a": torch.ones(2, 3, dtype=torch.bfloat16),
-             "n": torch.tensor(3), "empty": torch.zeros(0), "double": torch.full((2,), 1e300, dtype=torch.float64)}}
+    state = {
+        "steps": 3,
+        "opt": {"state": {0: {"exp_avg": torch.zeros(4)}}},
+        "ema": {
+            "a": torch.ones(2, 3, dtype=torch.bfloat16),
+            "n": torch.tensor(3),
+            "empty": torch.zeros(0),
+            "double": torch.full((2,), 1e300, dtype=torch.float64),
+        },
+    }
     assert files.first_non_finite(state) is None
     for value in ("nan", "inf", "-inf"):
         state["opt"]["state"][0]["exp_avg"][3] = float(value)
@@ -216,12 +235,20 @@ def test_interrupted_write_leaves_the_old_file(tmp_path):
         with open(temporary, "w") as f:
             f.write("half")
         raise KeyboardInterrupt
-    assert torch.equal(files.load(tmp_path / "x.pt")["a"], torch.zeros(2)) and os.listdir(tmp_path) == ["x.pt"]
+    assert torch.equal(files.load(tmp_path / "x.pt")["a"], torch.zeros(2)) and os.listdir(tmp_path) == [
+        "x.pt"
+    ]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the device that is always full")
-@pytest.mark.parametrize("write", [lambda path: files.save(CONTENT, path), lambda path: files.save_json({"a": 1}, path),
-                                   lambda path: files.save_array(np.zeros(100), path)])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: files.save(CONTENT, path),
+        lambda path: files.save_json({"a": 1}, path),
+        lambda path: files.save_array(np.zeros(100), path),
+    ],
+)
 def test_full_disk(tmp_path, write):
     """One line that says so, whatever torch and numpy make of it, and the file of before."""
     path = tmp_path / "x"
@@ -234,7 +261,9 @@ def test_full_disk(tmp_path, write):
 
 
 def test_last_write_error_is_not_lost(tmp_path):
-    """np.save on a disk that fills with the last bytes returns as if all were well; here a limit of 4 KiB is the disk."""
+    """np.save on a disk that fills with the last bytes returns as if all were well; here a limit of 4 KiB is
+    the disk."""
+
     def small_disk():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
@@ -260,7 +289,11 @@ def test_last_write_error_is_not_lost(tmp_path):
 def test_save_array(tmp_path, array):
     files.save_array(array, tmp_path / "a.npy")
     back = np.load(tmp_path / "a.npy", allow_pickle=False)
-    assert np.array_equal(back, array) and back.dtype == np.asarray(array).dtype and back.shape == np.shape(array)
+    assert (
+        np.array_equal(back, array)
+        and back.dtype == np.asarray(array).dtype
+        and back.shape == np.shape(array)
+    )
 
 
 def test_leftovers(tmp_path):
@@ -268,14 +301,26 @@ def test_leftovers(tmp_path):
     child.start()
     child.join()
     gone, host = child.pid, files._host()
-    for name in (f".a.pt.{gone}.tmp", f".b.c.{gone}@{host}.tmp", f".new.{gone}@elsewhere.tmp", f".old.{gone}@elsewhere.tmp",
-                 f".mine.{os.getpid()}@{host}.tmp", "a.tmp", ".a.pt", "0000001.pt"):
+    for name in (
+        f".a.pt.{gone}.tmp",
+        f".b.c.{gone}@{host}.tmp",
+        f".new.{gone}@elsewhere.tmp",
+        f".old.{gone}@elsewhere.tmp",
+        f".mine.{os.getpid()}@{host}.tmp",
+        "a.tmp",
+        ".a.pt",
+        "0000001.pt",
+    ):
         (tmp_path / name).touch()
     (tmp_path / f".export.{gone}@{host}.tmp").mkdir()
     (tmp_path / f".export.{gone}@{host}.tmp" / "file").touch()
     os.utime(tmp_path / f".old.{gone}@elsewhere.tmp", (time.time() - 100000,) * 2)
-    assert set(files.remove_leftovers(tmp_path)) == {f".a.pt.{gone}.tmp", f".b.c.{gone}@{host}.tmp",
-                                                     f".old.{gone}@elsewhere.tmp", f".export.{gone}@{host}.tmp"}
+    assert set(files.remove_leftovers(tmp_path)) == {
+        f".a.pt.{gone}.tmp",
+        f".b.c.{gone}@{host}.tmp",
+        f".old.{gone}@elsewhere.tmp",
+        f".export.{gone}@{host}.tmp",
+    }
     assert len(os.listdir(tmp_path)) == 5 and files.remove_leftovers(tmp_path / "none") == []
 
 
@@ -371,12 +416,17 @@ def test_optimizer_state():
         state = optimizer().state_dict()
         change(state)
         return state
-    cases = {"exp_avg [5, 2] of parameter 1, which is [6, 2]": optimizer((4, 5)).state_dict(),
-             "[3] parameters instead of [2]": optimizer((4, 6, 1)).state_dict(), "no optimiser state": [],
-             "no exp_avg_sq": broken(lambda s: s["state"][0].pop("exp_avg_sq")), "a NoneType": broken(lambda s: s["state"].update({1: None})),
-             "no step": broken(lambda s: s["state"][0].pop("step")), "does not list": broken(lambda s: s["state"].update({7: {}})),
-             "no optimiser state (": broken(lambda s: s.update(state=None)),
-             "[None] parameters": broken(lambda s: s.update(param_groups=[None]))}
+    cases = {
+        "exp_avg [5, 2] of parameter 1, which is [6, 2]": optimizer((4, 5)).state_dict(),
+        "[3] parameters instead of [2]": optimizer((4, 6, 1)).state_dict(),
+        "no optimiser state": [],
+        "no exp_avg_sq": broken(lambda s: s["state"][0].pop("exp_avg_sq")),
+        "a NoneType": broken(lambda s: s["state"].update({1: None})),
+        "no step": broken(lambda s: s["state"][0].pop("step")),
+        "does not list": broken(lambda s: s["state"].update({7: {}})),
+        "no optimiser state (": broken(lambda s: s.update(state=None)),
+        "[None] parameters": broken(lambda s: s.update(param_groups=[None])),
+    }
     for words, state in cases.items():
         with pytest.raises(ValueError) as error:
             files.check_optimizer_state(own, state, what)
@@ -384,9 +434,20 @@ def test_optimizer_state():
 
 
 def test_checkpoint_steps(tmp_path):
-    for name in ("0000100.pt", "0000020.pt", "12345678.pt", "5.pt", "a.pt", ".0000300.pt.1.tmp", "0000001.pt.bak"):
+    for name in (
+        "0000100.pt",
+        "0000020.pt",
+        "12345678.pt",
+        "5.pt",
+        "a.pt",
+        ".0000300.pt.1.tmp",
+        "0000001.pt.bak",
+    ):
         (tmp_path / name).touch()
-    assert files.checkpoint_steps(tmp_path) == [20, 100, 12345678] and files.checkpoint_steps(tmp_path / "none") == []
+    assert (
+        files.checkpoint_steps(tmp_path) == [20, 100, 12345678]
+        and files.checkpoint_steps(tmp_path / "none") == []
+    )
 
 
 def test_args(tmp_path):
@@ -395,10 +456,17 @@ def test_args(tmp_path):
     with pytest.raises(FileNotFoundError, match="args.json"):
         files.training_args({}, path)
     files.save_json({"model": "SiT-B/2"}, tmp_path / "args.json")
-    assert files.training_args({}, path) == files.training_args({"args": argparse.Namespace(model="SiT-B/2")}, path)
+    assert files.training_args({}, path) == files.training_args(
+        {"args": argparse.Namespace(model="SiT-B/2")}, path
+    )
     with pytest.raises(ValueError, match="its args are a list"):
         files.training_args({"args": [1]}, path)
-    for text, words in (("{", "not valid JSON"), ("[1]", "holds a list"), ("[" * 100000, "not valid JSON"), ("\xff", "not valid")):
+    for text, words in (
+        ("{", "not valid JSON"),
+        ("[1]", "holds a list"),
+        ("[" * 100000, "not valid JSON"),
+        ("\xff", "not valid"),
+    ):
         (tmp_path / "args.json").write_text(text, encoding="latin-1")
         with pytest.raises(ValueError) as error:
             files.training_args({}, path)
@@ -427,13 +495,17 @@ class Server(http.server.BaseHTTPRequestHandler):
             if kind not in ("no length", "long"):
                 self.send_header("Content-Length", str(len(self.body)))
             self.send_header("X-Linked-Size", str(len(self.body)))
-            self.send_header("X-Linked-ETag", '"5feceb66ffc86f38d952786c6d696c79c2dbc239dd4e91b46729d73a27fb57e9"')
+            self.send_header(
+                "X-Linked-ETag", '"5feceb66ffc86f38d952786c6d696c79c2dbc239dd4e91b46729d73a27fb57e9"'
+            )
         self.end_headers()
         if self.command == "HEAD" or isinstance(kind, int) or kind.startswith("redirect"):
             return
         if kind == "stall":
             time.sleep(0.6)
-        body = {"cut": self.body[:-10], "wrong": b"0" * len(self.body), "long": self.body * 1000}.get(kind, self.body)
+        body = {"cut": self.body[:-10], "wrong": b"0" * len(self.body), "long": self.body * 1000}.get(
+            kind, self.body
+        )
         try:
             self.wfile.write(body)
         except OSError:
@@ -488,24 +560,51 @@ def digest(body):
     return hashlib.sha256(body).hexdigest()
 
 
-@pytest.mark.parametrize("plan, tries", [(["whole"], 1), ([500, 503, "whole"], 3), (["cut", "whole"], 2), (["stall", "whole"], 2),
-                                         ([429, "redirect", "whole"], 3), (["no length"], 1)])
+@pytest.mark.parametrize(
+    "plan, tries",
+    [
+        (["whole"], 1),
+        ([500, 503, "whole"], 3),
+        (["cut", "whole"], 2),
+        (["stall", "whole"], 2),
+        ([429, "redirect", "whole"], 3),
+        (["no length"], 1),
+    ],
+)
 def test_download(tmp_path, server, plan, tries):
     server(*plan)
-    path = files.download("https://example.org/w.pt", tmp_path / "c" / "w.pt", len(Server.body), digest(Server.body)[:8])
-    assert open(path, "rb").read() == Server.body and len(Server.requests) == tries and os.listdir(tmp_path / "c") == ["w.pt"]
+    path = files.download(
+        "https://example.org/w.pt", tmp_path / "c" / "w.pt", len(Server.body), digest(Server.body)[:8]
+    )
+    assert (
+        open(path, "rb").read() == Server.body
+        and len(Server.requests) == tries
+        and os.listdir(tmp_path / "c") == ["w.pt"]
+    )
     files.download("https://example.org/w.pt", path)  # it is there
     assert len(Server.requests) == tries
 
 
-@pytest.mark.parametrize("plan, tries, words", [
-    ([500], 3, "HTTP 500; 3 tries"), (["cut"], 3, "3 tries"), (["stall"], 3, "3 tries"), ([404], 1, "HTTP 404"),
-    ([403], 1, "HF_TOKEN"), (["wrong"], 1, "sha256"), (["long"], 1, "longer than"), (["redirect to http"], 1, "not https"),
-    (["redirect", "redirect to http"], 2, "not https")])
+@pytest.mark.parametrize(
+    "plan, tries, words",
+    [
+        ([500], 3, "HTTP 500; 3 tries"),
+        (["cut"], 3, "3 tries"),
+        (["stall"], 3, "3 tries"),
+        ([404], 1, "HTTP 404"),
+        ([403], 1, "HF_TOKEN"),
+        (["wrong"], 1, "sha256"),
+        (["long"], 1, "longer than"),
+        (["redirect to http"], 1, "not https"),
+        (["redirect", "redirect to http"], 2, "not https"),
+    ],
+)
 def test_download_that_fails(tmp_path, server, plan, tries, words):
     server(*plan)
     with pytest.raises((OSError, ValueError)) as error:
-        files.download("https://example.org/w.pt", tmp_path / "c" / "w.pt", len(Server.body), digest(Server.body))
+        files.download(
+            "https://example.org/w.pt", tmp_path / "c" / "w.pt", len(Server.body), digest(Server.body)
+        )
     one_line(error, "https://example.org/w.pt", words)
     assert len(Server.requests) == tries and os.listdir(tmp_path / "c") == []
 

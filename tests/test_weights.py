@@ -19,7 +19,11 @@ def test_discriminator_of_every_kind_of_file(tmp_path):
     vae = {"decoder.conv_in.weight": torch.zeros(1, 4, 3, 3)}
     files.save(state, tmp_path / "bare.pt")
     files.save({"vae": vae, "discriminator": state, "steps": 1}, tmp_path / "0000001.pt")
-    ldm = {"state_dict": vae | {f"loss.discriminator.{k}": v for k, v in state.items()} | {"loss.logvar": torch.zeros(())}}
+    ldm = {
+        "state_dict": vae
+        | {f"loss.discriminator.{k}": v for k, v in state.items()}
+        | {"loss.logvar": torch.zeros(())}
+    }
     files.save(ldm, tmp_path / "ldm.ckpt")
     files.save(vae, tmp_path / "vae.pt")
     files.save(state, tmp_path / "vae-discriminator-ckpt.pt")
@@ -38,31 +42,60 @@ def test_discriminator_of_every_kind_of_file(tmp_path):
 
 
 def test_digest_sees_every_bit():
-    state = {"a": torch.arange(6.0).view(2, 3), "n": torch.tensor(3), "half": torch.ones(2, dtype=torch.bfloat16)}
+    state = {
+        "a": torch.arange(6.0).view(2, 3),
+        "n": torch.tensor(3),
+        "half": torch.ones(2, dtype=torch.bfloat16),
+    }
     digest = weights.state_digest(state)
     assert digest == weights.state_digest({k: v.clone() for k, v in state.items()})
-    assert digest != weights.state_digest(state | {"half": torch.tensor([1, 1.0078125], dtype=torch.bfloat16)})
+    assert digest != weights.state_digest(
+        state | {"half": torch.tensor([1, 1.0078125], dtype=torch.bfloat16)}
+    )
     assert digest != weights.state_digest({("b" if k == "a" else k): v for k, v in state.items()})
-    assert weights.state_digest({"a": state["a"].mT.contiguous().mT}) == weights.state_digest({"a": state["a"]})
+    assert weights.state_digest({"a": state["a"].mT.contiguous().mT}) == weights.state_digest(
+        {"a": state["a"]}
+    )
 
 
 # ---------------------------------------------------------------- optimiser states
 
 def moments(shapes, missing=()):
     """The state dict of an AdamW after 5 steps, with moments that tell of their number."""
-    entries = {i: {"step": torch.tensor(5.0), "exp_avg": torch.full(shape, i + 1.0), "exp_avg_sq": torch.full(shape, i + 0.5)}
-               for i, shape in enumerate(shapes) if i not in missing}
-    return {"state": entries, "param_groups": [{"lr": 3e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0,
-                                                "amsgrad": False, "params": list(range(len(shapes)))}]}
+    entries = {
+        i: {
+            "step": torch.tensor(5.0),
+            "exp_avg": torch.full(shape, i + 1.0),
+            "exp_avg_sq": torch.full(shape, i + 0.5),
+        }
+        for i, shape in enumerate(shapes)
+        if i not in missing
+    }
+    return {
+        "state": entries,
+        "param_groups": [
+            {
+                "lr": 3e-4,
+                "betas": (0.9, 0.999),
+                "eps": 1e-8,
+                "weight_decay": 0.0,
+                "amsgrad": False,
+                "params": list(range(len(shapes))),
+            }
+        ],
+    }
 
 
 def released_checkpoint(golden_json, sit, vae, disc):
-    """What the reference writes: names and order of golden/keys_checkpoint.json. Its position table is a parameter, the
-    first; its loss module's optimiser covers logvar, discriminator and LPIPS, with state for the discriminator alone."""
+    """What the reference writes: names and order of golden/keys_checkpoint.json. Its position table is a
+    parameter, the first; its loss module's optimiser covers logvar, discriminator and LPIPS, with state for
+    the discriminator alone."""
     keys = golden_json("keys_checkpoint")
     model, vae, discriminator = (net.state_dict() for net in (sit, vae, disc))
     sit_shapes = [v.shape for k, v in model.items() if not k.startswith("bn.")]
-    assert next(iter(model)) == "pos_embed" and keys["optimizer_state_dict"]["sit_note"].startswith("index 0 of opt is pos_embed")
+    assert next(iter(model)) == "pos_embed" and keys["optimizer_state_dict"]["sit_note"].startswith(
+        "index 0 of opt is pos_embed"
+    )
     disc_shapes = {f"discriminator.{k}": v.shape for k, v in discriminator.items()}
     order, with_state = keys["opt_disc_parameter_order"], keys["opt_disc_indices_with_state"]
     shapes = [disc_shapes.get(name, (3,)) for name in order]
@@ -73,15 +106,32 @@ def released_checkpoint(golden_json, sit, vae, disc):
 
 
 def tiny_sit(**more):
-    return SiT(depth=2, hidden_size=48, patch_size=2, num_heads=4, input_size=8, num_classes=10, encoder_depth=1, z_dims=[16],
-               projector_dim=32, **more)
+    return SiT(
+        depth=2,
+        hidden_size=48,
+        patch_size=2,
+        num_heads=4,
+        input_size=8,
+        num_classes=10,
+        encoder_depth=1,
+        z_dims=[16],
+        projector_dim=32,
+        **more,
+    )
 
 
 @pytest.mark.parametrize("learn", [False, True])
 def test_released_optimizers_go_over_by_name(golden_json, tmp_path, learn):
-    files.save(released_checkpoint(golden_json, tiny_sit(), VAE_models["f4d4"](), Discriminator()), tmp_path / "0400000.pt")
+    files.save(
+        released_checkpoint(golden_json, tiny_sit(), VAE_models["f4d4"](), Discriminator()),
+        tmp_path / "0400000.pt",
+    )
     content = files.load(tmp_path / "0400000.pt")
-    networks = {"opt": tiny_sit(learn_pos_embed=learn), "opt_vae": VAE_models["f4d4"](), "opt_disc": Discriminator()}
+    networks = {
+        "opt": tiny_sit(learn_pos_embed=learn),
+        "opt_vae": VAE_models["f4d4"](),
+        "opt_disc": Discriminator(),
+    }
     for key, network in networks.items():
         names = [name for name, _ in network.named_parameters()]
         in_file = weights.optimizer_names(content, key)
@@ -95,9 +145,15 @@ def test_released_optimizers_go_over_by_name(golden_json, tmp_path, learn):
         for name, parameter in network.named_parameters():
             index = in_file.index(name)
             assert optimizer.state[parameter]["exp_avg"].unique().tolist() == [index + 1.0]
-            assert optimizer.state[parameter]["step"] == 5 and optimizer.state[parameter]["exp_avg"].shape == parameter.shape
+            assert (
+                optimizer.state[parameter]["step"] == 5
+                and optimizer.state[parameter]["exp_avg"].shape == parameter.shape
+            )
             if key == "opt_disc":
-                assert golden_json("keys_checkpoint")["opt_disc_parameter_order"][index] == f"discriminator.{name}"
+                assert (
+                    golden_json("keys_checkpoint")["opt_disc_parameter_order"][index]
+                    == f"discriminator.{name}"
+                )
         if key == "opt":
             assert ("pos_embed" in names) == learn and in_file[0] == "pos_embed"
         sum(p.square().sum() for p in network.parameters()).backward()
@@ -105,16 +161,22 @@ def test_released_optimizers_go_over_by_name(golden_json, tmp_path, learn):
 
 
 def test_what_does_not_fit_starts_anew():
-    """Another head of another encoder, a table of another size, a new parameter; what had no state is not named."""
+    """Another head of another encoder, a table of another size, a new parameter; what had no state is not
+    named."""
     network = tiny_sit(learn_pos_embed=True)
     names = [name for name, _ in network.named_parameters()]
-    shapes = {name: p.shape for name, p in network.named_parameters()} | {"pos_embed": (1, 64, 48), "gone": (3,)}
+    shapes = {name: p.shape for name, p in network.named_parameters()} | {
+        "pos_embed": (1, 64, 48),
+        "gone": (3,),
+    }
     in_file = [name for name in shapes if name != "projectors.0.4.bias"]
     state = moments([shapes[name] for name in in_file], missing=[in_file.index("final_layer.linear.bias")])
     optimizer = torch.optim.AdamW(network.parameters())
     mapped, anew = weights.map_optimizer_state(state, in_file, optimizer, names)
     assert anew == ["pos_embed", "projectors.0.4.bias"]
-    assert set(mapped["state"]) == {i for i, name in enumerate(names) if name not in (*anew, "final_layer.linear.bias")}
+    assert set(mapped["state"]) == {
+        i for i, name in enumerate(names) if name not in (*anew, "final_layer.linear.bias")
+    }
     optimizer.load_state_dict(mapped)
     sum(p.square().sum() for p in network.parameters()).backward()
     optimizer.step()
@@ -122,7 +184,8 @@ def test_what_does_not_fit_starts_anew():
 
 
 def test_own_checkpoints_keep_their_order():
-    """In ours the table is a buffer, unless --learn-pos-embed, and the discriminator has an optimiser of its own."""
+    """In ours the table is a buffer, unless --learn-pos-embed, and the discriminator has an optimiser of its
+    own."""
     for learn in (False, True):
         nets = {"model": tiny_sit(learn_pos_embed=learn), "discriminator": Discriminator()}
         content = {name: net.state_dict() for name, net in nets.items()}
@@ -141,8 +204,14 @@ def test_own_checkpoints_keep_their_order():
 # ---------------------------------------------------------------- whole checkpoints
 
 def checkpoint(path, **changes):
-    sit = fill_(SiT_models["SiT-Ti/2"](input_size=8, num_classes=10, encoder_depth=4, z_dims=[16], projector_dim=32))
-    content = {"ema": sit.state_dict(), "args": {"model": "SiT-Ti/2", "num_classes": 10}, "steps": 3} | changes
+    sit = fill_(
+        SiT_models["SiT-Ti/2"](input_size=8, num_classes=10, encoder_depth=4, z_dims=[16], projector_dim=32)
+    )
+    content = {
+        "ema": sit.state_dict(),
+        "args": {"model": "SiT-Ti/2", "num_classes": 10},
+        "steps": 3,
+    } | changes
     files.save(content, path)
     return str(path)
 
@@ -153,16 +222,28 @@ def test_frozen_checkpoint_loads_with_the_vae_it_names(tmp_path):
     args = {"model": "SiT-Ti/2", "num_classes": 10, "vae": "f4d4", "vae_ckpt": str(tmp_path / "vae.pt")}
     path = checkpoint(tmp_path / "a" / "0000003.pt", args=args)
     _, loaded, settings, source = weights.load(path)
-    assert weights.state_digest(loaded) == weights.state_digest(vae) and source == args["vae_ckpt"] and settings["steps"] == 3
+    assert (
+        weights.state_digest(loaded) == weights.state_digest(vae)
+        and source == args["vae_ckpt"]
+        and settings["steps"] == 3
+    )
     assert vae_files.open_vae(path, "f4d4")[0] == "f4d4"
     sit, other, _, source = weights.load(path, str(tmp_path / "vae.pt"))
     assert source == str(tmp_path / "vae.pt") and not sit.training and not other.training
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"ema": [1]}, "no 'ema' weights"), ({"args": [1]}, "args are a list"), ({"ema": {"pos_embed": 1}}, "another layout"),
-    ({"args": {"model": ["SiT"]}}, "none of"), ({"ema": {"x_embedder.proj.weight": torch.zeros(3)}}, "another layout"),
-    ({}, "names none"), ({"vae": None}, "no VAE")])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"ema": [1]}, "no 'ema' weights"),
+        ({"args": [1]}, "args are a list"),
+        ({"ema": {"pos_embed": 1}}, "another layout"),
+        ({"args": {"model": ["SiT"]}}, "none of"),
+        ({"ema": {"x_embedder.proj.weight": torch.zeros(3)}}, "another layout"),
+        ({}, "names none"),
+        ({"vae": None}, "no VAE"),
+    ],
+)
 def test_broken_checkpoints(tmp_path, changes, words):
     with pytest.raises((ValueError, OSError)) as error:
         weights.load(checkpoint(tmp_path / "0000003.pt", **changes))
@@ -171,4 +252,6 @@ def test_broken_checkpoints(tmp_path, changes, words):
 
 def test_golden_layout_is_what_the_tests_say():
     keys = json.loads((Path(__file__).parent / "data" / "golden" / "keys_checkpoint.json").read_text())
-    assert keys["opt_disc_parameter_order"][1:14] == [f"discriminator.{n}" for n, _ in Discriminator().named_parameters()]
+    assert keys["opt_disc_parameter_order"][1:14] == [
+        f"discriminator.{n}" for n, _ in Discriminator().named_parameters()
+    ]

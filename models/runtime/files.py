@@ -1,9 +1,9 @@
 """Files: written whole or not at all, read without running foreign code, fetched with their digest checked.
 
-Every function raises ValueError or OSError with a one-line message that names the file and the remedy. Three kinds of
-failure are told apart, because what to do differs: FileNotFoundError; Damaged, a file proved not to be what was
-written, which another copy may replace; and anything else (no permission, no memory, a file refused for what it
-holds), after which nothing may be concluded about the file.
+Every function raises ValueError or OSError with a one-line message that names the file and the remedy. Three
+kinds of failure are told apart, because what to do differs: FileNotFoundError; Damaged, a file proved not to
+be what was written, which another copy may replace; and anything else (no permission, no memory, a file
+refused for what it holds), after which nothing may be concluded about the file.
 """
 import argparse
 import contextlib
@@ -18,13 +18,15 @@ import shutil
 import socket
 import tempfile
 import time
+import warnings
 import zipfile
 
 import numpy as np
 import requests
 import torch
 
-# Stands in the zip comment of every file of `save`: who wrote it, in which layout. Other files have no such comment.
+# Stands in the zip comment of every file of `save`: who wrote it, in which layout. Other files have no such
+# comment.
 MARK, FORMAT = b"repa-e format ", 1
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -35,17 +37,19 @@ class NotFinite(ValueError):
 
 
 class Damaged(ValueError):
-    """A file that is proved damaged: its digest differs, it ends early, or it is no file of its kind at all."""
+    """A file that is proved damaged: its digest differs, it ends early, or it is no file of its kind at
+    all."""
 
 
 # ---------------------------------------------------------------- writing
 
 @contextlib.contextmanager
 def replace(path):
-    """Context manager: gives a temporary path beside `path`; on success it is synced to disk and renamed to `path`.
+    """Context manager: gives a temporary path beside `path`; on success it is synced to disk and renamed to
+    `path`.
 
-    An interrupted write leaves whatever `path` held before. Missing parent folders are made. A full disk gives one
-    OSError that says so, whatever the writer made of it.
+    An interrupted write leaves whatever `path` held before. Missing parent folders are made. A full disk
+    gives one OSError that says so, whatever the writer made of it.
     """
     path = os.path.abspath(path)
     folder = os.path.dirname(path)
@@ -54,14 +58,17 @@ def replace(path):
     try:
         yield temporary
         with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())  # an error of the disk that was not reported yet is raised here, before the rename
+            # an error of the disk that was not reported yet is raised here, before the rename
+            os.fsync(f.fileno())
         os.replace(temporary, path)
         descriptor = os.open(folder, os.O_RDONLY)  # the rename itself must reach the disk too
         os.fsync(descriptor)
         os.close(descriptor)
-    except (OSError, RuntimeError) as error:  # torch's and Pillow's writers say "enforce fail" and "encoder error -2"
+    # torch's and Pillow's writers say "enforce fail" and "encoder error -2"
+    except (OSError, RuntimeError) as error:
         if getattr(error, "errno", None) in DISK_FULL or _free_bytes(folder) < 1 << 16:
-            full = OSError(f"{path}: not written, disk full; what was there before is unchanged. Make room and run the "
+            full = OSError(f"{path}: not written, disk full; what was there before is unchanged. Make room "
+                           "and run the "
                            "same command again")
             full.errno = errno.ENOSPC
             raise full from error
@@ -72,7 +79,8 @@ def replace(path):
 
 
 def temporary_name(path, end="tmp"):
-    """The name under which this process writes `path`: .NAME.PID@HOST.tmp beside it; see `remove_leftovers`."""
+    """The name under which this process writes `path`: .NAME.PID@HOST.tmp beside it; see
+    `remove_leftovers`."""
     folder, name = os.path.split(path)
     return os.path.join(folder, f".{name}.{os.getpid()}@{_host()}.{end}")
 
@@ -92,8 +100,8 @@ def _free_bytes(folder):
 def remove_leftovers(folder):
     """Remove the temporary files that killed runs left in `folder` (not below it). Returns their names.
 
-    Left over is what a process of this host wrote that is gone, and anything older than a day: a process on another
-    host cannot be asked.
+    Left over is what a process of this host wrote that is gone, and anything older than a day: a process on
+    another host cannot be asked.
     """
     removed = []
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
@@ -123,10 +131,11 @@ def _is_alive(pid):
 
 
 def save(obj, path):
-    """torch.save of `obj` to `path`, whole or not at all, with a digest that `load` checks and a format version.
+    """torch.save of `obj` to `path`, whole or not at all, with a digest that `load` checks and a format
+    version.
 
-    The digest is the CRC-32 that the zip format keeps of each tensor and that torch writes anyway. A tensor that is not
-    finite is refused (NotFinite): it would be taken for a good checkpoint later.
+    The digest is the CRC-32 that the zip format keeps of each tensor and that torch writes anyway. A tensor
+    that is not finite is refused (NotFinite): it would be taken for a good checkpoint later.
     """
     bad = first_non_finite(obj)
     if bad is not None:
@@ -162,8 +171,8 @@ def save_json(obj, path, indent=1):
 def save_array(array, path):
     """np.save of `array` to `path`, whole or not at all.
 
-    np.save itself hands the data to C's stdio and loses the error of the last write: on a full disk it returns as if
-    all were well, and leaves a file that ends early.
+    np.save itself hands the data to C's stdio and loses the error of the last write: on a full disk it
+    returns as if all were well, and leaves a file that ends early.
     """
     array = np.asarray(array, order="C")
     with replace(path) as temporary, open(temporary, "wb") as f:
@@ -172,8 +181,8 @@ def save_array(array, path):
 
 
 def first_non_finite(obj, name=""):
-    """Name ("ema.blocks.0.mlp.fc1.weight") of a floating tensor in nested dicts and lists that holds NaN or infinity,
-    or None. The tensors are looked at where they are, and the host waits once per device."""
+    """Name ("ema.blocks.0.mlp.fc1.weight") of a floating tensor in nested dicts and lists that holds NaN or
+    infinity, or None. The tensors are looked at where they are, and the host waits once per device."""
     extremes = {}  # device -> ([names], [scalars that are finite if and only if the tensor is])
     for key, tensor in _tensors(obj, name):
         if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
@@ -198,7 +207,8 @@ def _tensors(obj, name):
 
 
 def check_writable(path, inputs=()):
-    """Raise a one-line OSError or ValueError unless the file `path` can be written, before work whose result it takes.
+    """Raise a one-line OSError or ValueError unless the file `path` can be written, before work whose result
+    it takes.
 
     It may exist, but must not be one of the files `inputs`, which it would replace. Nothing is left behind.
     """
@@ -226,8 +236,8 @@ _LOCKS = {}  # folder -> open file
 def lock(folder):
     """Lock a run's folder for this process, until it ends or the returned file is closed.
 
-    Raises OSError naming the process that holds it. The kernel frees the lock when its process dies, however that
-    happens; children forked meanwhile (data workers) close their copy, so none of them keeps it.
+    Raises OSError naming the process that holds it. The kernel frees the lock when its process dies, however
+    that happens; children forked meanwhile (data workers) close their copy, so none of them keeps it.
     """
     path = os.path.join(os.path.realpath(folder), ".lock")
     if path in _LOCKS and not _LOCKS[path].closed:
@@ -236,7 +246,8 @@ def lock(folder):
     try:
         f = open(path, "a+")
     except OSError as error:
-        raise OSError(f"{folder}: cannot be written ({error.strerror}); choose another --output-dir") from error
+        raise OSError(f"{folder}: cannot be written ({error.strerror}); choose another --output-dir"
+                      ) from error
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -268,12 +279,12 @@ os.register_at_fork(after_in_child=_close_locks_in_child)
 def load(path, verify=True):
     """Read a .pt/.pth/.safetensors file, a dict, onto the CPU; no code in it is run.
 
-    The only object type allowed beside tensors and plain containers is argparse.Namespace, which the reference's
-    checkpoints hold under "args". Files in torch's zip format are checked against the CRC-32 that they carry (not with
-    `verify` False) and then memory-mapped, so unused entries cost no memory.
+    The only object type allowed beside tensors and plain containers is argparse.Namespace, which the
+    reference's checkpoints hold under "args". Files in torch's zip format are checked against the CRC-32 that
+    they carry (not with `verify` False) and then memory-mapped, so unused entries cost no memory.
 
-    Raises FileNotFoundError, Damaged (see there), OSError if it cannot be read, and ValueError for a file that is
-    refused: one with other objects in it, of a later format, or with something else than a dict.
+    Raises FileNotFoundError, Damaged (see there), OSError if it cannot be read, and ValueError for a file
+    that is refused: one with other objects in it, of a later format, or with something else than a dict.
     """
     path = os.fspath(path)
     try:
@@ -281,35 +292,39 @@ def load(path, verify=True):
             head = f.read(4)
         if path.endswith(".safetensors"):
             content = _load_safetensors(path)
-        elif zipfile.is_zipfile(path):
+        elif head == b"PK\3\4":
             check_zip(path, verify)
             content = _torch_load(path, mmap=True)
-        elif not head[:1] == b"\x80":  # neither a zip nor a pickle, which older versions of torch wrote
-            kind = "is empty" if not head else "ends early" if head == b"PK\3\4" else "is no checkpoint, whole or part"
-            raise Damaged(f"{path}: cannot be read, it {kind}; use another copy, or remove it")
-        else:
+        elif head[:1] == b"\x80":  # a pickle, as torch wrote before version 1.6
             content = _torch_load(path, mmap=False)
+        else:
+            kind = "is no checkpoint, whole or part" if head else "is empty"
+            raise Damaged(f"{path}: cannot be read, it {kind}; use another copy, or remove it")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such file") from error
     except IsADirectoryError as error:
         raise IsADirectoryError(f"{path}: is a folder, not a file") from error
     except OSError as error:
-        raise OSError(f"{path}: cannot be read ({error.strerror or error}); nothing is known about its content") \
+        raise OSError(f"{path}: cannot be read ({error.strerror or error}); nothing is known about its "
+                      "content") \
             from error
     except MemoryError as error:
-        raise OSError(f"{path}: cannot be read, memory is full; nothing is known about its content") from error
+        raise OSError(f"{path}: cannot be read, memory is full; nothing is known about its content"
+                      ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__} where a checkpoint (a dict of tensors) is expected")
+        raise ValueError(f"{path}: holds a {type(content).__name__} where a checkpoint (a dict of tensors) "
+                         "is expected")
     return content
 
 
 def check_zip(path, verify=True):
-    """Raise Damaged unless each member of a zip file has the CRC-32 that the file says; torch.load does not look.
+    """Raise Damaged unless each member of a zip file has the CRC-32 that the file says; torch.load does not
+    look.
 
     Takes 1.2 s per GiB where sha256 takes 2.2. Files that torch wrote without CRCs (torch.serialization.
     set_crc32_options) and that have no mark of `save` pass.
     """
-    bad, comment, odd = "its list of members", b"", False
+    bad, comment, odd = "its end, or its list of members,", b"", False
     try:
         with zipfile.ZipFile(path) as archive:
             members, comment = archive.infolist(), archive.comment
@@ -326,20 +341,23 @@ def check_zip(path, verify=True):
     except Exception:  # zipfile raises half a dozen types for lists of members that make no sense
         pass
     if odd and not comment.startswith(MARK):
-        raise ValueError(f"{path}: refused, it is compressed, which torch's files never are; save it with torch.save")
+        raise ValueError(f"{path}: refused, it is compressed, which torch's files never are; save it with "
+                         "torch.save")
     version = comment[len(MARK):] if comment.startswith(MARK) else None
     if bad is None and version is not None and not version.isdigit():
         bad = "its end"
     if bad is not None:
-        raise Damaged(f"{path}: damaged, {bad} differs from its digest; use another copy, or remove it")
+        raise Damaged(f"{path}: damaged, {bad} is not as it was written; use another copy, or remove it")
     if version is not None and int(version) > FORMAT:
-        raise ValueError(f"{path}: refused, its format {int(version)} is later than {FORMAT}, the last one known here; use "
+        raise ValueError(f"{path}: refused, its format {int(version)} is later than {FORMAT}, the last one "
+                         "known here; use "
                          "the version of this project that wrote it")
 
 
 def _torch_load(path, mmap):
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the protocol of pickles that cannot be read anyway
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, MemoryError):
         raise
@@ -347,13 +365,16 @@ def _torch_load(path, mmap):
         text = str(error)
         if "mmap" in text or "allocate memory" in text:
             raise MemoryError(text) from error
-        if "PytorchStreamReader" in text:  # a list of members that zipfile could make sense of, and torch cannot
-            raise Damaged(f"{path}: damaged, its list of members makes no sense; use another copy, or remove it") from error
+        # a list of members that zipfile could make sense of, and torch cannot
+        if "PytorchStreamReader" in text:
+            raise Damaged(f"{path}: damaged, its list of members makes no sense; use another copy, or remove "
+                          "it") from error
         # Its digest was right (or it has none), so this is what somebody wrote.
         foreign = re.search(r"GLOBAL ([\w.]+)|type '?([\w.]+)'?", text)
         found = next((g for g in foreign.groups() if g), None) if foreign else None
-        what = f"it holds {found}, and only tensors, plain containers and argparse.Namespace are read" if found else \
-            f"torch cannot read it ({' '.join(text.split())[:100] or type(error).__name__})"
+        what = f"torch cannot read it ({' '.join(text.split())[:100] or type(error).__name__})"
+        if found:
+            what = f"it holds {found}, and only tensors, plain containers and argparse.Namespace are read"
         raise ValueError(f"{path}: refused, {what}; use a file of tensors") from error
 
 
@@ -363,7 +384,8 @@ def _load_safetensors(path):
     try:
         return load_file(path)
     except SafetensorError as error:  # its header and its length do not agree
-        raise Damaged(f"{path}: damaged ({' '.join(str(error).split())[:100]}); use another copy, or remove it") from error
+        raise Damaged(f"{path}: damaged ({' '.join(str(error).split())[:100]}); use another copy, or remove "
+                      "it") from error
 
 
 def load_json(path):
@@ -383,7 +405,8 @@ def load_json(path):
 
 
 def training_args(content, path):
-    """The flags a checkpoint was trained with, a dict: its own `args`, or args.json beside it or in its run folder."""
+    """The flags a checkpoint was trained with, a dict: its own `args`, or args.json beside it or in its run
+    folder."""
     args = content.get("args")
     if args is not None:
         if not isinstance(args, (dict, argparse.Namespace)):
@@ -408,28 +431,32 @@ def check_state(module, state, what):
         parts = [f"{len(keys)} {label} (first: {keys[0]})" for keys, label in
                  ((missing, "missing"), (extra, "not known here")) if keys]
         if wrong:
-            parts.append(f"{wrong[0]} is {list(state[wrong[0]].shape)} instead of {list(own[wrong[0]].shape)}")
+            parts.append(f"{wrong[0]} is {list(state[wrong[0]].shape)} instead of "
+                         f"{list(own[wrong[0]].shape)}")
         raise ValueError(f"{what}: weights of another architecture, {'; '.join(parts)}")
 
 
 def load_weights(module, state, what):
-    """Strict load_state_dict of `state` (name -> tensor) into `module`; `what` names the source in the error."""
+    """Strict load_state_dict of `state` (name -> tensor) into `module`; `what` names the source in the
+    error."""
     check_state(module, state, what)
     module.load_state_dict(state)
     return module
 
 
 def check_optimizer_state(optimizer, state, what):
-    """Raise a one-line ValueError unless `state` is a state dict of `optimizer` (AdamW) with the shapes of its parameters.
+    """Raise a one-line ValueError unless `state` is a state dict of `optimizer` (AdamW) with the shapes of
+    its parameters.
 
-    load_state_dict does not look at shapes, and the fused kernels then read and write past the end of the moments. A
-    parameter without state passes: it has had no gradient yet.
+    load_state_dict does not look at shapes, and the fused kernels then read and write past the end of the
+    moments. A parameter without state passes: it has had no gradient yet.
     """
     own = optimizer.state_dict()
     groups, entries = (state.get(k) if isinstance(state, dict) else None for k in ("param_groups", "state"))
     if not isinstance(groups, list) or not isinstance(entries, dict):
         raise ValueError(f"{what}: no optimiser state (a dict with state and param_groups)")
-    sizes = [len(g["params"]) if isinstance(g, dict) and isinstance(g.get("params"), list) else None for g in groups]
+    listed = [g.get("params") if isinstance(g, dict) else None for g in groups]
+    sizes = [len(params) if isinstance(params, list) else None for params in listed]
     expected = [len(g["params"]) for g in own["param_groups"]]
     if sizes != expected:
         raise ValueError(f"{what}: optimiser state of {sizes} parameters instead of {expected}")
@@ -440,7 +467,8 @@ def check_optimizer_state(optimizer, state, what):
     for index, parameter in zip(order, parameters):
         wrong = wrong_moment(entries[index], parameter) if index in entries else None
         if wrong:
-            raise ValueError(f"{what}: optimiser state of another network, {wrong} of parameter {index}, which is "
+            raise ValueError(f"{what}: optimiser state of another network, {wrong} of parameter {index}, "
+                             "which is "
                              f"{list(parameter.shape)}")
 
 
@@ -455,9 +483,8 @@ def wrong_moment(entry, parameter):
         if value.shape != parameter.shape:
             return f"{name} {list(value.shape)}"
     step = entry.get("step")
-    if isinstance(step, bool) or not (isinstance(step, (int, float)) or (torch.is_tensor(step) and step.numel() == 1)):
-        return "no step"
-    return None
+    is_number = isinstance(step, (int, float)) or (torch.is_tensor(step) and step.numel() == 1)
+    return None if is_number else "no step"
 
 
 def checkpoint_steps(folder):
@@ -499,14 +526,17 @@ class _Again(Exception):
 
 
 def _with_retries(fetch, url, path):
-    """fetch() -> result, up to TRIES times where it fails in a way that may pass; every failure becomes one line."""
+    """fetch() -> result, up to TRIES times where it fails in a way that may pass; every failure becomes one
+    line."""
     for attempt in range(1, TRIES + 1):
         try:
             return fetch()
         except (_Again, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
-            reason = str(error) if isinstance(error, _Again) else f"{type(error).__name__}, no whole answer came"
+            known = isinstance(error, _Again)
+            reason = str(error) if known else f"{type(error).__name__}, no whole answer came"
             if attempt == TRIES:
-                raise OSError(f"{url}: cannot be fetched ({reason}; {TRIES} tries); try again later or put the file at "
+                raise OSError(f"{url}: cannot be fetched ({reason}; {TRIES} tries); try again later or put "
+                              "the file at "
                               f"{path}") from error
             time.sleep(BACK_OFF * 2 ** (attempt - 1))
         except requests.exceptions.InvalidSchema as error:
@@ -514,9 +544,11 @@ def _with_retries(fetch, url, path):
         except requests.HTTPError as error:
             code = error.response.status_code
             hint = "set HF_TOKEN to a token that may read it" if code in (401, 403) else "check the name"
-            raise OSError(f"{url}: cannot be fetched (HTTP {code}); {hint}, or put the file at {path}") from error
+            raise OSError(f"{url}: cannot be fetched (HTTP {code}); {hint}, or put the file at {path}"
+                          ) from error
         except requests.RequestException as error:  # no network at all: said at once
-            raise OSError(f"{url}: cannot be fetched ({type(error).__name__}); without a network put the file at {path}"
+            raise OSError(f"{url}: cannot be fetched ({type(error).__name__}); without a network put the "
+                          f"file at {path}"
                           ) from error
 
 
@@ -527,10 +559,11 @@ def _check_status(response):
 
 
 def download(url, path, size=None, sha256_prefix=None, headers=None):
-    """Fetch an https URL to `path` unless it is there; size in bytes and leading sha256 digits are checked first.
+    """Fetch an https URL to `path` unless it is there; size in bytes and leading sha256 digits are checked
+    first.
 
-    Tried three times when the server fails, stalls or stops early. Raises OSError if it cannot be fetched, ValueError if
-    what came is not the file that was promised; then nothing is kept.
+    Tried three times when the server fails, stalls or stops early. Raises OSError if it cannot be fetched,
+    ValueError if what came is not the file that was promised; then nothing is kept.
     """
     if os.path.isfile(path):
         return path
@@ -538,9 +571,9 @@ def download(url, path, size=None, sha256_prefix=None, headers=None):
         raise ValueError(f"{url}: only https downloads are allowed")
 
     def fetch():
+        plain = {"Accept-Encoding": "identity"} | (headers or {})  # so that lengths are those of the file
         with https_session() as session, replace(path) as temporary, \
-                session.get(url, stream=True, timeout=TIMEOUT, headers={"Accept-Encoding": "identity"} | (headers or {})) \
-                as response:
+                session.get(url, stream=True, timeout=TIMEOUT, headers=plain) as response:
             _check_status(response)
             promised = response.headers.get("Content-Length")
             expected = size if size is not None else int(promised) if (promised or "").isdigit() else None
@@ -558,13 +591,15 @@ def download(url, path, size=None, sha256_prefix=None, headers=None):
             if expected is not None and got > expected:
                 raise ValueError(f"{url}: is longer than {expected} bytes; do not use this file")
             if sha256_prefix and not sha256(temporary).startswith(sha256_prefix):
-                raise ValueError(f"{url}: the sha256 does not begin with {sha256_prefix}; do not use this file")
+                raise ValueError(f"{url}: the sha256 does not begin with {sha256_prefix}; do not use this "
+                                 "file")
         return path
     return _with_retries(fetch, url, path)
 
 
 def hub_file(repo, filename):
-    """Path of {filename} of huggingface.co/{repo}, from the cache or fetched with the size and sha256 the hub states.
+    """Path of {filename} of huggingface.co/{repo}, from the cache or fetched with the size and sha256 the hub
+    states.
 
     The token of a gated repository is taken from the environment variable HF_TOKEN.
     """
@@ -582,4 +617,5 @@ def hub_file(repo, filename):
     answer = _with_retries(ask, url, path)
     size = answer.get("X-Linked-Size", "")
     digest = answer.get("X-Linked-ETag", "").strip('"')
-    return download(url, path, int(size) if size.isdigit() else None, digest if len(digest) == 64 else None, headers)
+    size = int(size) if size.isdigit() else None
+    return download(url, path, size, digest if len(digest) == 64 else None, headers)

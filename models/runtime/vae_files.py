@@ -1,10 +1,12 @@
-"""VAE files: CompVis .pt, diffusers AutoencoderKL folders and hub names, with the latent statistics that come along.
+"""VAE files: CompVis .pt, diffusers AutoencoderKL folders and hub names, with the latent statistics that come
+along.
 
-`open_vae` is the one way to open a VAE, whatever it comes in; `export_vae` the one way to write one for others.
+`open_vae` is the one way to open a VAE, whatever it comes in; `export_vae` the one way to write one for
+others.
 
-Names used in this project are those of CompVis (encoder.down.0.block.1.conv1.weight ...). The renaming functions are
-pure: dict in, dict out, no file touched. Latent statistics are a pair (latents_scale, latents_bias), each float32
-[1, C, 1, 1]: normalised latents are (z - latents_bias) * latents_scale.
+Names used in this project are those of CompVis (encoder.down.0.block.1.conv1.weight ...). The renaming
+functions are pure: dict in, dict out, no file touched. Latent statistics are a pair (latents_scale,
+latents_bias), each float32 [1, C, 1, 1]: normalised latents are (z - latents_bias) * latents_scale.
 
 Errors: ValueError or OSError with a one-line message.
 """
@@ -24,14 +26,18 @@ from models.vae import VAE_models
 ARCHITECTURES = {(4, 4): "f8d4", (5, 32): "f16d32", (4, 16): "f8d16", (3, 4): "f4d4"}
 
 # The release's repositories in CompVis naming -> file; other hub names are taken for diffusers folders
-RELEASED = {"REPA-E/sdvae": "sdvae-f8d4.pt", "REPA-E/invae": "invae-f16d32.pt", "REPA-E/vavae": "vavae-f16d32.pt",
-            "REPA-E/e2e-sdvae": "e2e-sdvae-400k.pt", "REPA-E/e2e-invae": "e2e-invae-400k.pt",
-            "REPA-E/e2e-vavae": "e2e-vavae-400k.pt"}
+RELEASED = {
+    "REPA-E/sdvae": "sdvae-f8d4.pt", "REPA-E/e2e-sdvae": "e2e-sdvae-400k.pt",
+    "REPA-E/invae": "invae-f16d32.pt", "REPA-E/e2e-invae": "e2e-invae-400k.pt",
+    "REPA-E/vavae": "vavae-f16d32.pt", "REPA-E/e2e-vavae": "e2e-vavae-400k.pt",
+}
 
-# What a file holds for the VAE itself; beside it LightningDiT keeps linear_proj.* and foundation_model.*, LDM loss.*
+# What a file holds for the VAE itself; beside it LightningDiT keeps linear_proj.* and foundation_model.*, LDM
+# loss.*
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 
-# CompVis piece <-> diffusers piece; {} is a number, kept, but the decoder's levels are counted the other way round
+# CompVis piece <-> diffusers piece; {} is a number, kept, but the decoder's levels are counted the other way
+# round
 _PIECES = (
     (".down.{}.block.{}.", ".down_blocks.{}.resnets.{}."),
     (".down.{}.attn.{}.", ".down_blocks.{}.attentions.{}."),
@@ -58,7 +64,8 @@ def _rename(name, pieces, levels):
 
 
 def _rename_attention(name, table):
-    """The last part of an attention weight's name, in diffusers' layout, through `table`; other names as they are."""
+    """The last part of an attention weight's name, in diffusers' layout, through `table`; other names as they
+    are."""
     match = re.fullmatch(r"(.*\.attentions\.\d+)\.([\w.]+)\.(weight|bias)", name)
     if not match:
         return name
@@ -81,7 +88,8 @@ def to_diffusers(state):
 
 
 def from_diffusers(state):
-    """The inverse of `to_diffusers`; also takes the attention names of diffusers before 0.17 (query, key ...)."""
+    """The inverse of `to_diffusers`; also takes the attention names of diffusers before 0.17 (query, key
+    ...)."""
     levels = _levels(state, "encoder.down_blocks.")
     back = tuple((new, old) for old, new in _PIECES)
     out = {}
@@ -115,16 +123,18 @@ def vae_name(state):
 # ---------------------------------------------------------------- writing
 
 def diffusers_config(state, stats=None, sample_size=256, source=None):
-    """The config.json (a dict) of an AutoencoderKL that holds `to_diffusers(state)`; sizes are read off the tensors.
+    """The config.json (a dict) of an AutoencoderKL that holds `to_diffusers(state)`; sizes are read off the
+    tensors.
 
-    Pipelines take latents z from the scale of their network to that of the VAE as z / scaling_factor + shift_factor.
-    `source`, the config that the VAE came with (see `source_config`), keeps these numbers and force_upcast. Otherwise
-    statistics that are the same in all channels become them, and others latents_mean and latents_std, with
-    scaling_factor 1, since the pipelines that read those multiply the two.
+    Pipelines take latents z from the scale of their network to that of the VAE as z / scaling_factor +
+    shift_factor. `source`, the config that the VAE came with (see `source_config`), keeps these numbers and
+    force_upcast. Otherwise statistics that are the same in all channels become them, and others latents_mean
+    and latents_std, with scaling_factor 1, since the pipelines that read those multiply the two.
     """
     levels = _levels(state, "encoder.down.")
     widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
-    if min(widths) < 128:  # models/vae.py: groups of 4 channels there, where diffusers has one number for all layers
+    # models/vae.py: groups of 4 channels there, where diffusers has one number for all layers
+    if min(widths) < 128:
         raise ValueError("diffusers has no group norms like those of so narrow a VAE; use --format compvis")
     attention = [f"encoder.down.{i}.attn.0.q.weight" in state for i in range(levels)]
     source = source or {}
@@ -162,18 +172,23 @@ def _pipelines(config):
     scalars = f"scaling_factor {config['scaling_factor']:g} and shift_factor {config['shift_factor']:g}"
     if "latents_mean" not in config:
         return f"its config has {scalars}, which is all that diffusers' pipelines read"
-    return ("its config has latents_mean and latents_std per channel, which Stable Diffusion XL's pipeline reads; DiT's and "
-            "Stable Diffusion's read scaling_factor alone, Stable Diffusion 3's and Flux's scaling_factor and shift_factor "
+    return ("its config has latents_mean and latents_std per channel, which Stable Diffusion XL's pipeline "
+            "reads; DiT's and "
+            "Stable Diffusion's read scaling_factor alone, Stable Diffusion 3's and Flux's scaling_factor "
+            "and shift_factor "
             f"(here {scalars}): give those latents in the VAE's own scale")
 
 
-def export_vae(out, state, stats=None, format="diffusers", sample_size=256, force=False, source=None, discriminator=None):
-    """Write a VAE (state dict in CompVis names) and its statistics as a new folder `out`, whole or not at all.
+def export_vae(out, state, stats=None, format="diffusers", sample_size=256, force=False, source=None,
+               discriminator=None):
+    """Write a VAE (state dict in CompVis names) and its statistics as a new folder `out`, whole or not at
+    all.
 
-    format "diffusers": config.json and diffusion_pytorch_model.safetensors, what AutoencoderKL.from_pretrained loads;
-    `source`: see `diffusers_config`. "compvis": <folder's name>.pt and -latents-stats.pt, as REPA-E is released, and
-    -discriminator-ckpt.pt if a discriminator's state dict is given. An existing `out` is refused, or with `force`
-    replaced if it holds nothing but such an export. Returns what was written and who can read it, in a sentence.
+    format "diffusers": config.json and diffusion_pytorch_model.safetensors, what
+    AutoencoderKL.from_pretrained loads; `source`: see `diffusers_config`. "compvis": <folder's name>.pt and
+    -latents-stats.pt, as REPA-E is released, and -discriminator-ckpt.pt if a discriminator's state dict is
+    given. An existing `out` is refused, or with `force` replaced if it holds nothing but such an export.
+    Returns what was written and who can read it, in a sentence.
     """
     out = os.path.abspath(out)
     parent, name = os.path.split(out)
@@ -182,29 +197,34 @@ def export_vae(out, state, stats=None, format="diffusers", sample_size=256, forc
         if left.startswith(f".{name}.") and left.endswith(".old"):
             os.rename(os.path.join(parent, left), out)
             break
-    ours = {"config.json", "diffusion_pytorch_model.safetensors", f"{name}.pt", _companion(f"{name}.pt", "latents-stats"),
-            _companion(f"{name}.pt", "discriminator-ckpt")}
+    compvis = f"{name}.pt"
+    ours = {"config.json", "diffusion_pytorch_model.safetensors", compvis,
+            _companion(compvis, "latents-stats"), _companion(compvis, "discriminator-ckpt")}
     if os.path.lexists(out) and not force:
         raise ValueError(f"{out}: exists; choose another folder, or pass --force to replace it")
     if os.path.lexists(out) and not (os.path.isdir(out) and set(os.listdir(out)) <= ours):
-        raise ValueError(f"{out}: holds more than an export, so --force does not replace it; choose another folder")
+        raise ValueError(f"{out}: holds more than an export, so --force does not replace it; choose another "
+                         "folder")
     bad = files.first_non_finite(state)
     if bad is not None:
         raise ValueError(f"{out}: not written, because {bad} of the VAE holds NaN or infinity")
     temporary, old = files.temporary_name(out), files.temporary_name(out, "old")
     try:
         if format == "compvis":
-            target, wrote = os.path.join(temporary, f"{name}.pt"), f"{name}.pt"
+            target, wrote = os.path.join(temporary, compvis), compvis
             files.save(state, target)
             if stats is not None:
-                files.save({"latents_scale": stats[0], "latents_bias": stats[1]}, _companion(target, "latents-stats"))
+                content = {"latents_scale": stats[0], "latents_bias": stats[1]}
+                files.save(content, _companion(target, "latents-stats"))
             if discriminator is not None:
                 files.save(discriminator, _companion(target, "discriminator-ckpt"))
                 wrote += " and its discriminator"
         else:
             config = diffusers_config(state, stats, sample_size, source)
-            data = safetensors.torch.save({k: v.contiguous() for k, v in to_diffusers(state).items()}, {"format": "pt"})
-            with files.replace(os.path.join(temporary, "diffusion_pytorch_model.safetensors")) as path, open(path, "wb") as f:
+            tensors = {k: v.contiguous() for k, v in to_diffusers(state).items()}
+            data = safetensors.torch.save(tensors, {"format": "pt"})
+            target = os.path.join(temporary, "diffusion_pytorch_model.safetensors")
+            with files.replace(target) as path, open(path, "wb") as f:
                 f.write(data)  # safetensors' own save_file makes a file that only its owner can read
             files.save_json(config, os.path.join(temporary, "config.json"), indent=2)
             wrote = f"a folder for diffusers.AutoencoderKL.from_pretrained; {_pipelines(config)}"
@@ -248,14 +268,16 @@ def stats_from_config(config, channels):
 
 
 def _scalars(config):
-    """The numbers of a diffusers config that its pipelines read, with the defaults of diffusers.AutoencoderKL."""
+    """The numbers of a diffusers config that its pipelines read, with the defaults of
+    diffusers.AutoencoderKL."""
     values = {key: default if config.get(key) is None else _number(config[key], f"config.json: {key}")
               for key, default in (("scaling_factor", 0.18215), ("shift_factor", 0.0))}
     return values | {"force_upcast": config.get("force_upcast") is not False}
 
 
 def _checked_stats(scale, bias, what):
-    """(latents_scale, latents_bias), each float32 [1, C, 1, 1]; ValueError unless finite, of one length, the scale above 0."""
+    """(latents_scale, latents_bias), each float32 [1, C, 1, 1]; ValueError unless finite, of one length, the
+    scale above 0."""
     if not all(torch.is_tensor(v) and v.numel() for v in (scale, bias)) or scale.numel() != bias.numel():
         raise ValueError(f"{what}: latents_scale and latents_bias must have one number per latent channel")
     scale, bias = (v.detach().float().view(1, -1, 1, 1) for v in (scale, bias))
@@ -275,10 +297,11 @@ def load_stats_file(path):
 # ---------------------------------------------------------------- reading
 
 def open_vae(source, name=None, stats_file=None):
-    """(key of VAE_models, state dict in CompVis names, (latents_scale, latents_bias) or None) of any VAE, all checked.
+    """(key of VAE_models, state dict in CompVis names, (latents_scale, latents_bias) or None) of any VAE, all
+    checked.
 
-    `source`: see `load_vae_file`. Raises ValueError if it is not of architecture `name`, where one is given, or does
-    not hold exactly that architecture's weights. The statistics are those of `stats_file` if given.
+    `source`: see `load_vae_file`. Raises ValueError if it is not of architecture `name`, where one is given,
+    or does not hold exactly that architecture's weights. The statistics are those of `stats_file` if given.
     """
     state, stats = load_vae_file(source)
     try:
@@ -286,24 +309,26 @@ def open_vae(source, name=None, stats_file=None):
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     if name not in (None, found):
-        raise ValueError(f"{source}: weights of another architecture, a VAE of type {found}, not --vae {name}")
+        raise ValueError(f"{source}: weights of another architecture, a VAE of type {found}, not --vae "
+                         f"{name}")
     with torch.device("meta"):
         files.check_state(VAE_models[found](), state, source)
     stats = load_stats_file(stats_file) if stats_file else stats
     channels = state["decoder.conv_in.weight"].shape[1]
     if stats is not None and stats[0].numel() != channels:
-        raise ValueError(f"{stats_file or source}: statistics of {stats[0].numel()} channels, but {found} has {channels}")
+        raise ValueError(f"{stats_file or source}: statistics of {stats[0].numel()} channels, but {found} "
+                         f"has {channels}")
     return found, state, stats
 
 
 def load_vae_file(source):
     """(state dict in CompVis names, (latents_scale, latents_bias) or None) of a VAE on disk or on the hub.
 
-    `source`: a .pt or .safetensors in CompVis or diffusers names (statistics from the <name>-latents-stats.pt or
-    config.json beside it, if there), a training checkpoint of REPA-E (its `vae`, or the frozen one that its args name;
-    statistics of its `ema`) or of finetune_vae.py (its `vae_ema` and statistics), a folder that diffusers saved, or a
-    hub name such as stabilityai/sd-vae-ft-mse or REPA-E/e2e-vavae. Tensors that are no part of a VAE are left out, with
-    a note on stderr.
+    `source`: a .pt or .safetensors in CompVis or diffusers names (statistics from the <name>-latents-stats.pt
+    or config.json beside it, if there), a training checkpoint of REPA-E (its `vae`, or the frozen one that
+    its args name; statistics of its `ema`) or of finetune_vae.py (its `vae_ema` and statistics), a folder
+    that diffusers saved, or a hub name such as stabilityai/sd-vae-ft-mse or REPA-E/e2e-vavae. Tensors that
+    are no part of a VAE are left out, with a note on stderr.
     """
     path = _path_of(source)
     return _load_folder(path) if os.path.isdir(path) else vae_in(files.load(path), path)
@@ -313,10 +338,12 @@ def _path_of(source):
     """The file or diffusers folder that `source` names, fetched if it is a hub name."""
     if os.path.exists(source):
         nested = os.path.join(source, "vae")  # of a whole pipeline
-        return nested if os.path.isdir(nested) and not os.path.isfile(os.path.join(source, "config.json")) else source
+        is_vae = os.path.isfile(os.path.join(source, "config.json"))
+        return nested if os.path.isdir(nested) and not is_vae else source
     is_file_name = source.endswith((".pt", ".pth", ".ckpt", ".safetensors"))
     if is_file_name or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-        raise FileNotFoundError(f"{source}: no such VAE; give a .pt file, a diffusers folder or a hub name such as "
+        raise FileNotFoundError(f"{source}: no such VAE; give a .pt file, a diffusers folder or a hub name "
+                                "such as "
                                 "REPA-E/e2e-vavae")
     if source not in RELEASED:
         files.hub_file(source, "diffusion_pytorch_model.safetensors")
@@ -332,7 +359,7 @@ def _path_of(source):
 def vae_in(content, path, _followed=()):
     """`load_vae_file` of a file that has been read: `content` of `path`."""
     stats, ema = None, content.get("ema")
-    if isinstance(ema, dict) and torch.is_tensor(ema.get("bn.running_var")) and torch.is_tensor(ema.get("bn.running_mean")):
+    if isinstance(ema, dict) and all(torch.is_tensor(ema.get(f"bn.running_{k}")) for k in ("mean", "var")):
         stats = _checked_stats(ema["bn.running_var"].rsqrt(), ema["bn.running_mean"], f"{path} (ema)")
     if "vae" in content or "vae_ema" in content:
         state = content.get("vae_ema", content.get("vae"))  # vae_ema: from finetune_vae.py
@@ -355,7 +382,8 @@ def vae_in(content, path, _followed=()):
 
 
 def _frozen_vae(content, path, followed):
-    """(state, statistics) of the VAE that a checkpoint of frozen-VAE training was trained on: the file its args name."""
+    """(state, statistics) of the VAE that a checkpoint of frozen-VAE training was trained on: the file its
+    args name."""
     settings = files.training_args(content, path)
     source = settings.get("vae_ckpt")
     if not isinstance(source, str) or source in ("none", "auto"):
@@ -364,17 +392,22 @@ def _frozen_vae(content, path, followed):
         raise ValueError(f"{path}: names {source} as its VAE, which leads back here; give the VAE itself")
     try:
         found = _path_of(source)
-        return _load_folder(found) if os.path.isdir(found) else vae_in(files.load(found), found, (*followed, source))
+        if os.path.isdir(found):
+            return _load_folder(found)
+        return vae_in(files.load(found), found, (*followed, source))
     except OSError as error:
         hub = {file: repo for repo, file in RELEASED.items()}.get(os.path.basename(source))
-        raise FileNotFoundError(f"{path}: trained on a frozen {settings.get('vae')} VAE, {source}, which is not here; give it "
+        raise FileNotFoundError(f"{path}: trained on a frozen {settings.get('vae')} VAE, {source}, which is "
+                                "not here; give it "
                                 f"with --vae-ckpt{f', for example {hub}' if hub else ''}") from error
 
 
 def _own_names(state, path):
-    """The VAE of a state dict in CompVis names, from those of CompVis, of diffusers, or of a whole latent diffusion model."""
+    """The VAE of a state dict in CompVis names, from those of CompVis, of diffusers, or of a whole latent
+    diffusion model."""
     state = {k: v for k, v in state.items() if isinstance(k, str) and torch.is_tensor(v)}
-    state = {k.removeprefix("first_stage_model."): v for k, v in state.items() if k.startswith("first_stage_model.")} or state
+    whole = "first_stage_model."  # Stable Diffusion in one file
+    state = {k.removeprefix(whole): v for k, v in state.items() if k.startswith(whole)} or state
     averages = _averages(state)
     if averages:
         _note(f"{path}: of its weights the averages (model_ema) are taken")
@@ -385,7 +418,8 @@ def _own_names(state, path):
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     if "decoder.conv_in.weight" not in vae:
-        raise ValueError(f"{path}: not the weights of a VAE, it has no decoder.conv_in.weight in CompVis or diffusers names")
+        raise ValueError(f"{path}: not the weights of a VAE, it has no decoder.conv_in.weight in CompVis or "
+                         "diffusers names")
     beside = [k for k in state if not k.startswith(PARTS) and not (averages and k.startswith("model_ema."))]
     if beside:
         kinds = ", ".join(sorted({k.split(".")[0] for k in beside})[:5])
@@ -396,8 +430,8 @@ def _own_names(state, path):
 def _averages(state):
     """The averaged weights of a VAE, by name, where a trainer kept such; {} otherwise.
 
-    LDM's average is model_ema.<name without dots>, others' model_ema.<name>. The files of sd-vae-ft-mse hold only the
-    counters of it (model_ema.decay): their weights are the averages.
+    LDM's average is model_ema.<name without dots>, others' model_ema.<name>. The files of sd-vae-ft-mse hold
+    only the counters of it (model_ema.decay): their weights are the averages.
     """
     average = {k.removeprefix("model_ema."): v for k, v in state.items() if k.startswith("model_ema.")}
     names = [k for k in (*state, *average) if k.startswith(PARTS)]
@@ -438,11 +472,12 @@ def _load_folder(folder):
 
 
 def source_config(source):
-    """The scaling_factor, shift_factor and force_upcast (and latents_mean, if any) that a VAE came with in diffusers; {} if
-    it did not, or if that can no longer be told. For `export_vae`.
+    """The scaling_factor, shift_factor and force_upcast (and latents_mean, if any) that a VAE came with in
+    diffusers; {} if it did not, or if that can no longer be told. For `export_vae`.
 
-    A VAE that finetune_vae.py refined with a frozen encoder has the latents of the one it began as, and so its numbers;
-    of one whose encoder was trained only force_upcast, which is about the range of activations, is kept.
+    A VAE that finetune_vae.py refined with a frozen encoder has the latents of the one it began as, and so
+    its numbers; of one whose encoder was trained only force_upcast, which is about the range of activations,
+    is kept.
     """
     path, trained = source, False
     for _ in range(10):  # a chain of refinements
@@ -450,8 +485,10 @@ def source_config(source):
         config = path and os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
         if config and os.path.isfile(config) and (os.path.isdir(path) or _has_diffusers_names(path)):
             config = _diffusers_json(config)
-            found = _scalars(config) | ({"latents_mean": True} if config.get("latents_mean") is not None else {})
-            return {"force_upcast": found["force_upcast"]} if trained else found
+            found = _scalars(config)
+            if trained:
+                return {"force_upcast": found["force_upcast"]}
+            return found | ({} if config.get("latents_mean") is None else {"latents_mean": True})
         content = files.load(path, verify=False) if path and os.path.isfile(path) else {}
         if not {"vae", "ema"} & set(content):
             return {}

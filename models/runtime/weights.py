@@ -1,10 +1,11 @@
 """Networks from files, one way to open each: SiT, VAE, discriminator, LPIPS; and optimiser states by name.
 
-Files are training checkpoints, ours and each kind that REPA-E released, as they are, and the VAEs of vae_files.
+Files are training checkpoints, ours and each kind that REPA-E released, as they are, and the VAEs of
+vae_files.
 
-A checkpoint says which model it is in its `args` (a dict, or the reference's pickled argparse.Namespace) or in the
-args.json of its run folder; every size is read off the tensors.
-Errors: ValueError or OSError with a one-line message that names the file and the remedy.
+A checkpoint says which model it is in its `args` (a dict, or the reference's pickled argparse.Namespace) or
+in the args.json of its run folder; every size is read off the tensors. Errors: ValueError or OSError with a
+one-line message that names the file and the remedy.
 """
 import hashlib
 import math
@@ -23,11 +24,13 @@ from models.vae import VAE_models
 
 
 def load(path, vae_ckpt=None):
-    """(sit, vae, settings, source of the VAE) of a training checkpoint, both networks in eval mode on the CPU.
+    """(sit, vae, settings, source of the VAE) of a training checkpoint, both networks in eval mode on the
+    CPU.
 
-    The SiT has the EMA weights and no alignment heads, which do not act on samples: no encoder is needed. Label
-    sit.num_classes is the null class where the label table has a row for it. `settings` holds the training flags and
-    `steps`. `vae_ckpt`: decode with this VAE instead (anything that vae_files.load_vae_file takes).
+    The SiT has the EMA weights and no alignment heads, which do not act on samples: no encoder is needed.
+    Label sit.num_classes is the null class where the label table has a row for it. `settings` holds the
+    training flags and `steps`. `vae_ckpt`: decode with this VAE instead (anything that
+    vae_files.load_vae_file takes).
     """
     content = files.load(path)
     if not isinstance(content, dict) or not isinstance(content.get("ema"), dict):
@@ -36,19 +39,23 @@ def load(path, vae_ckpt=None):
     sit = build_sit(content["ema"], settings, path)
     vae, source = build_vae(content, settings, path, vae_ckpt)
     if vae.latent_channels != sit.in_channels:
-        raise ValueError(f"the VAE of {source} has {vae.latent_channels} latent channels, the model of {path} takes "
+        raise ValueError(f"the VAE of {source} has {vae.latent_channels} latent channels, the model of "
+                         f"{path} takes "
                          f"{sit.in_channels}; give the right one with --vae-ckpt")
     return sit, vae, settings, source
 
 
 def build_sit(state, settings, path):
-    """The SiT of an `ema` state dict, in eval mode: its name from the settings, every size from the tensors."""
+    """The SiT of an `ema` state dict, in eval mode: its name from the settings, every size from the
+    tensors."""
     if settings.get("model") not in list(SiT_models):  # a list: whatever the file says may be compared
         raise ValueError(f"{path}: model {settings.get('model')!r} is none of {', '.join(SiT_models)}")
     state = {k: v for k, v in state.items() if not k.startswith("projectors.")}
-    for key, dimensions in (("x_embedder.proj.weight", 4), ("pos_embed", 3), ("y_embedder.embedding_table.weight", 2)):
+    for key, dimensions in (("x_embedder.proj.weight", 4), ("pos_embed", 3),
+                            ("y_embedder.embedding_table.weight", 2)):
         if not torch.is_tensor(state.get(key)) or state[key].ndim != dimensions:
-            raise ValueError(f"{path}: checkpoint of another layout, its ema has no {key} of {dimensions} dimensions")
+            raise ValueError(f"{path}: checkpoint of another layout, its ema has no {key} of {dimensions} "
+                             "dimensions")
     if "bn.running_mean" not in state or "bn.running_var" not in state:
         raise ValueError(f"{path}: its ema has no latent statistics (bn.running_mean, bn.running_var)")
     _, channels, patch, _ = state["x_embedder.proj.weight"].shape
@@ -58,14 +65,16 @@ def build_sit(state, settings, path):
         raise ValueError(f"{path}: a label table of {rows} rows does not fit {num_classes} classes")
     with torch.device("meta"):  # random initial values would cost more time than the file
         sit = SiT_models[settings["model"]](
-            input_size=math.isqrt(state["pos_embed"].shape[1]) * patch, in_channels=channels, num_classes=num_classes,
+            input_size=math.isqrt(state["pos_embed"].shape[1]) * patch, in_channels=channels,
+            num_classes=num_classes,
             class_dropout_prob=float(rows > num_classes), encoder_depth=1, z_dims=(),
             qk_norm="blocks.0.attn.q_norm.weight" in state)
     return files.load_weights(sit.to_empty(device="cpu"), state, path).eval()
 
 
 def build_vae(content, settings, path, vae_ckpt=None):
-    """(vae in eval mode, its source): `vae_ckpt`, else the checkpoint's own VAE, else the file its settings name."""
+    """(vae in eval mode, its source): `vae_ckpt`, else the checkpoint's own VAE, else the file its settings
+    name."""
     if vae_ckpt:
         name, state, _ = open_vae(vae_ckpt)
         source = vae_ckpt
@@ -90,19 +99,24 @@ def state_digest(module):
     return digest.hexdigest()
 
 
-LPIPS_URL = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth"
+LPIPS_URL = ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/"
+             "lpips/weights/v0.1/vgg.pth")
 LPIPS_SHA256 = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"
 
 
 def lpips(remedy="pass --perceptual-weight 0"):
-    """LPIPS with torchvision's VGG16 and the published linear weights, both fetched once. `remedy` ends the error."""
-    url = torchvision.models.VGG16_Weights.IMAGENET1K_V1.url  # vgg16-397923af.pth: the sha256 begins like that
+    """LPIPS with torchvision's VGG16 and the published linear weights, both fetched once. `remedy` ends the
+    error."""
+    # vgg16-397923af.pth: the sha256 begins like that
+    url = torchvision.models.VGG16_Weights.IMAGENET1K_V1.url
     name = os.path.basename(url)
     try:
-        vgg = files.download(url, os.path.join(torch.hub.get_dir(), "checkpoints", name), sha256_prefix=name[6:14])
+        path = os.path.join(torch.hub.get_dir(), "checkpoints", name)  # torchvision's own place for it
+        vgg = files.download(url, path, sha256_prefix=name[6:14])
         linear = files.download(LPIPS_URL, files.cache_path("lpips_vgg.pth"), 7289, LPIPS_SHA256)
     except OSError as error:
-        raise OSError(f"the weights of LPIPS cannot be fetched ({error}); without a network {remedy}") from error
+        raise OSError(f"the weights of LPIPS cannot be fetched ({error}); without a network {remedy}"
+                      ) from error
     return load_pretrained(LPIPS(), files.load(vgg), files.load(linear))
 
 
@@ -112,25 +126,27 @@ WITH_DISCRIMINATOR = ("REPA-E/sdvae", "REPA-E/invae", "REPA-E/vavae")  # release
 
 
 def discriminator(source, vae_name):
-    """The discriminator from `source`: a weights file or training checkpoint, the hub name of a released VAE, or "none"
-    (from scratch)."""
+    """The discriminator from `source`: a weights file or training checkpoint, the hub name of a released VAE,
+    or "none" (from scratch)."""
     disc = Discriminator()
     if source == "none":
         return disc
     state = discriminator_state(source, vae_name)
     if state is None:
-        raise ValueError(f"--disc-ckpt {source}: holds no discriminator; give another file, or none to start from scratch")
+        raise ValueError(f"--disc-ckpt {source}: holds no discriminator; give another file, or none to start "
+                         "from scratch")
     return files.load_weights(disc, state, f"--disc-ckpt {source}")
 
 
 def discriminator_state(source, vae_name):
     """State dict of the discriminator that comes with `source`, or None if none does.
 
-    A training checkpoint's `discriminator`, a CompVis checkpoint's loss.discriminator.*, the -discriminator-ckpt.pt
-    beside a VAE or in its repository, or a file of its weights alone.
+    A training checkpoint's `discriminator`, a CompVis checkpoint's loss.discriminator.*, the
+    -discriminator-ckpt.pt beside a VAE or in its repository, or a file of its weights alone.
     """
     path = source
-    if not os.path.exists(source) and source.count("/") == 1 and not source.endswith((".pt", ".pth", ".ckpt")):
+    is_file_name = source.endswith((".pt", ".pth", ".ckpt"))
+    if not os.path.exists(source) and source.count("/") == 1 and not is_file_name:
         if source in vae_files.RELEASED and source not in WITH_DISCRIMINATOR:
             return None
         path = files.hub_file(source, f"{source.split('/')[1]}-{vae_name}-discriminator-ckpt.pt")
@@ -155,18 +171,20 @@ BUFFERS = ("bn.running_mean", "bn.running_var", "num_batches_tracked", "running_
 
 
 def optimizer_names(content, key):
-    """Names of the parameters that the optimiser state content[key] ("opt", "opt_vae", "opt_disc") covers, in its order.
+    """Names of the parameters that the optimiser state content[key] ("opt", "opt_vae", "opt_disc") covers, in
+    its order.
 
-    A state knows numbers only; the order is that of the network's weights without buffers. In the reference's files
-    `opt` has the position table first, which is a buffer here unless --learn-pos-embed trains it, and `opt_disc` covers
-    the whole loss module: logvar, the discriminator, then LPIPS. Raises ValueError if the counts do not fit.
+    A state knows numbers only; the order is that of the network's weights without buffers. In the reference's
+    files `opt` has the position table first, which is a buffer here unless --learn-pos-embed trains it, and
+    `opt_disc` covers the whole loss module: logvar, the discriminator, then LPIPS. Raises ValueError if the
+    counts do not fit.
     """
     network = {"opt": "model", "opt_vae": "vae", "opt_disc": "discriminator"}[key]
     state, weights = content.get(key), content.get(network)
     try:
-        count = sum(len(group["params"]) for group in state["param_groups"])
-        names = [name for name in weights if not name.endswith(BUFFERS)]
-    except (TypeError, KeyError, AttributeError) as error:
+        count = sum(len(group["params"]) for group in dict(state)["param_groups"])
+        names = [name for name in dict(weights) if not name.endswith(BUFFERS)]
+    except (TypeError, KeyError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{key}: no optimiser state, or no {network} beside it") from error
     if count == len(names) - 1 and "pos_embed" in names:
         names.remove("pos_embed")
@@ -179,12 +197,13 @@ def optimizer_names(content, key):
 
 
 def map_optimizer_state(state, names_in_file, optimizer, names):
-    """An optimiser state in a file's order -> (state dict for `optimizer`, names of its parameters that start anew).
+    """An optimiser state in a file's order -> (state dict for `optimizer`, names of its parameters that start
+    anew).
 
-    names_in_file: of the parameters that `state` counts, in its order (`optimizer_names`); names: of the parameters of
-    `optimizer`, in its own. A state goes over where the name is known and the moments have the parameter's shape;
-    settings (learning rate ...) stay those of `optimizer`. A parameter that had no state in the file starts anew
-    without being named: it had no gradient.
+    names_in_file: of the parameters that `state` counts, in its order (`optimizer_names`); names: of the
+    parameters of `optimizer`, in its own. A state goes over where the name is known and the moments have the
+    parameter's shape; settings (learning rate ...) stay those of `optimizer`. A parameter that had no state
+    in the file starts anew without being named: it had no gradient.
     """
     order = [index for group in state["param_groups"] for index in group["params"]]
     entries = {name: state["state"].get(index) for name, index in zip(names_in_file, order, strict=True)}
