@@ -53,6 +53,22 @@ class LPIPS(nn.Module):
         return self.layer_terms(img0, img1).sum(1)
 
 
+def lpips_and_gradient(lpips, images, recon, chunk=8):
+    """Distances [B] of images and reconstructions [B, 3, H, W], and each one's gradient at its reconstruction, the same shape.
+
+    A few images at a time, and without the graph behind `recon`: VGG's float32 features are the largest tensors of a
+    training step. To go on, add (recon * weight * gradient).sum() to what backward() is called on.
+    """
+    distances, gradients = [], []
+    for image, part in zip(images.split(chunk), recon.detach().split(chunk)):
+        part = part.to(torch.promote_types(part.dtype, torch.float32)).requires_grad_()
+        with torch.enable_grad():
+            distance = lpips(image, part)
+        gradients.append(torch.autograd.grad(distance.sum(), part)[0])
+        distances.append(distance.detach())
+    return torch.cat(distances), torch.cat(gradients)
+
+
 def load_pretrained(lpips, vgg_state, linear_state):
     """Fill `lpips` from torchvision's vgg16 state dict and the published lpips v0.1 vgg.pth; returns it."""
     features = {k: v for k, v in vgg_state.items() if k.startswith("features.")}

@@ -50,18 +50,21 @@ class GroupNorm(nn.GroupNorm):
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-def norm_silu_conv(norm, conv, x):
-    """conv(silu(norm(x))) for x [B, C, H, W], keeping only x for the backward pass: its normalised and its activated copy,
-    more than half of a VAE's memory, are cheap to make again.
+def recomputing_input(function, x):
+    """function(x), a cheap operation and then a convolution, keeping only x for the backward pass.
 
-    The convolution stands inside so that its input is not kept, yet is not computed twice: recomputation stops as soon as
-    everything the backward pass asks for is there, and that is just before it.
+    The convolution is not computed twice: recomputation stops as soon as everything that the backward pass asks for is
+    there, and that is just before it.
     """
-    def function(x):
-        return conv(F.silu(norm(x)))
     if not torch.is_grad_enabled():
         return function(x)
     return recompute(function, x, use_reentrant=False, preserve_rng_state=False)
+
+
+def norm_silu_conv(norm, conv, x):
+    """conv(silu(norm(x))) for x [B, C, H, W]. The normalised and the activated copy of x, more than half of a VAE's memory,
+    are made again in the backward pass."""
+    return recomputing_input(lambda x: conv(F.silu(norm(x))), x)
 
 
 class ResnetBlock(nn.Module):
@@ -113,9 +116,11 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
-        with no_autocast(x):  # which would copy pixels as float32, the VAE's largest tensor
-            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        return self.conv(x)
+        def function(x):
+            with no_autocast(x):  # which would copy pixels as float32, the VAE's largest tensor
+                x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+            return self.conv(x)
+        return recomputing_input(function, x)
 
 
 def _middle(channels):

@@ -1,0 +1,237 @@
+"""How much GPU memory a training step takes and what holds it, counted without a GPU: every operation runs on fake CUDA
+tensors, which have shapes, types and storages but no numbers.
+
+    with memory.Count() as count:
+        nets = ...                                    # built on torch.device("cuda")
+        count.watch(weights=[nets.sit], SiT=nets.sit) # names of what holds the memory
+        for _ in range(2):                            # the second step has the optimisers' states
+            train_step(nets, ...)
+    print(count.table())
+
+Not counted: the CUDA context (about 0.6 GiB), cuDNN's workspaces, and what the allocator loses to fragmentation.
+"""
+import contextlib
+import heapq
+import unittest.mock
+import weakref
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+GIB = 2 ** 30
+
+
+class Count:
+    """Context in which CUDA tensors are fake and counted.
+
+    Attributes: `bytes` in use now by holder, `now` their sum, `peak` the largest sum since the start or reset_peak,
+    `at_peak` what `bytes` was then.
+    """
+
+    def __init__(self):
+        self.bytes, self.now, self.holder = {}, 0, "weights"
+        self.storages = {}  # id of a living storage: [its weak reference, bytes, holder]
+        self.peak, self.at_peak = 0, {}
+
+    def __enter__(self):
+        fake, self.contexts = FakeTensorMode(allow_non_fake_inputs=True), contextlib.ExitStack()
+        enter = self.contexts.enter_context
+        patch = lambda *names, to: enter(unittest.mock.patch(".".join(names), to))  # noqa: E731
+        # What asks for a GPU although nothing is computed: autocast, random numbers, the choice of an attention kernel,
+        # and the backward pass, whose C++ engine wants a CUDA context.
+        patch("torch.cuda.amp.common.amp_definitely_not_available", to=lambda: False)
+        patch("torch.cuda.is_bf16_supported", to=lambda *a, **k: True)
+        patch("torch.Generator", to=lambda device=None, make=torch.Generator: make())
+        patch("torch.nn.functional.scaled_dot_product_attention", to=attention)
+        patch("torch.autograd._engine_run_backward", to=self.backward)
+        patch("torch._C._current_graph_task_id", to=lambda: 0)
+        patch("torch.nn.Module.to", to=lambda module, *a, **k: module)  # fake parameters cannot be moved, and are there
+        enter(unittest.mock.patch.object(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True))
+        enter(fake)
+        enter(_Watch(self))
+        enter(saved_tensors_hooks(_Saved, self.unpack))
+        enter(torch.device("cuda"))
+        return self
+
+    def __exit__(self, *error):
+        return self.contexts.__exit__(*error)
+
+    # ------------------------------------------------------------------------------------------------ the count
+
+    def add(self, tensor):
+        """Count the tensor's storage, once, until it is freed."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.storages:
+            return
+        size = -(-storage.nbytes() // 512) * 512  # the allocator's unit
+
+        def freed(_):
+            _, size, holder = self.storages.pop(key)
+            self.bytes[holder] -= size
+            self.now -= size
+        self.storages[key] = [weakref.ref(storage, freed), size, self.holder]
+        self.bytes[self.holder] = self.bytes.get(self.holder, 0) + size
+        self.now += size
+        if self.now > self.peak:
+            self.peak, self.at_peak = self.now, dict(self.bytes)
+
+    def hold(self, holder, tensors):
+        """Say that `holder` is who holds these tensors, whatever made them."""
+        for tensor in tensors:
+            entry = self.storages.get(tensor.untyped_storage()._cdata)
+            if entry is not None:
+                self.bytes[entry[2]] -= entry[1]
+                self.bytes[holder] = self.bytes.get(holder, 0) + entry[1]
+                entry[2] = holder
+
+    @contextlib.contextmanager
+    def holding(self, holder):
+        """Context whose new tensors are held by `holder`."""
+        before, self.holder = self.holder, holder
+        yield
+        self.holder = before
+
+    def watch(self, **modules):
+        """From now on what a module's forward pass makes is held by the name it is given here; what is made outside of
+        them by "other", parameters' gradients by "gradients", and what else the backward pass makes by "backward"."""
+        self.holder = "other"
+        for name, module in modules.items():
+            before = []
+            module.register_forward_pre_hook(lambda *_, b=before, n=name: (b.append(self.holder), setattr(self, "holder", n))[0])
+            module.register_forward_hook(lambda *_, b=before: setattr(self, "holder", b.pop()))
+
+    def reset_peak(self):
+        self.peak, self.at_peak = self.now, dict(self.bytes)
+
+    def table(self):
+        """The peak and who held it, largest first, as lines of text."""
+        rows = sorted(((size, holder) for holder, size in self.at_peak.items() if size), reverse=True)
+        return "\n".join(f"{size / GIB:7.2f} GiB  {holder}" for size, holder in [(self.peak, "peak"), *rows])
+
+    # ------------------------------------------------------------------------------------------ the backward pass
+
+    def backward(self, outputs, gradients, retain_graph, create_graph, inputs, allow_unreachable=True, accumulate_grad=True):
+        """What torch's engine does behind backward() and autograd.grad(): the graph's nodes, the latest made first, each
+        one's saved tensors freed after it. Returns the gradients at `inputs`, None where nothing arrives."""
+        with self.holding("backward"), torch.set_grad_enabled(create_graph):
+            wanted = [get_gradient_edge(t)[:2] for t in inputs]
+            found, roots = [None] * len(wanted), [get_gradient_edge(t)[:2] for t in outputs]
+            useful = leads_to({node for node, _ in wanted}, [node for node, _ in roots]) if wanted else None
+            waiting, queue = {}, []  # node -> {output: gradient}; nodes to run, the latest made first
+
+            def send(node, index, gradient):
+                if node is None or gradient is None or (useful is not None and node not in useful):
+                    return
+                metadata = node._input_metadata[index]
+                if gradient.shape != metadata.shape:  # of a broadcast input
+                    gradient = gradient.sum_to_size(metadata.shape)
+                gradient = gradient.to(metadata.dtype)
+                if node not in waiting:
+                    waiting[node] = {}
+                    heapq.heappush(queue, (-node._sequence_nr(), id(node), node))
+                old = waiting[node].get(index)
+                if old is None:
+                    waiting[node][index] = gradient
+                elif sum(g is old for grads in waiting.values() for g in grads.values()) == 1:
+                    old += gradient
+                else:
+                    waiting[node][index] = old + gradient
+
+            for (node, index), gradient in zip(roots, gradients):
+                send(node, index, gradient)
+            del gradient
+            while queue:
+                node = heapq.heappop(queue)[2]
+                grads = waiting.pop(node)
+                for k, (end, index) in enumerate(wanted):
+                    if end is node:
+                        found[k] = grads.get(index)
+                if useful is not None and not useful[node] and not accumulate_grad:
+                    continue
+                for (following, index), gradient in zip(node.next_functions, self.run(node, grads, retain_graph), strict=True):
+                    send(following, index, gradient)
+                    del gradient
+            return tuple(found)
+
+    def run(self, node, grads, retain_graph):
+        """The gradients that one node of the graph passes on."""
+        if node.name() == "torch::autograd::AccumulateGrad":
+            parameter = node.variable
+            if parameter.grad is None:
+                parameter.grad = grads[0].detach()
+            else:
+                parameter.grad += grads[0]
+            self.hold("gradients", [parameter.grad])
+            return ()
+        metadata = node._input_metadata
+        arguments = [grads.pop(i, None) for i in range(len(metadata))]
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            arguments = [torch.zeros(m.shape, dtype=m.dtype, device=m.device) if a is None else a for a, m in zip(arguments, metadata)]
+            call = node.apply
+        else:
+            call = node
+        self.used = []
+        results = call(*arguments)
+        if not retain_graph:
+            for saved in self.used:
+                saved.tensor = None
+        results = results if isinstance(results, tuple) else (results,)
+        return results[:len(node.next_functions)]  # a Function's arguments that are no tensors come last and have no node
+
+    def unpack(self, saved):
+        self.used.append(saved)
+        return saved.tensor
+
+
+class _Saved:
+    """A tensor that the graph keeps."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+class _Watch(TorchDispatchMode):
+    """Shows every operation's results to a Count."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.count = count
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return 0.5 if args[0].is_floating_point() else 1  # any number: nothing that takes memory depends on one
+        results = function(*args, **(kwargs or {}))
+        for result in results if isinstance(results, (tuple, list)) else (results,):
+            if isinstance(result, torch.Tensor) and result.is_cuda:
+                self.count.add(result)
+        return results
+
+
+def leads_to(ends, roots):
+    """{node: whether it leads to one of the nodes `ends` (further on, if it is one itself)} for those that do or are."""
+    state, stack = {}, list(roots)  # state: None while a node's followers are looked at
+    while stack:
+        node = stack[-1]
+        followers = [f for f, _ in node.next_functions if f is not None]
+        new = [f for f in followers if f not in state]
+        if node not in state and new:
+            state[node] = None
+            stack += new
+            continue
+        stack.pop()
+        state[node] = any(state.get(f) or f in ends for f in followers)
+    return {node: leads for node, leads in state.items() if leads or node in ends}
+
+
+def attention(q, k, v, attn_mask=None, dropout_p=0.0, **more):
+    """scaled_dot_product_attention by the kernel that a GPU takes: memory-efficient for float32 and wide heads, else flash."""
+    if torch.is_autocast_enabled("cuda"):
+        q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
+    if q.dtype == torch.float32 or q.shape[-1] > 256:
+        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, torch.is_grad_enabled())[0]
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
