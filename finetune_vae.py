@@ -220,8 +220,9 @@ def vae_losses(nets, args, part):
     """
     moments, z, recon = trainer.vae_outputs(nets, part)     # [b, 2C, h, w], [b, C, h, w], [b, 3, R, R]
     kl_weight = args.kl_weight if args.train_encoder else 0.0
-    losses = reconstruction_losses(part.images, recon, Posterior(moments), nets.lpips, args.reconstruction_weight,
-                                   args.perceptual_weight, kl_weight, args.reconstruction_loss)                  # (5)
+    losses = reconstruction_losses(part.images, recon, Posterior(moments), trainer.frugal(nets.lpips),
+                                   args.reconstruction_weight, args.perceptual_weight, kl_weight,
+                                   args.reconstruction_loss)                                                     # (5)
     if nets.proj is not None:
         losses["vae_align_loss"] = args.vae_align_proj_coeff * proj_loss(part.zs, nets.ddp["proj"](z))           # (4)
     total = sum(losses.values())
@@ -247,8 +248,9 @@ def adaptive_weight(nets, args, parts):
         with nets.autocast():
             kept = getattr(part, "outputs", None)
             moments, _, recon = nets.vae(part.images, part.eps) if kept is None else kept
-            losses = reconstruction_losses(part.images, recon, None, nets.lpips, args.reconstruction_weight,
-                                           args.perceptual_weight, 0.0, args.reconstruction_loss)
+            losses = reconstruction_losses(part.images, recon, None, trainer.frugal(nets.lpips),
+                                           args.reconstruction_weight, args.perceptual_weight, 0.0,
+                                           args.reconstruction_loss)
         loss = scale * sum(losses.values()) / n
         gan_gradient = scale * part.gan_gradient / n
         gradients[0] += torch.autograd.grad(loss, last, retain_graph=True)[0]
@@ -291,9 +293,9 @@ def set_up(args, folder, device):
     kept = {"data": trainer.check_data(args, dataset, state)}
     if args.dry_run:
         return None
-    lock = trainer.claim_folder(folder)
     with distributed.main_first():
         nets = build_networks(args, device, vae_state, "none" if state else args.disc_ckpt)
+    lock = trainer.claim_folder(folder)
     trainer.prepare(nets, args)
     start = 0
     if state is not None:
@@ -313,6 +315,7 @@ def train(args):
     try:
         rank, world_size, device = distributed.init()
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True  # shapes never change
         run = set_up(args, folder, device)
         if run is None:
             return print("settings are sound") if rank == 0 else None

@@ -262,8 +262,9 @@ def vae_losses(nets, args, part):
     which only the gradient at the reconstruction was taken; not the encoder.
     """
     moments, z, recon = trainer.vae_outputs(nets, part)     # [b, 2C, h, w], [b, C, h, w], [b, 3, R, R]
-    losses = reconstruction_losses(part.images, recon, Posterior(moments), nets.lpips, args.reconstruction_weight,
-                                   args.perceptual_weight, args.kl_weight, args.reconstruction_loss)             # (5)
+    losses = reconstruction_losses(part.images, recon, Posterior(moments), trainer.frugal(nets.lpips),
+                                   args.reconstruction_weight, args.perceptual_weight, args.kl_weight,
+                                   args.reconstruction_loss)                                                     # (5)
     total = sum(losses.values())
     if hasattr(part, "gan_loss"):
         losses["gan_loss"] = part.gan_loss
@@ -327,9 +328,9 @@ def set_up(args, folder, device):
             raise ValueError(f"{path}: was trained on another VAE than {args.vae_ckpt} now is; name that one")
     if args.dry_run:
         return None
-    lock = trainer.claim_folder(folder)
     with distributed.main_first():
         nets = build_networks(args, device, vae_state, continued=state is not None)
+    lock = trainer.claim_folder(folder)
     trainer.prepare(nets, args)
     start = 0 if state is None else trainer.restore(nets, path, state)
     trainer.check_same_start(start, device)
@@ -345,6 +346,7 @@ def main(argv=None):
     try:
         rank, world_size, device = distributed.init()
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True  # shapes never change
         run = set_up(args, folder, device)
         if run is None:
             return print("settings are sound") if rank == 0 else None

@@ -33,13 +33,18 @@ def test_files_of_models_import_alone(tmp_path):
     for path in PAPER:
         (tmp_path / path.stem).mkdir()
         shutil.copy(path, tmp_path / path.stem)
-    code = ("import importlib, sys\n"
-            "for name in sys.argv[2:]:\n"
+    code = ("import sys\n"
+            "for name, line in zip(sys.argv[2::2], sys.argv[3::2]):\n"
             "    sys.path.insert(0, f'{sys.argv[1]}/{name}')\n"
-            "    importlib.import_module(name)\n"
+            "    __import__(name, fromlist=line.split(' import ')[1].split(', ') if line else [])\n"
+            "    if line:\n"
+            "        assert all(hasattr(sys.modules[name], n) for n in line.split(' import ')[1].split(', '))\n"
             "    sys.path.pop(0)\n")
-    names = [path.stem for path in PAPER]
-    subprocess.run([sys.executable, "-I", "-c", code, str(tmp_path), *names], check=True, cwd=tmp_path)
+    section = (ROOT / "README.md").read_text().split("## Copying a part")[1].split("```")[1]
+    lines = {line.split()[1]: line.split("  ")[0] for line in section.splitlines() if line.startswith("from ")}
+    assert len(lines) == 3
+    arguments = [word for path in PAPER for word in (path.stem, lines.get(path.stem, ""))]
+    subprocess.run([sys.executable, "-I", "-c", code, str(tmp_path), *arguments], check=True, cwd=tmp_path)
 
 
 @pytest.mark.parametrize("path", [*RUNTIME, *(ROOT / f"{s}.py" for s in SCRIPTS)], ids=lambda p: p.name)

@@ -220,7 +220,7 @@ def test_resume_passes_over_a_broken_checkpoint(tmp_path, capsys):
 
 def test_run_folder_and_checkpoint_layout(tmp_path):
     folder = run(tmp_path, "--max-train-steps", "2", "--sampling-steps", "2")
-    assert sorted(p.name for p in folder.iterdir()) == ["args.json", "checkpoints", "log.txt", "metrics.jsonl",
+    assert sorted(p.name for p in folder.iterdir()) == [".lock", "args.json", "checkpoints", "log.txt", "metrics.jsonl",
                                                         "reconstructions", "samples"]
     for kind in ("samples", "reconstructions"):
         with Image.open(folder / kind / "0000002.png") as image:
@@ -398,7 +398,7 @@ def corrupt(photos):
     (["--encoder", "tf_efficientnet_lite0", "--encoder-ckpt", "{tmp}/none.safetensors"], "none.safetensors"),
     (["--encoder-depth", "7"], "encoder depth 7"),
     (["--vae-ckpt", "{tmp}/nothing.pt"], "nothing.pt"),
-    (["--vae-ckpt", "{tmp}/other.pt"], "another architecture"),
+    (["--vae-ckpt", "{tmp}/other.pt"], "not the weights of a VAE"),
     (["--latents-stats", "{tmp}/other.pt"], "latents_scale"),
     (["--resume", "{tmp}/none.pt"], "none.pt"),
     (["--resume", "{tmp}/other.pt"], "other.pt"),
