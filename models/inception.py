@@ -23,7 +23,7 @@ POOL_DIM, SPATIAL_DIM, CLASSES = 2048, 17 * 17 * 7, 1008
 def resize_tf1(images, size=SIDE):
     """Bilinear resize as TensorFlow 1 does it: corners not aligned, no half-pixel centres, no antialiasing.
 
-    images: [N, H, W, C], uint8 or float. Returns float32 [N, size, size, C] in the same value range, bit for bit
+    images [N, H, W, C], uint8 or float. Returns float32 [N, size, size, C] in the same value range, bit for bit
     equal to TensorFlow's CPU kernel. Shrinking by more than two skips pixels, as it does there.
     """
     x = images.float()
@@ -36,6 +36,20 @@ def resize_tf1(images, size=SIDE):
         a, b = x.index_select(axis, low.to(x.device)), x.index_select(axis, high.to(x.device))
         x = b.sub_(a).mul_(t).add_(a)      # a + (b - a) t, each operation rounded to float32
     return x
+
+
+def check_images(images):
+    """Raise a one-line ValueError for a tensor that is not [N, H, W, 3] in 0..255, such as NCHW or floats in [0, 1]."""
+    if images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
+        nchw = images.ndim == 4 and images.shape[1] == 3
+        hint = "; it looks like NCHW, which .permute(0, 2, 3, 1) turns" if nchw else ""
+        raise ValueError(f"images are [N, H, W, 3], not {list(images.shape)}{hint}")
+    if images.is_floating_point():
+        low, high = (x.item() for x in images.aminmax())
+        if not (low >= 0 and high <= 255):      # true for NaN too
+            raise ValueError(f"images are in 0..255, and these reach from {low:g} to {high:g}")
+        if 0 < high <= 1:
+            raise ValueError("images are in 0..255, and these look like floats in [0, 1]; multiply them by 255")
 
 
 class BatchNorm(nn.Module):
@@ -160,7 +174,7 @@ class InceptionE(nn.Module):
 class FIDInception(nn.Module):
     """images [N, H, W, 3] in 0..255 (uint8 or float) -> (pool [N, 2048], spatial [N, 2023]), float32.
 
-    spatial: the first 7 channels of Mixed_6d's 1x1 branch after ReLU, 17x17, flattened as (row, column, channel).
+    Other layouts and ranges are a ValueError; no gradient. spatial: the first 7 channels of Mixed_6d's 1x1 branch after ReLU, 17x17, flattened as (row, column, channel).
     """
 
     def __init__(self):
@@ -179,7 +193,9 @@ class FIDInception(nn.Module):
         self.to(memory_format=torch.channels_last)
         self.requires_grad_(False).eval()
 
+    @torch.no_grad()
     def forward(self, images):
+        check_images(images)
         x = resize_tf1(images).sub_(128).mul_(0.0078125)
         x = x.permute(0, 3, 1, 2)      # NCHW shape over NHWC memory: channels_last, what the convolutions like best
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))

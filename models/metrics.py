@@ -180,7 +180,7 @@ def covariance_root(sigma):
     # Cholesky with pivoting, P' sigma P = l l': it stops at the numerical rank: zero eigenvalues add no noise
     factor, order, rank, _ = scipy.linalg.lapack.dpstrf(np.asarray(sigma, np.float64), lower=1)
     root = np.empty((len(sigma), rank))
-    root[order - 1] = np.tril(factor)[:, :rank]
+    root[order - 1] = np.tril(factor[:, :rank])
     diagonal = np.diag(sigma)
     if np.abs(diagonal - np.square(root).sum(1)).max() > COVARIANCE_TOLERANCE * np.abs(diagonal).max():
         raise ValueError("a sigma is no covariance: it is not positive semi-definite")

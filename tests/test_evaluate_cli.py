@@ -346,16 +346,20 @@ def test_frechet_distance_on_an_encoder_has_its_own_name(tmp_path, weights):
     assert result["fd_vit_tiny_patch16_224"] > 0 and "fdd" not in result
 
 
-def test_two_processes_give_the_figures_of_one(tmp_path):
+def test_two_processes_give_the_figures_of_one(tmp_path, monkeypatch):
     np.savez(tmp_path / "r.npz", pictures(45))
     np.savez(tmp_path / "s.npz", pictures(23, 1))     # 5 batches: the second process is left without one at the end
-    args = ["--features", "hog", "--batch-size", 5, tmp_path / "r.npz", tmp_path / "s.npz"]
+    args = ["--features", "hog", "--batch-size", 5, "--cache", tmp_path / "cache", tmp_path / "r.npz", tmp_path / "s.npz"]
     one = figures(tmp_path, *args)
+    for piece in (tmp_path / "cache").glob("*/*-00000045.npz"):        # of the reference, which both make again together
+        piece.unlink()
     processes.run_two("evaluate_fid", [*args, "--json", tmp_path / "two.json"], tmp_path / "log")
     two = json.loads((tmp_path / "two.json").read_text())
     assert two["fd_hog"] == pytest.approx(one["fd_hog"], rel=1e-9)  # threads of the two runs may differ
     assert two["ref"]["sha256"] == one["ref"]["sha256"]
     assert (tmp_path / "log").read_text().count("FD-hog") == 1
+    monkeypatch.setattr(evaluate_fid, "hog_features", lambda *a: lambda images: pytest.fail("it is all in the cache"))
+    assert figures(tmp_path, *args)["fd_hog"] == pytest.approx(one["fd_hog"], rel=1e-9)
 
 
 # ---------------------------------------------------------------- bad input: one line, exit code 2
