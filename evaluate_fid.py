@@ -1,218 +1,316 @@
-"""Inception Score, FID, sFID, precision and recall, exactly as the ADM evaluation suite computes them (no TensorFlow).
+"""Inception Score, FID, sFID, precision and recall, exactly as the ADM evaluation suite computes them.
 
-    python evaluate_fid.py ref.npz samples.npz                         # prints the five numbers
-    python evaluate_fid.py --json out.json ref.npz samples/            # .npz, folder or .zip on either side
-    python evaluate_fid.py --save-ref ref.npz images/                  # make a reference once, use it for ever
-    torchrun --nproc-per-node 8 evaluate_fid.py ref.npz samples.npz    # features on 8 GPUs
-    python evaluate_fid.py --metrics kid,fdd ref.npz samples.npz       # further metrics, each under its own name
+    python evaluate_fid.py ref.npz samples.npz                       # prints the five numbers, no TensorFlow
+    python evaluate_fid.py --json out.json ref.npz samples/          # .npz, folder or .zip on either side
+    python evaluate_fid.py --save-ref ref.npz images/                # make a reference once, use it for ever
+    torchrun --nproc-per-node 8 evaluate_fid.py ref.npz samples.npz  # features on 8 GPUs
+    python evaluate_fid.py --metrics kid,fid_infinity --cache features ref.npz samples.npz
 
-In a .npz, `arr_0` holds the images, uint8 [N, H, W, 3]. Where a file also holds mu, sigma, mu_s, sigma_s, these give
-FID and sFID; Inception Score, precision and recall always come from the images. As a library:
+In a .npz, arr_0 holds the images, uint8 [N, H, W, 3]. Where a file also holds mu, sigma, mu_s, sigma_s, these
+give FID and sFID; Inception Score, precision and recall always come from the images. A reference may be
+statistics alone: mu and sigma (as pytorch-fid writes them) give FID, mu_s and sigma_s give sFID.
 
-    from evaluate_fid import feature_statistics, frechet_distance, inception_score, kernel_distance, precision_recall
+With --cache a stopped run goes on where it was. As a library:
 
-The formulas are in models/metrics.py, the network and its preprocessing in models/inception.py,
-the reading of files in models/image_sets.py.
+    from evaluate_fid import feature_statistics, frechet_distance, inception_score, precision_recall
+
+The formulas are in models/metrics.py, the network and its preprocessing in models/inception.py, the work on
+files and processes in models/runtime/features.py.
 """
-import argparse
-import hashlib
-import json
-import os
-import sys
-import zipfile
+from models.runtime import cli
 
-import numpy as np
-import torch
-
-from models.inception import POOL_DIM
-from models.metrics import (feature_statistics, frechet_distance, inception_score, kernel_distance,  # noqa: F401
-                            precision_recall)
-from models.runtime import distributed, files
-from models.runtime.features import (encoder_features, extract, fitting_batch_size, hog_features, inception_features,
-                                     load_inception, load_reference, progress_line, score, score_samples)  # noqa: F401
-from models.runtime.images import MINIMUM, STATISTICS, InputError, evenly_spaced, input_digest, open_input
-
-FDD_ENCODERS = ("dinov2-vit-l", "vit_large_patch14_dinov2.lvd142m")    # what a figure called fdd may come from
-PROTOCOL = 50_000    # samples behind published figures
+METRICS = ("kid", "fdd", "cmmd", "fid_infinity", "fid_per_class")     # beside the five, under their own names
 
 
-# ---------------------------------------------------------------- the command line
-
-LABELS = {"inception_score": "Inception Score", "fid": "FID", "sfid": "sFID", "precision": "Precision",
-          "recall": "Recall", "kid": "KID", "fdd": "FDD", "fd_hog": "FD-hog"}
-
+# ---------------------------------------------------------------- flags
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("ref", help="reference: .npz with arr_0 [, mu, sigma, mu_s, sigma_s], folder or .zip of images")
+    parser, flag = cli.make_parser(__doc__), cli.flag
+    parser.add_argument("ref", help="reference: .npz with arr_0 or statistics, folder or .zip of images")
     parser.add_argument("samples", nargs="?", help="samples, likewise (none with --save-ref)")
-    parser.add_argument("--save-ref", metavar="OUT.npz", help="write a reference file made from the one input and stop")
-    parser.add_argument("--save-ref-images", type=int, default=10_000, metavar="N",
-                        help="images kept in it (evenly spaced) for precision and recall; its statistics are of all")
-    parser.add_argument("--exact", action="store_true",
-                        help="precision and recall in float32 instead of the suite's float16, IS in float64")
-    parser.add_argument("--features", choices=("inception", "hog"), default="inception",
-                        help="hog: a Frechet distance on gradient histograms (FD-hog) alone, which needs no weights")
-    parser.add_argument("--metrics", default="", help="further metrics, comma-separated: kid, fdd")
-    parser.add_argument("--encoder", default="dinov2-vit-l", help="encoder of fdd; another one is reported as fd_NAME")
-    parser.add_argument("--encoder-ckpt", metavar="PATH", help="its weights on disk")
-    parser.add_argument("--inception-weights", metavar="PATH",
-                        help="pt_inception-2015-12-05-6726825d.pth; without it, downloaded once")
-    parser.add_argument("--resolution", type=int, help="crop the images of folders and .zips to this size as ADM does")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N images of each input, for a look")
-    parser.add_argument("--batch-size", type=int, help="images per process at a time (default: what fits)")
-    parser.add_argument("--json", metavar="PATH", help="write figures, counts, input digests and settings there")
-    parser.add_argument("--cache", metavar="FOLDER", help="keep features there, keyed by content, and reuse them")
+    inputs, arithmetic, more, weights, output = (parser.add_argument_group(name) for name in (
+        "inputs", "arithmetic", "further metrics", "weights", "output and speed"))
+    flag(inputs, "--resolution", None, "crop the images of folders and .zips to this size as ADM does",
+         type=int, above=0)
+    flag(inputs, "--limit", None, "only the first N images of each input, for a look", type=int, least=4,
+         metavar="N")
+
+    flag(arithmetic, "--exact", False, "both of the following")
+    flag(arithmetic, "--exact-is", False, "Inception Score in float64: a number where the suite prints nan")
+    flag(arithmetic, "--exact-pr", False, "precision and recall in float32 instead of the suite's float16")
+    flag(arithmetic, "--features", "inception", "hog: a Frechet distance on gradient histograms (FD-hog) "
+         "alone, which needs no weights", choices=["inception", "hog"])
+
+    flag(more, "--metrics", "", f"comma-separated: {', '.join(METRICS)}")
+    flag(more, "--kid-subsets", 100, "pairs of subsets behind KID", above=0, most=10**6)
+    flag(more, "--kid-subset-size", 1000, "images in each; smaller sets are used whole", least=2, most=10**5)
+    flag(more, "--seed", 2020, "of KID's subsets and FID-infinity's halves", most=2**32 - 1)
+    flag(more, "--encoder", "dinov2-vit-l", "encoder of fdd; another one is reported as fd_NAME")
+
+    flag(weights, "--inception-weights", None, "pt_inception-2015-12-05-6726825d.pth; without it a copy in "
+         "torch hub's folder is used, or downloaded once", metavar="PATH")
+    flag(weights, "--encoder-ckpt", None, "weights of --encoder on disk", metavar="PATH")
+    flag(weights, "--clip-ckpt", None, "timm's weights of CLIP ViT-L/14 at 336 px on disk, for cmmd",
+         metavar="PATH")
+
+    flag(output, "--json", None, "figures, and what proves them: digests, counts, versions", metavar="PATH")
+    flag(output, "--save-ref", None, "write a reference made from the one input and stop", metavar="OUT.npz")
+    flag(output, "--save-ref-images", 10_000, "images kept in it (evenly spaced) for precision and recall; "
+         "its statistics are of all", least=4, metavar="N")
+    flag(output, "--cache", None, "keep features there, 16 KB per image, by content; a run that was stopped "
+         "goes on from them", metavar="FOLDER")
+    flag(output, "--batch-size", None, "images per process at a time (default: what fits)", type=int, above=0)
     args = parser.parse_args(argv)
     args.metrics = [name for name in args.metrics.split(",") if name]
+    args.exact_is, args.exact_pr = args.exact_is or args.exact, args.exact_pr or args.exact
     return args
 
 
+if __name__ == "__main__":
+    parse_args()    # before torch is imported, which takes seconds: --help and a mistyped flag answer at once
+
+import hashlib
+import json
+import os
+import platform
+import sys
+
+import numpy as np
+import scipy
+import timm
+import torch
+
+from models.inception import POOL_DIM, WEIGHTS_SHA256
+from models.metrics import (check_covariance, feature_statistics, frechet_distance,  # noqa: F401
+                            inception_score, kernel_distance, precision_recall)
+from models.runtime import distributed, files
+from models.runtime.features import (CLIP, cached_features, clip_features, encoder_features,  # noqa: F401
+                                     extract, fitting_batch_size, hog_features, inception_features,
+                                     load_inception, load_reference, progress_line, score, score_samples,
+                                     stopped_in_one_line)
+from models.runtime.images import STATISTICS, evenly_spaced, input_digest, open_input, write_npz
+
+# What a figure called fdd may come from.
+FDD_ENCODERS = ("dinov2-vit-l", "vit_large_patch14_dinov2.lvd142m")
+PROTOCOL = 50_000    # samples behind published figures
+LABELS = {"inception_score": "Inception Score", "fid": "FID", "sfid": "sFID", "precision": "Precision",
+          "recall": "Recall", "f_score": "F-score", "kid": "KID", "kid_std": "KID, spread of its subsets",
+          "inception_score_std": "Inception Score, spread of its splits", "fid_infinity": "FID-infinity",
+          "fid_error": "FID, standard error", "cmmd": "CMMD", "fdd": "FDD", "fd_hog": "FD-hog"}
+# The files behind a figure.
+CODE = ("evaluate_fid.py", "models/metrics.py", "models/inception.py", "models/encoders.py",
+        "models/runtime/features.py", "models/runtime/images.py", "models/runtime/data.py")
+
+
+# ---------------------------------------------------------------- what can be wrong, before any work
+
 def check_args(args):
-    """Raise a one-line ValueError for settings that contradict each other."""
-    if unknown := set(args.metrics) - {"kid", "fdd"}:
-        raise ValueError(f"--metrics {','.join(sorted(unknown))}: unknown, known are kid and fdd")
+    """Raise a one-line error for settings that contradict each other and for outputs that cannot be
+    written.
+    """
+    if unknown := set(args.metrics) - set(METRICS):
+        raise ValueError(f"--metrics {','.join(sorted(unknown))}: unknown, known are {', '.join(METRICS)}")
     if bool(args.save_ref) == bool(args.samples):
         raise ValueError("give a reference and samples, or --save-ref OUT.npz and one input")
     if args.features == "hog" and (args.metrics or args.save_ref):
         raise ValueError("--features hog gives FD-hog alone; drop --metrics and --save-ref")
-    for name, least in (("limit", MINIMUM), ("batch_size", 1), ("resolution", 1), ("save_ref_images", MINIMUM)):
-        if (value := getattr(args, name)) is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-    for path in filter(None, (args.json, args.save_ref)):
-        if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-            raise FileNotFoundError(f"{path}: its folder does not exist; make it first")
+    if args.save_ref and args.metrics:
+        raise ValueError("--metrics belongs to a comparison; drop it with --save-ref")
+    if args.save_ref and not args.save_ref.endswith(".npz"):
+        raise ValueError(f"--save-ref {args.save_ref}: must end in .npz")
+    if args.save_ref and args.json:
+        raise ValueError("--json belongs to a comparison; drop it with --save-ref")
+    read = (args.ref, args.samples, args.inception_weights, args.encoder_ckpt, args.clip_ckpt)
+    for path in (args.json, args.save_ref, args.cache and os.path.join(args.cache, "piece")):
+        if path:
+            files.check_writable(path, [p for p in read if p])
+
+
+def check_inputs(args, inputs):
+    """Raise a one-line error for inputs that do not allow what is asked for; sets images.used and
+    images.labels.
+    """
+    for images in inputs:
+        images.used = min(images.count, args.limit or images.count)
+        for name in ("sigma", "sigma_s"):
+            if name in images.statistics and args.features == "inception":
+                check_covariance(images.statistics[name], f"{images.path}: {name}")
+        if not images.count and (args.features == "hog" or args.save_ref):
+            raise ValueError(f"{images.path}: has statistics but no images (arr_0), which this needs")
+        if "fid_per_class" in args.metrics:
+            labels = images.array("arr_1")
+            if labels is None or labels.shape != (images.count,) or labels.dtype.kind not in "iu":
+                raise ValueError(f"{images.path}: fid_per_class needs a .npz with a label per image (arr_1)")
+            images.labels = labels[:images.used]
+    if args.save_ref and inputs[0].statistics:
+        raise ValueError(f"{args.ref}: is a reference with statistics already")
+    if args.features == "hog" and len({images.size for images in inputs} | {inputs[0].size[::-1]}) > 1:
+        raise ValueError("--features hog needs square images of one size in both inputs; pass --resolution")
 
 
 def load_networks(args, inputs, device):
-    """-> (Inception network or None, list of feature functions, text that identifies them in the cache)."""
+    """-> (Inception network or None, list of feature functions, {network: what its weights are})."""
     if args.features == "hog":
-        if len({images.size for images in inputs}) > 1 or inputs[0].size[0] != inputs[0].size[1]:
-            raise ValueError("--features hog needs square images of one size in both inputs; pass --resolution")
-        return None, [hog_features(inputs[0].size[0], device)], f"hog {inputs[0].size}"
+        return None, [hog_features(inputs[0].size[0], device)], {"hog": {"size": list(inputs[0].size)}}
     net = load_inception(args.inception_weights, device)
-    networks = [inception_features(net)]
-    identity = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in net.state_dict().values())).hexdigest()
+    networks, about = [inception_features(net)], {"inception": {"path": net.path}}
     if "fdd" in args.metrics:
         networks.append(encoder_features(args.encoder, args.encoder_ckpt, device))
-        identity += f" {args.encoder} {files.sha256(args.encoder_ckpt) if args.encoder_ckpt else ''}"
-    return net, networks, identity
+        about["fdd"] = {"name": args.encoder, "path": args.encoder_ckpt}
+    if "cmmd" in args.metrics:
+        networks.append(clip_features(args.clip_ckpt, device))
+        about["cmmd"] = {"name": CLIP, "path": args.clip_ckpt}
+    for weights in about.values():
+        if weights["path"]:
+            weights["sha256"] = files.sha256(weights["path"])
+    return net, networks, about
 
 
-def features_of(images, args, networks, identity, device):
-    """Features of one input, from the cache or by running the networks, stored statistics on top (in process 0)."""
-    total = min(images.count, args.limit or images.count)
-    found, path = None, None
-    if args.cache and distributed.is_main():
-        wanted = [bool(images.statistics), bool(args.save_ref)]
-        key = json.dumps([images.digest, total, images.size, identity, torch.__version__, wanted]).encode()
-        path = os.path.join(args.cache, hashlib.sha256(key).hexdigest()[:32] + ".npz")
-        if os.path.exists(path):
-            with np.load(path, allow_pickle=False) as file:
-                found = {name: file[name] for name in file.files}
-    hit = distributed.all_reduce_sum(torch.tensor(float(found is not None), device=device))
-    if not hit:
-        batches = images.read(args.batch_size, distributed.rank(), distributed.world_size(), range(total))
-        skip = ("", "_s") if images.statistics else ()
-        found = extract(batches, networks, device, not args.save_ref, skip, progress_line(images.path, total))
-        if path:
-            with files.replace(path) as temporary, open(temporary, "wb") as file:
-                np.savez(file, **found)
-    return (found or {}) | images.statistics
+# ---------------------------------------------------------------- the work
+
+def save_reference(path, images, statistics, count):
+    """Write arr_0 (`count` images, evenly spaced), mu, sigma, mu_s, sigma_s: the layout of the suite's
+    references.
+
+    `protocol` says of how many images the statistics are; arr_1, where the input has it, keeps their labels.
+    """
+    chosen, labels = evenly_spaced(images.used, count), images.array("arr_1")
+    more = {name: statistics[name] for name in STATISTICS}
+    if labels is not None and labels.shape == (images.count,):
+        more["arr_1"] = labels[chosen]
+    protocol = {"reference": os.path.basename(images.path), "statistics_of": images.used}
+    more["protocol"] = np.array(json.dumps(protocol))
+    write_npz(path, images.read(256, rows=chosen), (len(chosen), *images.size, 3), **more)
+    print(f"{path}: statistics of {images.used:,} images, {len(chosen):,} kept for precision and recall")
 
 
-def save_reference(path, images, statistics, count, limit=None):
-    """Write arr_0 (`count` images, evenly spaced), mu, sigma, mu_s, sigma_s: the layout of the suite's references."""
-    total = min(images.count, limit or images.count)
-    chosen = evenly_spaced(total, count)
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(chosen), *images.size, 3)}
-    with files.replace(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for start, batch in zip(range(0, total, 256), images.read(256, rows=range(total))):
-                file.write(batch[chosen[(chosen >= start) & (chosen < start + 256)] - start].tobytes())
-        for key in STATISTICS:
-            with archive.open(f"{key}.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array(file, statistics[key], allow_pickle=False)
-    print(f"{path}: statistics of {total:,} images, {len(chosen):,} of them kept for precision and recall")
-
-
-def remarks(args, ref, samples, result):
+def remarks(args, ref, samples, result, about):
     """What a reader of the figures must know, one line each."""
-    counts = [min(images.count, args.limit or images.count) for images in (ref, samples)]
-    lines = [f"{images.path}: {images.converted:,} grey, palette or transparent images were converted to RGB"
-             for images in (ref, samples) if images.converted]
-    if ref.size != samples.size:
-        lines.append("sizes differ: {}x{} in the reference, {}x{} in the samples".format(*ref.size, *samples.size))
-    lines += [f"FID and sFID use the statistics stored in {images.path}" for images in (ref, samples)
-              if images.statistics and "fid" in result]
-    few = [f"{n:,} {name}" for n, name, images in zip(counts, ("reference images", "samples"), (ref, samples))
-           if n < PROTOCOL and (not images.statistics or "fid" not in result)]
+    lines, both = [], (ref, samples)
+    for images in both:
+        if images.converted:
+            lines.append(f"{images.path}: {images.converted:,} grey, palette or transparent images were "
+                         "converted to RGB")
+        if images.statistics and "fid" in result:
+            of = (images.protocol or {}).get("statistics_of")
+            which = "FID and sFID use" if "mu_s" in images.statistics else "FID uses"
+            lines.append(f"{which} the statistics stored in {images.path}"
+                         + (f" (of {of:,} images)" if isinstance(of, int) else "")
+                         + (f", precision and recall its {images.used:,} images" if images.used else
+                            ", which has no images: precision, recall and the like are left out"))
+        if images.statistics and "mu_s" not in images.statistics:
+            lines.append(f"{images.path}: no mu_s, so no sFID. If pytorch-fid made it: it resizes with half-"
+                         "pixel centres and scales to [-1, 1], unlike the suite, so FID is off by about 1 %")
+    if ref.count and samples.count and ref.size != samples.size:
+        (a, b), (c, d) = ref.size, samples.size
+        lines.append(f"sizes differ: {a}x{b} in the reference, {c}x{d} in the samples")
+    few = [(images.used, name) for name, images in (("reference images", ref), ("samples", samples))
+           if 0 < images.used < PROTOCOL and not (images.statistics and "fid" in result)]
     if few:
-        lines.append(f"{' and '.join(few)}: FID is biased upwards by few images, compare only at equal numbers"
-                     + (f"; below {POOL_DIM + 1:,} the covariance is singular" if min(counts) <= POOL_DIM else ""))
-    if args.exact:
-        lines.append("--exact: precision and recall in float32, Inception Score in float64, not the suite's arithmetic")
+        counts = " and ".join(f"{n:,} {name}" for n, name in few)
+        singular = f"; below {POOL_DIM + 1:,} the covariance is singular" if min(few)[0] <= POOL_DIM else ""
+        lines.append(f"{counts}: FID is biased upwards by few images, compare only at equal numbers"
+                     + singular)
+    if args.exact_pr and "precision" in result:
+        lines.append("--exact-pr: precision and recall in float32, not the suite's arithmetic")
+    if args.exact_is and "inception_score" in result:
+        lines.append("--exact-is: Inception Score in float64, not the suite's arithmetic")
     if np.isnan(result.get("inception_score", 0)):
-        lines.append("Inception Score nan, as in the suite: a probability underflows; --exact gives a number")
+        lines.append("Inception Score nan, as in the suite: a probability underflows; see --exact-is")
+    if "kid" in result and min(ref.used, samples.used) < args.kid_subset_size:
+        lines.append(f"KID: a set is smaller than --kid-subset-size {args.kid_subset_size:,} and used whole")
+    if "inception" in about and not about["inception"]["sha256"].startswith(WEIGHTS_SHA256):
+        lines.append(f"{about['inception']['path']}: not the FID Inception (its sha256 does not begin with "
+                     f"{WEIGHTS_SHA256}); no figure here compares with a published one")
     return lines
 
 
-def report(args, ref, samples, result):
+def report(args, ref, samples, result, about, device):
     """Print the figures, the suite's five first, and write --json."""
-    notes = remarks(args, ref, samples, result)
+    notes = remarks(args, ref, samples, result, about)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
+    per_class = result.pop("fid_per_class", None)
     for name in sorted(result, key=[*LABELS, *result].index):
         print(f"{LABELS.get(name, name)}: {result[name]}")
+    if per_class:
+        worst, best = max(per_class, key=per_class.get), min(per_class, key=per_class.get)
+        mean = np.mean(list(per_class.values()))
+        print(f"FID per class: {mean}, the mean of {len(per_class)}, from {per_class[best]:.6g} "
+              f"(class {best}) to {per_class[worst]:.6g} (class {worst})")
     if args.json:
-        about = {which: {"path": images.path, "images": images.count, "size": list(images.size),
-                         "sha256": images.digest, "converted": images.converted, "protocol": images.protocol,
-                         "statistics": "stored" if images.statistics else "computed"}
-                 for which, images in (("ref", ref), ("samples", samples))}
-        figures = {name: None if np.isnan(value) else value for name, value in result.items()}
-        with files.replace(args.json) as temporary, open(temporary, "w") as file:
-            json.dump({**figures, **about, "settings": vars(args), "notes": notes}, file, indent=1)
+        figures = {name: value if np.isfinite(value) else None for name, value in result.items()}
+        figures |= {"fid_per_class": per_class} if per_class else {}
+        files.save_json({**figures, **proof(args, ref, samples, about, device), "notes": notes}, args.json)
 
 
-def prepare(args):
-    """Everything that can be wrong with settings, inputs and weights: raises ValueError or OSError before long work."""
-    check_args(args)
+def proof(args, ref, samples, about, device):
+    """What one must know to trust or repeat the figures: inputs, weights, settings, versions, precision,
+    seeds.
+    """
+    inputs = {which: {"path": images.path, "images": images.count, "used": images.used,
+                      "size": list(images.size), "sha256": images.digest, "converted": images.converted,
+                      "protocol": images.protocol,
+                      "statistics": "stored" if images.statistics else "computed"}
+              for which, images in (("ref", ref), ("samples", samples))}
+    code = hashlib.sha256()
+    for name in CODE:
+        with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), name), "rb") as file:
+            code.update(file.read())
+    return inputs | {
+        "weights": about, "settings": vars(args), "processes": distributed.world_size(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "versions": {"code_sha256": code.hexdigest(), "python": platform.python_version(),
+                     "torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__,
+                     "timm": timm.__version__},
+        "arithmetic": {"features": "float32, TF32 off", "statistics": "mean float32, covariance float64",
+                      "inception_score": "float64" if args.exact_is else "float32",
+                      "precision_recall": "float32" if args.exact_pr else "float16, float32 on overflow"},
+        "seeds": {"kid": args.seed, "fid_infinity": args.seed}}
+
+
+def run(args):
+    """The whole program after the flags; raises ValueError or OSError with one line for what a user can
+    mend.
+    """
     _, _, device = distributed.init()
+    check_args(args)
     inputs = [open_input(path, args.resolution) for path in (args.ref, args.samples) if path]
-    if args.save_ref and inputs[0].statistics:
-        raise ValueError(f"{args.ref}: is a reference with statistics already")
-    net, networks, identity = load_networks(args, inputs, device)
+    check_inputs(args, inputs)
+    net, networks, about = load_networks(args, inputs, device)
     for images in inputs:
         images.digest = input_digest(images) if (args.json or args.cache) and distributed.is_main() else None
     args.batch_size = args.batch_size or fitting_batch_size(device)
-    return device, inputs, net, networks, identity
+
+    weights = {name: network.get("sha256", network) for name, network in about.items()}
+    found = []
+    for images in inputs:
+        key = json.dumps([images.digest, images.size, weights, torch.__version__])
+        folder = args.cache and os.path.join(args.cache, hashlib.sha256(key.encode()).hexdigest()[:32])
+        found.append(cached_features(images, networks, device, args.batch_size, not args.save_ref, folder))
+    if distributed.is_main() and args.save_ref:
+        save_reference(args.save_ref, inputs[0], found[0], args.save_ref_images)
+    elif distributed.is_main():
+        ref, samples = inputs
+        labels = (samples.labels, ref.labels) if "fid_per_class" in args.metrics else None
+        result = score(found[1], found[0], net, args.exact_is, args.exact_pr, args.metrics,
+                       (args.kid_subsets, args.kid_subset_size), args.seed, device, labels,
+                       lambda name: progress_line(name, unit=None))
+        if "fdd" in result and args.encoder not in FDD_ENCODERS:
+            result[f"fd_{args.encoder}"] = result.pop("fdd")
+        report(args, ref, samples, result, about, device)
+    distributed.shut_down()
 
 
 def main(argv=None):
     args = parse_args(argv)
+    remedy = (f"the same command goes on from the features in {args.cache}" if args.cache else
+              "with --cache FOLDER a run can go on where it was stopped")
     try:
-        device, inputs, net, networks, identity = prepare(args)
+        with stopped_in_one_line(remedy):
+            run(args)
     except (ValueError, OSError) as error:
-        sys.exit(fail(error))
-    try:
-        found = [features_of(images, args, networks, identity, device) for images in inputs]
-        if distributed.is_main() and args.save_ref:
-            save_reference(args.save_ref, inputs[0], found[0], args.save_ref_images, args.limit)
-    except InputError as error:
-        sys.exit(fail(error))
-    if distributed.is_main() and not args.save_ref:
-        result = score(found[1], found[0], net, args.exact, "kid" in args.metrics, device)
-        if "fdd" in result and args.encoder not in FDD_ENCODERS:
-            result[f"fd_{args.encoder}"] = result.pop("fdd")
-        report(args, *inputs, result)
-    distributed.shut_down()
-
-
-def fail(error):
-    """Print one line on stderr; returns the exit code."""
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+        cli.fail(error)
 
 
 if __name__ == "__main__":

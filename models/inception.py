@@ -4,10 +4,10 @@
     pool, spatial = net(images)              # images [N, H, W, 3] uint8, any H and W
     logits = net.logits(pool)                # bias-free, for the Inception Score
 
-Architecture after Szegedy et al. 2015 (arXiv 1512.00567) as frozen in TensorFlow's 2015-12-05 graph, which differs from
-torchvision's inception_v3: average pools do not count their padding and the last block pools with a maximum. Names
-equal those of the PyTorch weight file (472 entries), so that it loads with strict=True. Needs only torch;
-inference only.
+Architecture after Szegedy et al. 2015 (arXiv 1512.00567) as frozen in TensorFlow's 2015-12-05 graph, which
+differs from torchvision's inception_v3: average pools do not count their padding and the last block pools
+with a maximum. Names equal those of the PyTorch weight file (472 entries), so that it loads with strict=True.
+Needs only torch; inference only.
 """
 import torch
 import torch.nn as nn
@@ -23,8 +23,8 @@ POOL_DIM, SPATIAL_DIM, CLASSES = 2048, 17 * 17 * 7, 1008
 def resize_tf1(images, size=SIDE):
     """Bilinear resize as TensorFlow 1 does it: corners not aligned, no half-pixel centres, no antialiasing.
 
-    images: [N, H, W, C], uint8 or float. Returns float32 [N, size, size, C] in the same value range, bit for bit
-    equal to TensorFlow's CPU kernel. Shrinking by more than two skips pixels, as it does there.
+    images [N, H, W, C], uint8 or float. Returns float32 [N, size, size, C] in the same value range, bit for
+    bit equal to TensorFlow's CPU kernel. Shrinking by more than two skips pixels, as it does there.
     """
     x = images.float()
     for axis in (2, 1):      # along x first, for both rows; then along y
@@ -38,6 +38,22 @@ def resize_tf1(images, size=SIDE):
     return x
 
 
+def check_images(images):
+    """Raise a one-line ValueError for a tensor that is not [N, H, W, 3] in 0..255, such as NCHW or floats in
+    [0, 1].
+    """
+    if images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
+        nchw = images.ndim == 4 and images.shape[1] == 3
+        hint = "; it looks like NCHW, which .permute(0, 2, 3, 1) turns" if nchw else ""
+        raise ValueError(f"images are [N, H, W, 3], not {list(images.shape)}{hint}")
+    if images.is_floating_point():
+        low, high = (x.item() for x in images.aminmax())
+        if not (low >= 0 and high <= 255):      # true for NaN too
+            raise ValueError(f"images are in 0..255, and these reach from {low:g} to {high:g}")
+        if 0 < high <= 1:
+            raise ValueError("images are in 0..255, and these look like floats in [0, 1]; multiply by 255")
+
+
 class BatchNorm(nn.Module):
     """The four inference-time entries of a batch norm (the weight file has no num_batches_tracked)."""
 
@@ -49,7 +65,9 @@ class BatchNorm(nn.Module):
 
 
 class Conv(nn.Module):
-    """Convolution, batch norm (eps 0.001) and ReLU; the batch norm is folded into the convolution when it runs."""
+    """Convolution, batch norm (eps 0.001) and ReLU; the batch norm is folded into the convolution when it
+    runs.
+    """
 
     def __init__(self, cin, cout, kernel, stride=1, padding=0):
         super().__init__()
@@ -57,7 +75,7 @@ class Conv(nn.Module):
         self.bn = BatchNorm(cout)
 
     def forward(self, x):
-        # y = (conv(x) - mean) * scale + bias with scale = weight / sqrt(var + eps): one convolution with a bias
+        # y = (conv(x) - mean) * scale + bias, scale = weight / sqrt(var + eps): one convolution with a bias
         scale = self.bn.weight * (self.bn.running_var + 0.001).rsqrt()
         weight = self.conv.weight * scale[:, None, None, None]
         bias = self.bn.bias - self.bn.running_mean * scale
@@ -137,7 +155,9 @@ class InceptionD(nn.Module):
 
 
 class InceptionE(nn.Module):
-    """Mixed_7b and 7c at 8x8; `pool` is the 3x3 pooling in front of branch_pool (average in 7b, maximum in 7c)."""
+    """Mixed_7b and 7c at 8x8; `pool` is the 3x3 pooling in front of branch_pool (average in 7b, maximum in
+    7c).
+    """
 
     def __init__(self, cin, pool):
         super().__init__()
@@ -160,7 +180,8 @@ class InceptionE(nn.Module):
 class FIDInception(nn.Module):
     """images [N, H, W, 3] in 0..255 (uint8 or float) -> (pool [N, 2048], spatial [N, 2023]), float32.
 
-    spatial: the first 7 channels of Mixed_6d's 1x1 branch after ReLU, 17x17, flattened as (row, column, channel).
+    Other layouts and ranges are a ValueError; no gradient. spatial: the first 7 channels of Mixed_6d's 1x1
+    branch after ReLU, 17x17, flattened as (row, column, channel).
     """
 
     def __init__(self):
@@ -168,7 +189,8 @@ class FIDInception(nn.Module):
         self.Conv2d_1a_3x3, self.Conv2d_2a_3x3 = Conv(3, 32, 3, stride=2), Conv(32, 32, 3)
         self.Conv2d_2b_3x3 = Conv(32, 64, 3, padding=1)
         self.Conv2d_3b_1x1, self.Conv2d_4a_3x3 = Conv(64, 80, 1), Conv(80, 192, 3)
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = InceptionA(192, 32), InceptionA(256, 64), InceptionA(288, 64)
+        self.Mixed_5b, self.Mixed_5c = InceptionA(192, 32), InceptionA(256, 64)
+        self.Mixed_5d = InceptionA(288, 64)
         self.Mixed_6a = InceptionB(288)
         self.Mixed_6b, self.Mixed_6c = InceptionC(128), InceptionC(160)
         self.Mixed_6d, self.Mixed_6e = InceptionC(160), InceptionC(192)
@@ -179,9 +201,11 @@ class FIDInception(nn.Module):
         self.to(memory_format=torch.channels_last)
         self.requires_grad_(False).eval()
 
+    @torch.no_grad()
     def forward(self, images):
+        check_images(images)
         x = resize_tf1(images).sub_(128).mul_(0.0078125)
-        x = x.permute(0, 3, 1, 2)      # NCHW shape over NHWC memory: channels_last, what the convolutions like best
+        x = x.permute(0, 3, 1, 2)      # NCHW shape over NHWC memory: channels_last, which convolutions like
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = F.max_pool2d(x, 3, 2)
         x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, 2)

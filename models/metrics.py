@@ -164,37 +164,43 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         raise ValueError(f"statistics of different features: {shapes}")
     if not all(np.isfinite(a).all() for a in (mu1, mu2, sigma1, sigma2)):
         raise ValueError("statistics with non-finite entries: do images or weights give NaN features?")
-    difference = mu1 - mu2
-    # Cholesky with pivoting, P' sigma1 P = l l': it stops at the numerical rank, so zero eigenvalues add no noise
-    factor, order, rank, _ = scipy.linalg.lapack.dpstrf(sigma1, lower=1)
-    root = np.empty((len(mu1), rank))
-    root[order - 1] = np.tril(factor)[:, :rank]
+    difference, root = mu1 - mu2, covariance_root(sigma1)
     inner = torch.linalg.eigvalsh(torch.from_numpy(root.T @ sigma2 @ root)).numpy()
-    # A negative eigenvalue shows as a diagonal that the root does not explain, or as one of the product.
-    unexplained = np.abs(np.diag(sigma1) - np.square(root).sum(1)).max()
-    if unexplained > COVARIANCE_TOLERANCE * np.abs(np.diag(sigma1)).max() or (
-            rank and inner[0] < -COVARIANCE_TOLERANCE * np.abs(inner).max()):
+    if len(inner) and inner[0] < -COVARIANCE_TOLERANCE * np.abs(inner).max():
         raise ValueError("a sigma is no covariance: it is not positive semi-definite")
     trace = np.trace(sigma1) + np.trace(sigma2) - 2 * np.sqrt(np.maximum(inner, 0)).sum()
     return float(difference @ difference + trace)
 
 
-COVARIANCE_TOLERANCE = 1e-5     # of the largest eigenvalue: what storing it in float32 may do, with room
+COVARIANCE_TOLERANCE = 1e-5     # of the matrix's size: what storing it in float32 may do, with room
+
+
+def covariance_root(sigma):
+    """r [D, rank] with r r' = sigma [D, D]; a one-line ValueError where a negative eigenvalue shows."""
+    # Cholesky with pivoting, P' sigma P = l l': it stops at the numerical rank: zero eigenvalues add no noise
+    factor, order, rank, _ = scipy.linalg.lapack.dpstrf(np.asarray(sigma, np.float64), lower=1)
+    root = np.empty((len(sigma), rank))
+    root[order - 1] = np.tril(factor[:, :rank])
+    diagonal = np.diag(sigma)
+    if np.abs(diagonal - np.square(root).sum(1)).max() > COVARIANCE_TOLERANCE * np.abs(diagonal).max():
+        raise ValueError("a sigma is no covariance: it is not positive semi-definite")
+    return root
 
 
 def check_covariance(sigma, what="sigma"):
-    """Raise a one-line ValueError unless sigma [D, D] is symmetric and positive semi-definite (0.7 s for D =
-    2048).
+    """Raise a one-line ValueError unless sigma [D, D] is symmetric and positive semi-definite.
 
     A matrix that is not gives any distance, also a large negative one.
     """
     sigma = np.asarray(sigma, np.float64)
-    size = np.abs(np.diag(sigma)).max()
-    if np.abs(sigma - sigma.T).max() > COVARIANCE_TOLERANCE * size:
+    allowed = COVARIANCE_TOLERANCE * np.linalg.norm(sigma)
+    if np.abs(sigma - sigma.T).max() > allowed:
         raise ValueError(f"{what}: no covariance, it is not symmetric")
-    values = torch.linalg.eigvalsh(torch.from_numpy(sigma))
-    if values[0] < -COVARIANCE_TOLERANCE * max(values[-1].item(), 0):
-        raise ValueError(f"{what}: no covariance, it has the negative eigenvalue {values[0].item():.3g}")
+    # A Cholesky factor exists if and only if all eigenvalues are positive, and costs a tenth of them.
+    if torch.linalg.cholesky_ex(torch.from_numpy(sigma + allowed * np.eye(len(sigma)))).info:
+        smallest = torch.linalg.eigvalsh(torch.from_numpy(sigma))[0].item()
+        if smallest < -allowed:
+            raise ValueError(f"{what}: no covariance, it has the negative eigenvalue {smallest:.3g}")
 
 
 def frechet_distance_of_features(samples, ref):
@@ -227,24 +233,25 @@ def frechet_infinity(samples, mu_ref, sigma_ref, splits=10, seed=2020, device="c
     bias is not b / N and the estimate is too low. The reference's statistics are taken as they are.
     """
     x = _rows(samples, least=4).to(device, torch.float64)
-    mu_ref = np.asarray(mu_ref, np.float64)
-    n, random = len(x), np.random.RandomState(seed)
-    mean = x.mean(0)
-    x = x - mean
-    scatter, size = x.T @ x, n // 2
+    # With r r' = sigma_ref only r' sigma r of a subset is needed: the covariance of x r.
+    projected = x @ torch.from_numpy(covariance_root(sigma_ref)).to(device)
+    mu_ref = torch.as_tensor(mu_ref, dtype=torch.float64, device=device)
+    trace_ref = float(np.trace(sigma_ref))
 
-    def distance(first, second, count):      # of a part, from its sum and scatter around the common mean
-        sigma = (second - torch.outer(first, first) / count) / (count - 1)
-        return frechet_distance((mean + first / count).cpu().numpy(), sigma.cpu().numpy(), mu_ref, sigma_ref)
+    def distance(rows):
+        part, y = x[rows], projected[rows]
+        mean, y = part.mean(0), y - y.mean(0)
+        traces = (part - mean).square().sum() / (len(y) - 1) + trace_ref
+        gram = y.T @ y if len(y) >= y.shape[1] else y @ y.T     # the same eigenvalues but for zeros
+        root = torch.linalg.eigvalsh(gram / (len(y) - 1)).clamp(min=0).sqrt().sum()
+        return ((mean - mu_ref).square().sum() + traces - 2 * root).item()
 
-    whole, halves = distance(torch.zeros_like(mean), scatter, n), []
+    n, random, halves = len(x), np.random.RandomState(seed), []
     for k in range(splits):
-        half = x[torch.from_numpy(random.permutation(n)).to(device)]
-        half, odd = half[:2 * size], half[2 * size:].T @ half[2 * size:]
-        first, second = half[:size].sum(0), half[:size].T @ half[:size]
-        # the other half's are what is left, without the last image where N is odd
-        halves += [distance(first, second, size), distance(half[size:].sum(0), scatter - second - odd, size)]
+        order = torch.from_numpy(random.permutation(n)).to(device)
+        halves += [distance(order[:n // 2]), distance(order[n // 2:2 * (n // 2)])]
         progress(k + 1, splits)
+    whole = distance(torch.arange(n, device=device))
     return 2 * whole - float(np.mean(halves)), float(np.std(halves, ddof=1))
 
 
@@ -351,7 +358,8 @@ def precision_recall(ref, samples, k=3, exact=False, block=(10000, 10000), devic
     """
     ref, samples = (_rows(x).to(device, torch.float32) for x in (ref, samples))
     if min(len(ref), len(samples)) <= k:
-        raise ValueError(f"precision and recall need more than {k} images per set: {len(ref)}, {len(samples)}")
+        counts = f"{len(ref)} and {len(samples)}"
+        raise ValueError(f"precision and recall need more than {k} images per set, not {counts}")
     done, total = 0, len(ref) ** 2 + len(samples) ** 2 + len(ref) * len(samples)
 
     def count(pairs):

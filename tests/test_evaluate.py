@@ -3,6 +3,7 @@ import functools
 import json
 import math
 import threading
+import types
 import zlib
 
 import numpy as np
@@ -14,7 +15,8 @@ from fill import fill_
 import evaluate_fid
 from evaluate_fid import feature_statistics, frechet_distance, inception_score, kernel_distance, precision_recall
 from models.inception import FIDInception, resize_tf1
-from models.metrics import Moments, _map_distances, float32_exactly, half_norms, manifold_radii
+from models.metrics import (Moments, _map_distances, clip_distance, float32_exactly, frechet_distance_of_features,
+                            frechet_infinity, half_norms, inception_score_splits, kernel_distances, manifold_radii, psnr)
 
 
 # ---------------------------------------------------------------- the inputs of the golden files, from their seeds
@@ -200,6 +202,45 @@ def test_frechet_distance_refuses_what_it_cannot_use():
         frechet_distance(mu, sigma, np.zeros(4), np.eye(4))
     with pytest.raises(ValueError, match="non-finite"):
         frechet_distance(mu * np.nan, sigma, mu, sigma)
+    for pair in ((np.diag([1, 1, -5]), sigma), (sigma, np.diag([1, 1, -5])), (np.diag([1, 1, -5]),) * 2):
+        with pytest.raises(ValueError, match="no covariance"):
+            frechet_distance(mu, pair[0], mu, pair[1])
+
+
+def test_frechet_distance_without_covariances():
+    rng = np.random.default_rng(1)
+    for n, m in ((7, 5), (40, 60)):       # fewer and more rows than dimensions
+        x, y = rng.standard_normal((n, 12)).astype(np.float32), (rng.standard_normal((m, 12)) + 1).astype(np.float32)
+        expected = frechet_distance(*feature_statistics(x), *feature_statistics(y))
+        assert frechet_distance_of_features(x, y) == pytest.approx(expected, rel=1e-6)
+
+
+def test_frechet_distance_at_infinity():
+    rng, seen = np.random.default_rng(2), []
+    ref = np.zeros(6), np.diag([1.0, 1.0, 2.0, 2.0, 3.0, 3.0])
+    x = rng.standard_normal((301, 6))       # an odd number: each split leaves one image out
+    limit, error = frechet_infinity(x, *ref, splits=4, seed=3, progress=lambda *done: seen.append(done))
+    assert seen == [(k, 4) for k in (1, 2, 3, 4)]
+
+    def fid(rows):
+        return frechet_distance(rows.mean(0), np.cov(rows, rowvar=False), *ref)
+    random, halves = np.random.RandomState(3), []
+    for _ in range(4):
+        order = random.permutation(301)
+        halves += [fid(x[order[:150]]), fid(x[order[150:300]])]
+    assert limit == pytest.approx(2 * fid(x) - np.mean(halves)) and error == pytest.approx(np.std(halves, ddof=1))
+    few = rng.standard_normal((6, 6))       # fewer rows than dimensions in each half
+    assert np.isfinite(frechet_infinity(few, *ref)).all()
+
+    # The law's own distance is known: the limit is nearer to it than any one FID, and its error bar holds it.
+    truth, found = sum((1 - s ** 0.5) ** 2 for s in (1, 1, 2, 2, 3, 3)), []
+    for _ in range(30):
+        rows = rng.standard_normal((200, 6))
+        found.append((fid(rows), *frechet_infinity(rows, *ref, splits=3)))
+    plain, limit, error = np.array(found).T
+    assert abs(limit.mean() - truth) < 0.5 * abs(plain.mean() - truth)
+    assert (np.abs(limit - truth) < 2 * error).mean() > 0.8
+    assert 0.5 < error.mean() / plain.std() < 2
 
 
 def test_streamed_statistics_are_numpys():
@@ -230,6 +271,17 @@ def test_inception_score(case):
     if f"{case}/softmax_first4" in data:
         softmax = torch.from_numpy(features[:4] @ weight).softmax(1)
         of_largest(softmax, data[f"{case}/softmax_first4"], 5e-5)
+
+
+def test_inception_score_has_the_spread_of_its_splits():
+    logits = np.random.default_rng(0).standard_normal((25, 7)).astype(np.float32)
+    splits = inception_score_splits(logits, split_size=10)
+    assert splits == [inception_score(logits[i:i + 10]) for i in (0, 10, 20)]
+    assert inception_score(logits, split_size=10) == pytest.approx(np.mean(splits))
+    rows = np.repeat(logits, 210, axis=0)       # 5,250 rows: the suite's split of 5,000, and one of 250
+    found = evaluate_fid.score({"pool": rows}, {}, types.SimpleNamespace(logits=lambda x: x))
+    first, second = inception_score(rows[:5000]), inception_score(rows[5000:])
+    assert found["inception_score_std"] == pytest.approx(abs(first - second) / 2)
 
 
 # ---------------------------------------------------------------- precision and recall
@@ -306,6 +358,9 @@ def test_precision_and_recall_of_known_sets():
     assert precision_recall(line, half_inside) == precision_recall(line, half_inside, exact=True) == (0.5, 0.8)
     with pytest.raises(ValueError, match="more than 3"):
         precision_recall(line[:3], line)
+    seen = []
+    precision_recall(line, line[:6], block=(4, 5), progress=lambda *done: seen.append(done))
+    assert seen[-1] == (196, 196) and seen == sorted(seen) and len(seen) > 6
 
 
 # ---------------------------------------------------------------- KID
@@ -323,8 +378,53 @@ def test_kernel_distance_is_torch_fidelitys():
     rng = np.random.default_rng(4)
     x, y = (torch.from_numpy((rng.standard_normal((n, 64)) + m).astype(np.float32)) for n, m in ((300, 0), (260, 0.3)))
     expected = kid.kid_features_to_metric(x, y, kid_subsets=10, kid_subset_size=100, rng_seed=2020, verbose=False)
-    ours = kernel_distance(y, x, subsets=10, subset_size=100)
-    assert ours == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-4)
+    ours = kernel_distances(y, x, subsets=10, subset_size=100)
+    assert ours.mean() == kernel_distance(y, x, subsets=10, subset_size=100)
+    assert ours.mean() == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-4)
+    assert ours.std() == pytest.approx(expected["kernel_inception_distance_std"], rel=1e-4)
+
+
+def test_clip_distance_by_hand():
+    rng, seen = np.random.default_rng(5), []
+    x, y = rng.standard_normal((6, 9)), rng.standard_normal((8, 9)) + 0.5
+    a, b = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (x, y))
+    kernel = [np.exp(-((u[:, None] - v[None]) ** 2).sum(-1) / 200).mean() for u, v in ((a, a), (b, b), (a, b))]
+    expected = 1000 * (kernel[0] + kernel[1] - 2 * kernel[2])
+    found = clip_distance(x, y, progress=lambda *done: seen.append(done))
+    assert found == pytest.approx(expected, rel=1e-4) and seen[-1] == (148, 148)
+
+
+# ---------------------------------------------------------------- what the library refuses
+
+@pytest.mark.parametrize("call", [
+    feature_statistics, inception_score, lambda x: precision_recall(x, np.eye(9)), lambda x: kernel_distance(np.eye(9), x),
+    lambda x: clip_distance(x, np.eye(9)), lambda x: frechet_infinity(x, np.zeros(9), np.eye(9)),
+    lambda x: frechet_distance_of_features(x, np.eye(9))])
+def test_rows_that_no_metric_can_use(call):
+    good = torch.rand(9, 9, requires_grad=True)
+    call(good * 1)                                          # detached by itself
+    bad = good.detach().clone()
+    bad[3, 3] = math.nan
+    for rows, words in ((bad, "non-finite"), (good[:1], "1 rows of"), (good[0], "one row per image|a row per image"),
+                        (torch.zeros(9, 9, dtype=torch.uint8), "uint8"), (torch.zeros(2, 3, 8, 8), r"\[2, 3, 8, 8\]")):
+        with pytest.raises(ValueError, match=words) as error:
+            call(rows)
+        assert "\n" not in str(error.value)
+
+
+def test_images_that_the_network_cannot_use():
+    net = FIDInception()
+    for images, words in ((torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "looks like NCHW"), (torch.rand(1, 8, 8, 3), "255"),
+                          (torch.rand(1, 8, 8, 3) * 2 - 1, "0..255"), (torch.full((1, 8, 8, 3), math.nan), "0..255"),
+                          (torch.zeros(8, 8, 3), r"\[8, 8, 3\]"), (torch.zeros(0, 8, 8, 3), r"\[0, 8, 8, 3\]")):
+        with pytest.raises(ValueError, match=words):
+            net(images)
+    pool, _ = net(torch.full((1, 8, 8, 3), 200.0, requires_grad=True))
+    assert not pool.requires_grad
+    with pytest.raises(ValueError, match="not negative"):
+        psnr(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8) - 1)
+    with pytest.raises(ValueError, match=r"\[1, 8, 8, 3\]"):
+        psnr(torch.zeros(1, 8, 8, 3), torch.zeros(1, 8, 8, 3))
 
 
 # ---------------------------------------------------------------- precision of the arithmetic

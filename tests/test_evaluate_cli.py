@@ -1,6 +1,11 @@
-"""evaluate_fid.py as a program: inputs, saved references, cache, processes, the training script's hook, bad input."""
+"""evaluate_fid.py as a program: inputs, references, the JSON, cache, processes, the training script's hook, bad input."""
 import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 import tracemalloc
 import zipfile
 
@@ -14,8 +19,9 @@ from fill import fill_
 from PIL import Image
 
 import evaluate_fid
-from models.runtime.images import open_input
 from models.inception import FIDInception
+from models.runtime import features, files
+from models.runtime.images import open_input
 
 
 def pictures(n, seed=0, size=32):
@@ -131,41 +137,200 @@ def test_limit_takes_the_first_images(tmp_path):
     assert cut["fd_hog"] == whole["fd_hog"]
 
 
-# ---------------------------------------------------------------- with the network
+# ---------------------------------------------------------------- references, the JSON, further metrics
 
-def test_saved_reference_cache_and_online_score(tmp_path, weights, capsys, monkeypatch):
+class StandIn(torch.nn.Module):
+    """What FIDInception gives, out of the pixels themselves: quick, and of the right sizes. Images of 32 x 32."""
+    path, sha256 = "stand-in", "no digest"
+
+    def __init__(self):
+        super().__init__()
+        self.seen = 0
+
+    def forward(self, images):
+        self.seen += len(images)
+        x = images.flatten(1).float() / 64
+        return x[:, :2048], x[:, :2023]
+
+    def logits(self, pool):
+        return pool[:, :1008]
+
+
+@pytest.fixture
+def stand_in(monkeypatch, tmp_path):
+    """The command line with a StandIn for the Inception network."""
+    net = StandIn()
+    net.path = str(tmp_path / "stand-in.pth")
+    (tmp_path / "stand-in.pth").write_bytes(b"weights")
+    monkeypatch.setattr(evaluate_fid, "load_inception", lambda path, device: net)
+    return net
+
+
+FIVE = ("inception_score", "fid", "sfid", "precision", "recall")
+
+
+def test_saved_reference_cache_and_online_score(tmp_path, stand_in, capsys):
     images, samples = write_folder(tmp_path / "images", pictures(12)), pictures(10, 1)
     np.savez(tmp_path / "s.npz", samples)
-    net = ["--inception-weights", weights, "--batch-size", 5]
-    save = ["--save-ref", tmp_path / "ref.npz", "--save-ref-images", 6, tmp_path / "images"]
-    evaluate_fid.main([str(a) for a in (*net, *save)])
+    evaluate_fid.main([str(a) for a in ("--save-ref", tmp_path / "ref.npz", "--save-ref-images", 6, "--batch-size", 5,
+                                        tmp_path / "images")])
     with np.load(tmp_path / "ref.npz", allow_pickle=False) as file:
-        assert sorted(file.files) == ["arr_0", "mu", "mu_s", "sigma", "sigma_s"]
+        assert sorted(file.files) == ["arr_0", "mu", "mu_s", "protocol", "sigma", "sigma_s"]
         np.testing.assert_array_equal(file["arr_0"], images[[0, 2, 4, 7, 9, 11]])
         assert file["mu"].dtype == np.float32 and file["sigma"].dtype == np.float64
+        statistics = {key: file[key] for key in ("mu", "sigma", "mu_s", "sigma_s")}
 
     # 1. statistics of all twelve images come from the file, precision and recall from its six images
-    args = [*net, "--metrics", "kid", "--cache", tmp_path / "cache", tmp_path / "ref.npz", tmp_path / "s.npz"]
+    args = ["--metrics", "kid,fid_infinity", "--kid-subsets", 5, "--kid-subset-size", 5, "--batch-size", 5, "--cache",
+            tmp_path / "cache", tmp_path / "ref.npz", tmp_path / "s.npz"]
     stored = figures(tmp_path, *args)
-    printed = capsys.readouterr().out.splitlines()[-6:]
-    assert [line.split(":")[0] for line in printed] == ["Inception Score", "FID", "sFID", "Precision", "Recall", "KID"]
+    output = capsys.readouterr()
+    printed = [line.split(":")[0] for line in output.out.splitlines()]
+    assert printed[-11:-6] == ["Inception Score", "FID", "sFID", "Precision", "Recall"]
+    assert printed[-6:-3] == ["F-score", "KID", "KID, spread of its subsets"]
     assert stored["ref"]["statistics"] == "stored" and stored["samples"]["statistics"] == "computed"
     assert any("10 samples" in note and "biased" in note for note in stored["notes"])
-    network = evaluate_fid.load_inception(str(weights))
-    ref = evaluate_fid.load_reference(str(tmp_path / "ref.npz"), network, pool=False)
-    features = evaluate_fid.extract(iter([images]), [evaluate_fid.inception_features(network)], "cpu")
-    for key in ("mu", "sigma", "mu_s", "sigma_s"):
+    assert any("of 12 images" in note and "precision and recall its 6 images" in note for note in stored["notes"])
+    assert "precision and recall: 100 %, 0:00 left" in output.err and "KID: 100 %" in output.err
+    ref = evaluate_fid.load_reference(str(tmp_path / "ref.npz"), stand_in, pool=False)
+    features = evaluate_fid.extract(iter([images]), [evaluate_fid.inception_features(stand_in)], "cpu")
+    for key in statistics:
         np.testing.assert_allclose(ref[key], features[key], atol=1e-6)
 
     # 2. the same samples scored as a training run makes them
-    online = evaluate_fid.score_samples(iter(np.split(samples, [5])), ref, network)
+    online = evaluate_fid.score_samples(iter(np.split(samples, [5])), ref, stand_in)
     assert {name: stored[name] for name in ("fid", "sfid", "inception_score")} == online
 
     # 3. a second run finds its features in the cache
-    monkeypatch.setattr(evaluate_fid, "extract", lambda *a: pytest.fail("features were computed again"))
+    stand_in.seen = 0
     again = figures(tmp_path, *args)
-    assert all(again[name] == stored[name] for name in ("fid", "sfid", "inception_score", "precision", "recall", "kid"))
+    assert stand_in.seen == 0 and {n: again[n] for n in (*FIVE, "kid", "kid_std")} == {
+        n: stored[n] for n in (*FIVE, "kid", "kid_std")}
 
+    # 4. statistics alone, as pytorch-fid writes them, and with sFID's: what needs images is left out, and said
+    for name, keys, found in (("fid", ("mu", "sigma"), {"fid"}), ("both", tuple(statistics), {"fid", "sfid"})):
+        np.savez(tmp_path / f"{name}.npz", **{key: statistics[key] for key in keys})
+        alone = figures(tmp_path, *args[:-2], tmp_path / f"{name}.npz", tmp_path / "s.npz")
+        assert {n for n in FIVE if n in alone} == {"inception_score", *found} and "kid" not in alone
+        assert all(alone[n] == stored[n] for n in (*found, "inception_score"))
+        assert any("precision, recall and the like are left out" in note for note in alone["notes"])
+        assert ("no mu_s, so no sFID" in " ".join(alone["notes"])) == (name == "fid")
+
+
+def test_the_json_proves_the_number(tmp_path, stand_in):
+    np.savez(tmp_path / "r.npz", pictures(8))
+    np.savez(tmp_path / "s.npz", pictures(9, 1), np.arange(9), protocol=np.array('{"mode": "sde"}'))
+    found = figures(tmp_path, "--limit", 6, "--exact-pr", "--seed", 5, "--metrics", "kid", tmp_path / "r.npz",
+                    tmp_path / "s.npz")
+    assert found["samples"]["images"] == 9 and found["samples"]["used"] == found["ref"]["used"] == 6
+    assert found["samples"]["protocol"] == {"mode": "sde"} and len(found["samples"]["sha256"]) == 64
+    assert found["weights"]["inception"] == {"path": stand_in.path, "sha256": files.sha256(stand_in.path)}
+    assert any("not the FID Inception" in note for note in found["notes"])
+    assert found["versions"]["torch"] == torch.__version__ and len(found["versions"]["code_sha256"]) == 64
+    assert found["arithmetic"]["precision_recall"] == "float32" and found["arithmetic"]["inception_score"] == "float32"
+    assert found["seeds"]["kid"] == 5 and found["settings"]["kid_subsets"] == 100 and found["device"]
+
+
+def test_scores_per_class_where_classes_are_stored(tmp_path, stand_in, capsys):
+    ref, samples, labels = pictures(12), pictures(9, 1), np.arange(9) % 3
+    np.savez(tmp_path / "r.npz", ref, np.arange(12) % 4)
+    np.savez(tmp_path / "s.npz", samples, labels)
+    found = figures(tmp_path, "--metrics", "fid_per_class", tmp_path / "r.npz", tmp_path / "s.npz")["fid_per_class"]
+    assert list(found) == ["0", "1", "2"] and "FID per class: " in capsys.readouterr().out
+    x, y = (torch.from_numpy(a).flatten(1)[:, :2048] / 64 for a in (samples[labels == 1], ref[1::4]))
+    expected = evaluate_fid.frechet_distance(*evaluate_fid.feature_statistics(x), *evaluate_fid.feature_statistics(y))
+    assert found["1"] == pytest.approx(expected, rel=1e-5)
+    np.savez(tmp_path / "r.npz", ref)
+    assert "a label per image" in refused(capsys, "--metrics", "fid_per_class", tmp_path / "r.npz", tmp_path / "s.npz")
+
+
+def test_weights_are_found_where_the_peers_keep_them(tmp_path, weights, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(features, "WEIGHTS_SHA256", files.sha256(weights)[:8])
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "pt_inception-2015-12-05-6726825d.pth").write_bytes(b"cut off")           # passed over: wrong digest
+    shutil.copy(weights, folder / "weights-inception-2015-12-05-6726825d.pth")
+    net = features.load_inception()
+    assert net.path == str(folder / "weights-inception-2015-12-05-6726825d.pth") and net.sha256 == files.sha256(weights)
+
+
+def test_clip_embeddings(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224").eval()        # stands in for CLIP, which needs a network
+    torch.save(model.state_dict(), tmp_path / "clip.pth")
+    embed = features.clip_features(str(tmp_path / "clip.pth"), name="vit_tiny_patch16_224.augreg_in21k_ft_in1k")
+    images = torch.from_numpy(pictures(2))
+    with torch.no_grad():
+        x = torch.nn.functional.interpolate(images.permute(0, 3, 1, 2) / 255, (224, 224), mode="bicubic")
+        torch.testing.assert_close(embed(images)["_clip"], model((x - 0.5) / 0.5))
+    found = evaluate_fid.extract(iter([pictures(6)]), [embed], "cpu")
+    assert set(found) == {"clip"} and evaluate_fid.score(found, found)["cmmd"] == pytest.approx(0, abs=1e-5)
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    for path, error in ((tmp_path / "other.pth", ValueError), (tmp_path / "gone.pth", FileNotFoundError)):
+        with pytest.raises(error, match="--clip-ckpt"):
+            features.clip_features(str(path), name="vit_tiny_patch16_224.augreg_in21k_ft_in1k")
+
+    def offline(*args):
+        raise OSError("cannot be fetched")
+    monkeypatch.setattr(files, "hub_file", offline)
+    with pytest.raises(OSError, match="cannot be fetched; or name timm's file of it with --clip-ckpt"):
+        features.clip_features()
+
+
+# ---------------------------------------------------------------- runs that are stopped
+
+def test_a_stopped_run_goes_on_from_its_pieces(tmp_path, monkeypatch, capsys):
+    np.savez_compressed(tmp_path / "r.npz", pictures(40))
+    np.savez(tmp_path / "s.npz", pictures(8, 1))
+    args = ["--features", "hog", "--batch-size", "4", tmp_path / "r.npz", tmp_path / "s.npz"]
+    whole = figures(tmp_path, *args)["fd_hog"]
+    monkeypatch.setattr(features, "PIECE", 8)
+    hog, seen, stop_at = evaluate_fid.hog_features(32), [], 28
+
+    def network(images):
+        seen.append(len(images))
+        if sum(seen) > stop_at:
+            raise KeyboardInterrupt
+        return hog(images)
+    monkeypatch.setattr(evaluate_fid, "hog_features", lambda size, device: network)
+    args += ["--cache", tmp_path / "cache"]
+    with pytest.raises(SystemExit) as stop:
+        evaluate_fid.main([str(a) for a in args])
+    output = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 130 and output[-1].startswith("stopped by SIGINT: the same command goes on")
+    assert not any("Traceback" in line for line in output)
+    pieces = sorted((tmp_path / "cache").glob("*/*.npz"))
+    assert [p.name for p in pieces] == ["00000000-00000008.npz", "00000008-00000016.npz", "00000016-00000024.npz"]
+
+    data = bytearray(pieces[2].read_bytes())        # the last one is damaged: eight images are done again, no more
+    data[-3000] ^= 255
+    pieces[2].write_bytes(data)
+    seen.clear()
+    stop_at = 1000
+    again = figures(tmp_path, *args)
+    assert sum(seen) == 40 - 16 + 8 and again["fd_hog"] == pytest.approx(whole, rel=1e-9)
+    assert "00000016-00000024.npz: not used" in capsys.readouterr().err
+    seen.clear()
+    assert figures(tmp_path, *args)["fd_hog"] == again["fd_hog"] and not seen
+    cut = figures(tmp_path, *args, "--limit", "20")         # the first rows of what is there
+    assert not seen and cut["ref"]["used"] == 20 and cut["fd_hog"] != whole
+
+
+def test_a_signal_ends_a_run_in_one_line(tmp_path):
+    np.savez(tmp_path / "r.npz", np.zeros((60_000, 32, 32, 3), np.uint8))
+    args = ["--features", "hog", "--cache", tmp_path / "cache", tmp_path / "r.npz", tmp_path / "r.npz"]
+    process = processes.start("evaluate_fid", args, tmp_path / "log")
+    processes.wait_for(lambda: list((tmp_path / "cache").glob("*/*.npz")), [process], tmp_path / "log")
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(20)
+    assert process.exitcode == 128 + signal.SIGTERM
+    log = (tmp_path / "log").read_text()
+    assert log.count("\n") == 1 and log.startswith("stopped by SIGTERM: the same command goes on"), log
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.suffix == ".tmp"]
+
+
+# ---------------------------------------------------------------- with the network
 
 def test_frechet_distance_on_an_encoder_has_its_own_name(tmp_path, weights):
     torch.manual_seed(0)
@@ -181,16 +346,20 @@ def test_frechet_distance_on_an_encoder_has_its_own_name(tmp_path, weights):
     assert result["fd_vit_tiny_patch16_224"] > 0 and "fdd" not in result
 
 
-def test_two_processes_give_the_figures_of_one(tmp_path):
+def test_two_processes_give_the_figures_of_one(tmp_path, monkeypatch):
     np.savez(tmp_path / "r.npz", pictures(45))
     np.savez(tmp_path / "s.npz", pictures(23, 1))     # 5 batches: the second process is left without one at the end
-    args = ["--features", "hog", "--batch-size", 5, tmp_path / "r.npz", tmp_path / "s.npz"]
+    args = ["--features", "hog", "--batch-size", 5, "--cache", tmp_path / "cache", tmp_path / "r.npz", tmp_path / "s.npz"]
     one = figures(tmp_path, *args)
+    for piece in (tmp_path / "cache").glob("*/*-00000045.npz"):        # of the reference, which both make again together
+        piece.unlink()
     processes.run_two("evaluate_fid", [*args, "--json", tmp_path / "two.json"], tmp_path / "log")
     two = json.loads((tmp_path / "two.json").read_text())
     assert two["fd_hog"] == pytest.approx(one["fd_hog"], rel=1e-9)  # threads of the two runs may differ
     assert two["ref"]["sha256"] == one["ref"]["sha256"]
     assert (tmp_path / "log").read_text().count("FD-hog") == 1
+    monkeypatch.setattr(evaluate_fid, "hog_features", lambda *a: lambda images: pytest.fail("it is all in the cache"))
+    assert figures(tmp_path, *args)["fd_hog"] == pytest.approx(one["fd_hog"], rel=1e-9)
 
 
 # ---------------------------------------------------------------- bad input: one line, exit code 2
@@ -248,6 +417,9 @@ def broken(name, folder):
         return path, "shape [2048]"
     if name == "stats_only":
         np.savez(path, mu=np.zeros(2048), sigma=np.eye(2))
+        return path, "shape [2048, 2048]"
+    if name == "mu_only":
+        np.savez(path, mu=np.zeros(2048))
         return path, "no arr_0"
     if name == "text_image":
         (folder / "dir" / "a").mkdir(parents=True)
@@ -258,7 +430,7 @@ def broken(name, folder):
 
 
 @pytest.mark.parametrize("name", ["missing", "no_arr_0", "float", "nchw", "fortran", "grey", "none", "few", "empty",
-                                  "truncated", "short", "pickled", "no_mu_s", "pickled_mu", "wrong_mu", "stats_only",
+                                  "truncated", "short", "pickled", "no_mu_s", "pickled_mu", "wrong_mu", "stats_only", "mu_only",
                                   "text_image", "no_images"])
 def test_bad_inputs(tmp_path, capsys, name):
     np.savez(tmp_path / "good.npz", pictures(8))
@@ -283,15 +455,53 @@ def test_every_flag_is_read():
     assert unread == []
 
 
+def test_outputs_are_checked_before_any_work(tmp_path, capsys):
+    """Nothing is computed: the weights, which are asked for later, do not exist."""
+    good, link, late = tmp_path / "good.npz", tmp_path / "link.npz", ["--inception-weights", tmp_path / "gone.pth"]
+    np.savez(good, pictures(8))
+    content = good.read_bytes()
+    link.symlink_to(good)
+    assert "would be replaced" in refused(capsys, *late, "--save-ref", good, good)
+    assert "would be replaced" in refused(capsys, *late, "--save-ref", link, good)
+    assert "would be replaced" in refused(capsys, *late, "--json", good, good, good)
+    assert "must end in .npz" in refused(capsys, *late, "--save-ref", tmp_path / "ref", good)
+    (tmp_path / "file").write_text("")
+    for flags in (["--json", tmp_path / "file" / "x.json", good, good], ["--cache", tmp_path / "file", good, good],
+                  ["--save-ref", tmp_path / "file" / "x.npz", good]):
+        assert "cannot be written" in refused(capsys, *late, *flags)
+    assert good.read_bytes() == content and sorted(p.name for p in tmp_path.iterdir()) == ["file", "good.npz", "link.npz"]
+
+
+def test_statistics_that_are_no_covariance_are_refused(tmp_path, capsys):
+    np.savez(tmp_path / "s.npz", pictures(8))
+    negative, lopsided = np.eye(2048), np.eye(2048)
+    negative[0, 0], lopsided[3, 4] = -5, 1
+    for sigma, word in ((negative, "negative eigenvalue -5"), (lopsided, "not symmetric")):
+        np.savez(tmp_path / "r.npz", mu=np.zeros(2048), sigma=sigma)
+        line = refused(capsys, "--inception-weights", tmp_path / "gone.pth", tmp_path / "r.npz", tmp_path / "s.npz")
+        assert word in line and "r.npz: sigma" in line
+
+
+def test_help_and_flags_answer_before_torch_is_imported():
+    begin = time.monotonic()
+    page = subprocess.run([sys.executable, "evaluate_fid.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert page.returncode == 0 and time.monotonic() - begin < 3
+    assert all(word in page.stdout for word in ("--save-ref ref.npz", "further metrics:", "--kid-subsets", "torchrun"))
+
+
 def test_bad_settings(tmp_path, capsys, weights, monkeypatch):
     good = tmp_path / "good.npz"
     np.savez(good, pictures(8))
     assert "unknown" in refused(capsys, "--metrics", "lpips", good, good)
     assert "--save-ref" in refused(capsys, good)
     assert "FD-hog alone" in refused(capsys, "--features", "hog", "--metrics", "kid", good, good)
-    assert "--limit 2" in refused(capsys, "--limit", 2, good, good)
-    assert "its folder does not exist" in refused(capsys, "--json", tmp_path / "no" / "x.json", good, good)
+    for flag, value in (("--limit", 2), ("--limit", 0), ("--kid-subset-size", 1), ("--seed", -1), ("--batch-size", "nan"),
+                        ("--resolution", "inf"), ("--kid-subsets", "1e3")):
+        assert f"{flag}: " in refused(capsys, flag, value, good, good)
     assert "gone.pth" in refused(capsys, "--inception-weights", tmp_path / "gone.pth", good, good)
+    state = FIDInception().state_dict() | {"fc.bias": torch.full((1008,), torch.nan)}
+    torch.save(state, tmp_path / "nan.pth")
+    assert "fc.bias holds NaN" in refused(capsys, "--inception-weights", tmp_path / "nan.pth", good, good)
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     assert "another architecture" in refused(capsys, "--inception-weights", tmp_path / "other.pth", good, good)
     fdd = ["--inception-weights", weights, "--metrics", "fdd", "--encoder", "x"]

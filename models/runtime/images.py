@@ -50,10 +50,11 @@ def open_npz(path):
     """
     with _one_line(f"{path}: empty, truncated or no .npz file"), zipfile.ZipFile(path) as archive:
         names = {name[:-4] for name in archive.namelist() if name.endswith(".npy")}
-        if "arr_0" not in names:
+        if "arr_0" not in names and not {"mu", "sigma"} <= names:
             found = ", ".join(archive.namelist())[:200] or "nothing"
             raise InputError(f"{path}: has no arr_0 (the images, uint8 [N, H, W, 3]), only {found}")
-        shape, begin = _images_layout(archive)
+        # A reference may be statistics alone.
+        shape, begin = _images_layout(archive) if "arr_0" in names else ((0, 0, 0, 3), 0)
     per_image = math.prod(shape[1:])
 
     def read(batch_size, rank=0, world_size=1, rows=None):
@@ -64,6 +65,8 @@ def open_npz(path):
         """
         rows = range(shape[0]) if rows is None else rows
         starts = range(rank * batch_size, len(rows), world_size * batch_size)
+        if not starts:
+            return
         with (_one_line(f"{path}: arr_0 is damaged"), zipfile.ZipFile(path) as archive,
               archive.open("arr_0.npy") as file):
             file.read(begin)
@@ -152,19 +155,21 @@ def _images_layout(archive):
 
 def _stored_statistics(path, names, array):
     """{mu, sigma, mu_s, sigma_s} of a .npz that has mu, {} of one that has not. Float32 or float64, as they
-    are."""
+    are. Beside images all four must be there, as in the ADM suite; alone, mu and sigma may be."""
     if "mu" not in names:
         return {}
-    if missing := STATISTICS.keys() - names:
+    alone = "arr_0" not in names and not {"mu_s", "sigma_s"} & names
+    wanted = ["mu", "sigma"] if alone else list(STATISTICS)
+    if missing := set(wanted) - names:
         raise InputError(f"{path}: has mu but not {', '.join(sorted(missing))}; all four statistics must be "
                          "there, or none")
     try:
-        statistics = {key: array(key) for key in STATISTICS}
+        statistics = {key: array(key) for key in wanted}
     except InputError as error:
         reason = str(error).removeprefix(f"{path}: ")
         raise InputError(f"{path}: statistics cannot be read ({reason}); make them with --save-ref") from None
-    for key, shape in STATISTICS.items():
-        value = statistics[key]
+    for key, value in statistics.items():
+        shape = STATISTICS[key]
         if value.shape != shape or value.dtype.kind != "f" or not np.isfinite(value).all():
             raise InputError(f"{path}: {key} is no finite float array of shape {list(shape)}; make it with "
                              "--save-ref")
@@ -297,7 +302,7 @@ def open_input(path, resolution=None, seed=1):
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such file; give a .npz with arr_0, a folder or a .zip of images")
     images = open_npz(path) if path.endswith(".npz") else open_images(path, resolution)
-    if images.count < MINIMUM:
+    if images.count < MINIMUM and not (images.statistics and images.count == 0):
         raise InputError(f"{path}: {images.count} images are too few, at least {MINIMUM} are needed")
     return images
 

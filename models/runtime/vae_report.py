@@ -1,12 +1,14 @@
-"""Behind `finetune_vae.py --eval`: several VAEs measured side by side on held-out images, a table, and a picture.
+"""Behind `finetune_vae.py --eval`: several VAEs measured side by side on held-out images, a table, and a
+picture.
 
-`evaluate(args)` is the whole of it; `measure` gives the figures of one VAE as a dict, `picture` the reconstructions. The
-formulas are in models/metrics.py. Every process works on its share of the images. Errors a user can cause are ValueError
-or OSError with a message of one line.
+`evaluate(args)` is the whole of it; `measure` gives the figures of one VAE as a dict, `picture` the
+reconstructions. The formulas are in models/metrics.py. Every process works on its share of the images. Errors
+a user can cause are ValueError or OSError with a message of one line.
 """
 import hashlib
 import math
 import os
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,13 +22,15 @@ from models.losses import noisy_latents
 from models.metrics import float32_exactly, frechet_distance
 from models.runtime import cli, distributed, files, vae_files, weights
 from models.runtime.data import center_crop, open_image
-from models.runtime.features import extract, inception_features, load_inception, progress_line, stopped_in_one_line
-from models.runtime.images import InputError, evenly_spaced, label_grid, open_input, round_to_uint8, write_png
+from models.runtime.features import (extract, inception_features, load_inception, progress_line,
+                                     stopped_in_one_line)
+from models.runtime.images import (InputError, evenly_spaced, label_grid, open_input, round_to_uint8,
+                                   write_png)
 from models.vae import VAE_models
 
 METRICS = ("psnr", "ssim", "lpips", "rfid", "latents", "cknna")  # what --metrics may name
-COLUMNS = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "rfid": "rFID", "spatial_variance": "spatial variance",
-           "total_variation": "total variation", "cknna": "CKNNA"}
+COLUMNS = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "rfid": "rFID",
+           "spatial_variance": "spatial variance", "total_variation": "total variation", "cknna": "CKNNA"}
 SUMS = ("images", "psnr", "ssim", "lpips", "spatial_variance", "total_variation")
 EVAL_PIXELS = 16 * 256 ** 2  # pixels per process and batch
 
@@ -36,9 +40,10 @@ EVAL_PIXELS = 16 * 256 ** 2  # pixels per process and batch
 def held_out_images(path, resolution, limit=None, seed=0):
     """The images to measure on: namespace(path, count, read, shown, identity).
 
-    `limit` images of a folder, a .zip, a .npz or "shapes", evenly spaced: the first ones of a sorted folder would be of a
-    few classes. read(batch_size, rank, world_size) gives this process's uint8 batches [b, H, W, 3]; shown is uint8
-    [n, 3, H, W], up to 8 of them; identity: text by which a run that goes on finds that they are the same.
+    `limit` images of a folder, a .zip, a .npz or "shapes", evenly spaced: the first ones of a sorted folder
+    would be of a few classes. read(batch_size, rank, world_size) gives this process's uint8 batches [b, H, W,
+    3]; shown is uint8 [n, 3, H, W], up to 8 of them; identity: text by which a run that goes on finds that
+    they are the same.
     """
     images = open_input(path, None if path.endswith(".npz") else resolution, seed)
     if tuple(images.size) != (resolution, resolution):
@@ -47,7 +52,8 @@ def held_out_images(path, resolution, limit=None, seed=0):
     rows = evenly_spaced(images.count, limit or images.count)
     pictured = rows[evenly_spaced(len(rows), 8)]
     if images.names:
-        shown = np.stack([np.asarray(center_crop(open_image(path, images.names[i]), resolution)) for i in pictured])
+        shown = np.stack([np.asarray(center_crop(open_image(path, images.names[i]), resolution))
+                          for i in pictured])
     else:
         shown = next(images.read(8, rows=pictured))
     paths = [os.path.join(path, name) for name in images.names] if os.path.isdir(path) else [path]
@@ -55,8 +61,9 @@ def held_out_images(path, resolution, limit=None, seed=0):
 
     def read(batch_size, rank=0, world_size=1):
         return images.read(batch_size, rank, world_size, rows)
-    return SimpleNamespace(path=path, count=len(rows), read=read, shown=torch.from_numpy(shown).permute(0, 3, 1, 2),
-                           identity=hashlib.sha256(repr((path, images.names, sizes, seed)).encode()).hexdigest())
+    identity = hashlib.sha256(repr((path, images.names, sizes, seed)).encode()).hexdigest()
+    return SimpleNamespace(path=path, count=len(rows), read=read, identity=identity,
+                           shown=torch.from_numpy(shown).permute(0, 3, 1, 2))
 
 
 # ---------------------------------------------------------------- one VAE
@@ -64,19 +71,19 @@ def held_out_images(path, resolution, limit=None, seed=0):
 def reconstructions(vae, batches, device, sums, dtype=torch.float32, lpips=None, tokens=None):
     """For each uint8 batch [b, H, W, 3] its reconstruction from the posterior's mean, likewise.
 
-    On the way, adds to `sums`, float64 [len(SUMS) + 2 C], and calls tokens(images uint8 [b, 3, H, W], z) if given. The
-    VAE runs in `dtype`, everything else in float32 or wider.
+    On the way, adds to `sums`, float64 [len(SUMS) + 2 C], and calls tokens(images uint8 [b, 3, H, W], z) if
+    given. The VAE runs in `dtype`, everything else in float32 or wider.
     """
     for batch in batches:
-        # inside the loop: autocast and inference mode belong to a thread, and a stream may be read by another one
+        # inside the loop: autocast and inference mode belong to a thread, and another may read the stream
         with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             originals = torch.as_tensor(batch).to(device).permute(0, 3, 1, 2)
             posterior = vae.encode(originals.float() / 127.5 - 1)
             copies = round_to_uint8(vae.decode(posterior.mean))
         with torch.inference_mode():
             a, b = originals.float(), copies.permute(0, 3, 1, 2).float()
-            values = [torch.ones(len(a), device=device), metrics.psnr(a, b), metrics.ssim(a, b),
-                      torch.zeros(len(a), device=device) if lpips is None else lpips(a / 127.5 - 1, b / 127.5 - 1),
+            distance = lpips(a / 127.5 - 1, b / 127.5 - 1) if lpips else torch.zeros(len(a), device=device)
+            values = [torch.ones(len(a), device=device), metrics.psnr(a, b), metrics.ssim(a, b), distance,
                       metrics.spatial_variance(posterior.mean), metrics.total_variation(posterior.mean)]
             sums[:len(SUMS)] += torch.stack([value.double().sum() for value in values])
             sums[len(SUMS):] += len(a) * metrics.latent_moments(posterior).flatten()
@@ -88,10 +95,12 @@ def reconstructions(vae, batches, device, sums, dtype=torch.float32, lpips=None,
 def measure(vae, batches, device, dtype=torch.float32, lpips=None, features=None, reference=None, tokens=None,
             progress=lambda done: None):
     """Figures of a VAE on all processes' batches: a dict with psnr, ssim, lpips (if given), spatial_variance,
-    total_variation, latents_mean and latents_std (lists of C, of sampled latents) and, in the main process, rfid.
+    total_variation, latents_mean and latents_std (lists of C, of sampled latents) and, in the main process,
+    rfid.
 
     features: function that takes the stream of uint8 reconstructions and returns their {"mu", "sigma"}, as
-    features.extract does; reference: the same of the originals. progress: called with the number of images done.
+    features.extract does; reference: the same of the originals. progress: called with the number of images
+    done.
     """
     sums = torch.zeros(len(SUMS) + 2 * vae.latent_channels, dtype=torch.float64, device=device)
     stream, done = reconstructions(vae, batches, device, sums, dtype, lpips, tokens), 0
@@ -105,23 +114,26 @@ def measure(vae, batches, device, dtype=torch.float32, lpips=None, features=None
     if lpips is None:
         del result["lpips"]
     mean, square = np.array(totals[len(SUMS) - 1:]).reshape(2, -1) / count
-    result |= {"latents_mean": mean.tolist(), "latents_std": np.sqrt(np.maximum(square - mean ** 2, 0)).tolist()}
+    std = np.sqrt(np.maximum(square - mean ** 2, 0))
+    result |= {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
     if found:
         result["rfid"] = frechet_distance(found["mu"], found["sigma"], reference["mu"], reference["sigma"])
     return result
 
 
 class TokenPairs:
-    """Collects, for CKNNA, the tokens of a SiT at its encoder_depth and those of an encoder, averaged over positions.
+    """Collects, for CKNNA, the tokens of a SiT at its encoder_depth and those of an encoder, averaged over
+    positions.
 
-    Called with images uint8 [b, 3, R, R] and their latents z [b, C, h, w]. The SiT sees z with seeded noise at time t
-    and the null label (without one: the last class).
+    Called with images uint8 [b, 3, R, R] and their latents z [b, C, h, w]. The SiT sees z with seeded noise
+    at time t and the null label (without one: the last class).
     """
 
     def __init__(self, sit, encoder, t=0.5, path_type="linear", seed=0):
         self.sit, self.encoder, self.t, self.path_type = sit, encoder, t, path_type
         self.seed, self.calls, self.found, self.latest = seed, 0, [], None
-        sit.blocks[sit.encoder_depth - 1].register_forward_hook(lambda _, __, output: setattr(self, "latest", output))
+        block = sit.blocks[sit.encoder_depth - 1]
+        block.register_forward_hook(lambda _, __, output: setattr(self, "latest", output))
 
     def __call__(self, images, z):
         t = torch.full((len(z),), self.t, device=z.device)
@@ -147,13 +159,14 @@ class TokenPairs:
 
 @torch.inference_mode()
 def picture(images, vaes, captions):
-    """PIL.Image: images (uint8 [N, 3, H, W]) in one row, then for each VAE their reconstructions and their latents'
-    first three principal components as colours."""
+    """PIL.Image: images (uint8 [N, 3, H, W]) in one row, then for each VAE their reconstructions and their
+    latents' first three principal components as colours."""
     rows, labels = [images.permute(0, 2, 3, 1)], ["original"]
     for vae, caption in zip(vaes, captions, strict=True):
         z = vae.encode(images.to(next(vae.parameters()).device).float() / 127.5 - 1).mean
         colors = (metrics.principal_colors(z.cpu()) * 255).round().to(torch.uint8)
-        rows += [round_to_uint8(vae.decode(z)).cpu(), F.interpolate(colors, images.shape[-2:]).permute(0, 2, 3, 1)]
+        colors = F.interpolate(colors, images.shape[-2:]).permute(0, 2, 3, 1)
+        rows += [round_to_uint8(vae.decode(z)).cpu(), colors]
         labels += [caption, f"latents of {caption}"]
     captions = [text for label in labels for text in (label, *[""] * (len(images) - 1))]
     return label_grid(torch.cat(rows), captions, columns=len(images))
@@ -170,8 +183,9 @@ def evaluate(args):
     """Measure the VAEs args.eval: a table on the terminal; metrics.json and images.png in the run folder.
 
     args: data_dir, resolution, limit, metrics, vae, encoder, encoder_ckpt, model_ckpt, inception_weights,
-    mixed_precision ("auto" is float32 here), seed, output_dir, exp_name. metrics.json is written after each VAE; a run
-    that was stopped goes on with those that are not in it. A user's mistake ends the process in one line.
+    mixed_precision ("auto" is float32 here), seed, output_dir, exp_name. metrics.json is written after each
+    VAE; a run that was stopped goes on with those that are not in it. A user's mistake ends the process in
+    one line.
     """
     try:
         with stopped_in_one_line("what is measured so far is in metrics.json; the same command goes on"):
@@ -199,13 +213,14 @@ def _evaluate(args):
         def features(stream, name):
             line = progress_line(name, count)
             return extract(stream, networks, device, keep=False, skip=("_s",), progress=line)
-        reference = features(tools.images.read(size, rank, world_size), args.data_dir)  # of rFID: the same images
+        # of rFID: these images themselves
+        reference = features(tools.images.read(size, rank, world_size), args.data_dir)
     for source in todo:
         vae, sit = tools.vaes[source].to(device), tools.sits[source]
         tokens = sit and TokenPairs(sit.to(device), tools.encoder, path_type=sit.path_type, seed=args.seed)
-        results[source] = measure(vae, tools.images.read(size, rank, world_size), device, tools.dtype, tools.lpips,
-                                  features and (lambda stream: features(stream, source)), reference, tokens,
-                                  progress_line(source, count))
+        batches, line = tools.images.read(size, rank, world_size), progress_line(source, count)
+        results[source] = measure(vae, batches, device, tools.dtype, tools.lpips,
+                                  features and partial(features, name=source), reference, tokens, line)
         if sit:
             results[source]["cknna"] = tokens.cknna(device)
         if rank == 0:
@@ -215,17 +230,22 @@ def _evaluate(args):
 
 
 def open_vae(source, resolution, name=None):
-    """Any VAE, in eval mode on the CPU; ValueError if it is not of type `name` or does not fit the resolution."""
+    """Any VAE, in eval mode on the CPU; ValueError if it is not of type `name` or does not fit the
+    resolution.
+    """
     found, state, _ = vae_files.open_vae(source, name)
     vae = VAE_models[found]().eval().requires_grad_(False)
     vae.load_state_dict(state)
     if resolution % vae.downsample:
-        raise ValueError(f"--resolution {resolution} is not divisible by {vae.downsample}, the downsampling factor of {found}")
+        raise ValueError(f"--resolution {resolution} is not divisible by {vae.downsample}, the downsampling "
+                         f"factor of {found}")
     return vae
 
 
 def open_sit(args, source, vae):
-    """The SiT whose tokens CKNNA compares for this VAE: of --model-ckpt, or of the VAE's own checkpoint; or None."""
+    """The SiT whose tokens CKNNA compares for this VAE: of --model-ckpt, or of the VAE's own checkpoint; or
+    None.
+    """
     path = args.model_ckpt or source
     content = files.load(path) if os.path.isfile(path) else {}
     if "ema" not in content:
@@ -236,14 +256,15 @@ def open_sit(args, source, vae):
     sit = weights.build_sit(content["ema"], settings, path)
     sit.encoder_depth, sit.path_type = settings.get("encoder_depth", 8), settings.get("path_type") or "linear"
     if (sit.in_channels, sit.input_size) != (vae.latent_channels, args.resolution // vae.downsample):
-        raise ValueError(f"{path}: its model takes {sit.in_channels} x {sit.input_size}^2 latents, {source} gives "
-                         f"{vae.latent_channels} x {args.resolution // vae.downsample}^2; check --resolution")
+        own = f"{vae.latent_channels} x {args.resolution // vae.downsample}^2"
+        raise ValueError(f"{path}: its model takes {sit.in_channels} x {sit.input_size}^2 latents, {source} "
+                         f"gives {own}; check --resolution")
     return sit
 
 
 def prepare(args, device):
-    """All that --eval needs, or a one-line error before any long work: VAEs and SiTs by source, images, LPIPS,
-    Inception, encoder."""
+    """All that --eval needs, or a one-line error before any long work: VAEs and SiTs by source, images,
+    LPIPS, Inception, encoder."""
     wanted = [m for m in args.metrics.split(",") if m]
     if not wanted or set(wanted) - set(METRICS):
         raise ValueError(f"--metrics {args.metrics}: known are {', '.join(METRICS)}")
@@ -256,7 +277,8 @@ def prepare(args, device):
         tools.vaes[source] = open_vae(source, args.resolution, args.vae)
         tools.sits[source] = open_sit(args, source, tools.vaes[source]) if "cknna" in wanted else None
     tools.images = held_out_images(args.data_dir, args.resolution, args.limit, args.seed + 1)
-    remedy = "leave it out with --metrics " + (",".join(m for m in wanted if m not in ("lpips", "rfid")) or "psnr,ssim")
+    without = [m for m in wanted if m not in ("lpips", "rfid")]
+    remedy = f"leave it out with --metrics {','.join(without) or 'psnr,ssim'}"
     if "lpips" in wanted:
         tools.lpips = weights.lpips(remedy).to(device)
     if "rfid" in wanted:
@@ -266,7 +288,7 @@ def prepare(args, device):
             raise OSError(f"the weights of rFID: {error}; or {remedy}") from error
     if "cknna" in wanted:
         if not any(tools.sits.values()):
-            raise ValueError("cknna compares a model's tokens: name its training checkpoint with --model-ckpt")
+            raise ValueError("cknna compares a model's tokens: name its checkpoint with --model-ckpt")
         if tools.images.count <= 10:
             raise ValueError(f"{args.data_dir}: cknna needs more than 10 images, not {tools.images.count}")
         tools.encoder = load_encoders(args.encoder, args.encoder_ckpt, args.resolution, device)[0]
@@ -275,9 +297,9 @@ def prepare(args, device):
         digests = {source: [weights.state_digest(net) for net in (vae, tools.sits[source]) if net is not None]
                    for source, vae in tools.vaes.items()}
         tools.about = {"data_dir": args.data_dir, "images": tools.images.count, "resolution": args.resolution,
-                       "identity": tools.images.identity, "metrics": sorted(wanted), "dtype": str(tools.dtype),
-                       "seed": args.seed, "encoder": [args.encoder, args.encoder_ckpt] if "cknna" in wanted else None,
-                       "inception": getattr(tools.inception, "sha256", None)}
+                       "identity": tools.images.identity, "metrics": sorted(wanted), "seed": args.seed,
+                       "dtype": str(tools.dtype), "inception": getattr(tools.inception, "sha256", None),
+                       "encoder": [args.encoder, args.encoder_ckpt] if "cknna" in wanted else None}
         tools.digests = digests
     return tools
 
@@ -285,7 +307,9 @@ def prepare(args, device):
 # ---------------------------------------------------------------- what is written
 
 def finished(args, tools):
-    """{source: figures} of the VAEs that metrics.json holds already, measured with the same weights and settings."""
+    """{source: figures} of the VAEs that metrics.json holds already, measured with the same weights and
+    settings.
+    """
     path = os.path.join(args.output_dir, args.exp_name, "metrics.json")
     try:
         content = files.load_json(path)
@@ -293,7 +317,8 @@ def finished(args, tools):
         same = all(content[key] == value for key, value in tools.about.items())
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-    done = {source: figures for source, figures in found.items() if same and digests[source] == tools.digests.get(source)}
+    done = {source: figures for source, figures in found.items()
+            if same and digests[source] == tools.digests.get(source)}
     if done:
         print(f"{path}: {len(done)} of {len(tools.vaes)} VAEs are measured already")
     return done
@@ -309,18 +334,23 @@ def columns(tools):
 def remarks(args, tools):
     """What a reader of the table must know, one line each."""
     n = tools.images.count
-    notes = [f"{n:,} images of {args.data_dir} at {args.resolution} px; reconstructed from the posterior's mean"]
+    notes = [f"{n:,} images of {args.data_dir} at {args.resolution} px; reconstructed from the posterior's "
+             "mean"]
     if "rfid" in tools.wanted:
-        notes.append("rFID's reference is these images themselves, not the reference of a generation benchmark"
-                     + ("; fewer than 2,049 images: compare only at equal numbers" if n < 2049 else ""))
+        few = "; fewer than 2,049 images: compare only at equal numbers" if n < 2049 else ""
+        notes.append("rFID's reference is these images themselves, not the reference of a generation "
+                     f"benchmark{few}")
     return notes
 
 
 def write_results(args, tools, results):
     """metrics.json with the VAEs measured so far; an infinite PSNR is null there."""
     single, lists = columns(tools)
-    figures = {source: {name: None if name in single and not math.isfinite(result[name] or 0) else result[name]
-                        for name in single + lists if name in result} for source, result in results.items()}
+    figures = {}
+    for source, result in results.items():
+        finite = {name: result[name] if math.isfinite(result[name] or 0) else None
+                  for name in single if name in result}
+        figures[source] = finite | {name: result[name] for name in lists}
     content = {**tools.about, "notes": remarks(args, tools), "sha256": tools.digests, "vaes": figures}
     files.save_json(content, os.path.join(args.output_dir, args.exp_name, "metrics.json"))
 
