@@ -244,7 +244,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Further flags go to train_repae_e.py.")
     parser.add_argument("--steps", type=int, default=10, help="timed steps per path")
     parser.add_argument("--plain", action="store_true", help="only the plain path")
-    parser.add_argument("--count", action="store_true", help="only count the memory of a step on a GPU, which need not be there")
+    parser.add_argument("--count", action="store_true",
+                        help="only count the memory of a step on a GPU, which need not be there")
     parser.add_argument("--minutes", type=float, default=0, help="run that long and report the memory instead")
     mine, extra = parser.parse_known_args()
     if mine.count:

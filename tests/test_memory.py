@@ -6,9 +6,8 @@ import torch
 from models import lpips
 from models.runtime import memory
 
-SMALL = ("--preset", "demo", "--resolution", "64", "--model", "SiT-Ti/4", "--batch-size", "16", "--perceptual-weight", "1",
-         "--disc-weight", "0.1", "--mixed-precision", "bf16")
-
+SMALL = ("--preset", "demo", "--resolution", "64", "--model", "SiT-Ti/4", "--batch-size", "16",
+         "--perceptual-weight", "1", "--disc-weight", "0.1", "--mixed-precision", "bf16")
 
 
 def test_a_tensor_counts_once_and_until_it_is_freed():
@@ -23,7 +22,7 @@ def test_a_tensor_counts_once_and_until_it_is_freed():
 
 
 def test_what_is_kept_and_freed_by_a_backward_pass():
-    """exp keeps its result: after k of them k + 1 tensors live, and the backward pass ends with the leaf and its gradient."""
+    """exp keeps its result: after k of them k + 1 tensors live; in the end the leaf and its gradient do."""
     size = 2 ** 20
     with memory.Count() as count:
         leaf = torch.zeros(size // 4, requires_grad=True)

@@ -101,9 +101,16 @@ class Count:
         for name, module in modules.items():
             if module is None:
                 continue
-            before = []
-            module.register_forward_pre_hook(lambda *_, b=before, n=name: (b.append(self.holder), setattr(self, "holder", n))[0])
-            module.register_forward_hook(lambda *_, b=before: setattr(self, "holder", b.pop()))
+            outer = []
+
+            def enter(*_, name=name, outer=outer):
+                outer.append(self.holder)
+                self.holder = name
+
+            def leave(*_, outer=outer):
+                self.holder = outer.pop()
+            module.register_forward_pre_hook(enter)
+            module.register_forward_hook(leave)
 
     def reset_peak(self):
         self.peak, self.at_peak = self.now, dict(self.bytes)
@@ -115,7 +122,8 @@ class Count:
 
     # ------------------------------------------------------------------------------------------ the backward pass
 
-    def backward(self, outputs, gradients, retain_graph, create_graph, inputs, allow_unreachable=True, accumulate_grad=True):
+    def backward(self, outputs, gradients, retain_graph, create_graph, inputs, allow_unreachable=True,
+                 accumulate_grad=True):
         """What torch's engine does behind backward() and autograd.grad(): the graph's nodes, the latest made first, each
         one's saved tensors freed after it. Returns the gradients at `inputs`, None where nothing arrives."""
         with self.holding("backward"), torch.set_grad_enabled(create_graph):
@@ -153,9 +161,11 @@ class Count:
                         found[k] = grads.get(index)
                 if useful is not None and not useful[node] and not accumulate_grad:
                     continue
-                for (following, index), gradient in zip(node.next_functions, self.run(node, grads, retain_graph), strict=True):
+                results = self.run(node, grads, retain_graph)
+                for (following, index), gradient in zip(node.next_functions, results, strict=True):
                     send(following, index, gradient)
                     del gradient
+                del results, grads  # a GPU's engine holds none of them any longer
             return tuple(found)
 
     def run(self, node, grads, retain_graph):
@@ -171,7 +181,8 @@ class Count:
         metadata = node._input_metadata
         arguments = [grads.pop(i, None) for i in range(len(metadata))]
         if isinstance(node, torch.autograd.function.BackwardCFunction):
-            arguments = [torch.zeros(m.shape, dtype=m.dtype, device=m.device) if a is None else a for a, m in zip(arguments, metadata)]
+            arguments = [torch.zeros(m.shape, dtype=m.dtype, device=m.device) if a is None else a
+                         for a, m in zip(arguments, metadata)]
             call = node.apply
         else:
             call = node
@@ -277,7 +288,7 @@ def leads_to(ends, roots):
 
 
 def attention(q, k, v, attn_mask=None, dropout_p=0.0, **more):
-    """scaled_dot_product_attention by the kernel that a GPU takes: memory-efficient for float32 and wide heads, else flash."""
+    """scaled_dot_product_attention by a GPU's kernels: the memory-efficient one for float32 and wide heads, else flash."""
     if torch.is_autocast_enabled("cuda"):
         q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
     if q.dtype == torch.float32 or q.shape[-1] > 256:
