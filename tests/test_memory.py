@@ -3,7 +3,7 @@ import bench_train
 import pytest
 import torch
 
-from models import lpips
+from models import lpips, vae
 from models.runtime import memory
 
 SMALL = ("--preset", "demo", "--resolution", "64", "--model", "SiT-Ti/4", "--batch-size", "16",
@@ -68,3 +68,22 @@ def test_a_step_takes_no_more_memory_than_it_did(flag, counted):
     count = bench_train.count_memory(args)
     assert 0.9 * counted < count.peak / memory.GIB < 1.05 * counted
     assert sum(count.at_peak.values()) == count.peak and {"VAE", "weights", "EMA"} <= set(count.at_peak)
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager_decomp_partition"])
+def test_a_residual_block_keeps_two_tensors_compiled_or_not(backend):
+    """Its input and what lies between its convolutions; as one graph. The backend cuts graphs as the default one does."""
+    block = vae.ResnetBlock(64, 64)
+    x = torch.randn(2, 64, 16, 16).bfloat16().requires_grad_()
+    if backend is not None:
+        block.compile(backend=backend, fullgraph=True, dynamic=False)
+    own, kept = {p.untyped_storage().data_ptr() for p in block.parameters()}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive, so that no address is used twice
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        block(x)
+    assert 2 <= sum(size for size, _ in kept.values()) / (2 * x.numel()) < 2.5
