@@ -10,8 +10,11 @@ class LPIPS(nn.Module):
     """Distance [B] between images img0 and img1 [B, 3, H, W], both in [-1, 1], H and W at least 16.
 
     The network is made with random weights; load_pretrained fetches the real ones. It is frozen: gradients pass to
-    the images only. Everything is float32 at least, whatever the autocast type.
+    the images only, and only once (not for gradients of gradients). Everything is float32 at least, whatever the
+    autocast type.
     """
+
+    chunk = 8  # images whose features are in memory at a time where img1 needs a gradient
 
     def __init__(self):
         super().__init__()
@@ -50,23 +53,19 @@ class LPIPS(nn.Module):
             return torch.stack(terms, dim=1)
 
     def forward(self, img0, img1):
-        return self.layer_terms(img0, img1).sum(1)
-
-
-def lpips_and_gradient(lpips, images, recon, chunk=8):
-    """Distances [B] of images and reconstructions [B, 3, H, W], and each one's gradient at its reconstruction, the same shape.
-
-    A few images at a time, and without the graph behind `recon`: VGG's float32 features are the largest tensors of a
-    training step. To go on, add (recon * weight * gradient).sum() to what backward() is called on.
-    """
-    distances, gradients = [], []
-    for image, part in zip(images.split(chunk), recon.detach().split(chunk)):
-        part = part.to(torch.promote_types(part.dtype, torch.float32)).requires_grad_()
-        with torch.enable_grad():
-            distance = lpips(image, part)
-        gradients.append(torch.autograd.grad(distance.sum(), part)[0])
-        distances.append(distance.detach())
-    return torch.cat(distances), torch.cat(gradients)
+        if not torch.is_grad_enabled() or not img1.requires_grad or img0.requires_grad:
+            return self.layer_terms(img0, img1).sum(1)
+        # VGG's float32 features are the largest tensors of a training step. So the gradient at img1 is taken here, a few
+        # images at a time, before anything else of the backward pass is in memory; only it is kept.
+        distances, gradients = [], []
+        for part0, part1 in zip(img0.split(self.chunk), img1.detach().split(self.chunk)):
+            part1 = part1.to(torch.promote_types(part1.dtype, torch.float32)).requires_grad_()
+            distance = self.layer_terms(part0, part1).sum(1)
+            gradients += torch.autograd.grad(distance.sum(), part1)
+            distances.append(distance.detach())
+        gradient = torch.cat(gradients)
+        product = (img1.to(gradient.dtype) * gradient).flatten(1).sum(1)
+        return torch.cat(distances) + (product - product.detach())  # the distances, with that gradient
 
 
 def load_pretrained(lpips, vgg_state, linear_state):

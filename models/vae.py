@@ -36,8 +36,8 @@ def no_autocast(x):
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm (32 groups from 128 channels on) that keeps the type of its input: statistics are float32 inside the kernel either way,
-    but autocast would store a float32 copy of every activation, half of the VAE's memory.
+    """GroupNorm (32 groups from 128 channels on) that keeps the type of its input: statistics are float32 inside the
+    kernel either way, but autocast would store a float32 copy of every activation, half of the VAE's memory.
 
     Narrow layers (f4d4) have groups of 4: groups of one channel would normalise an image's colour away.
     """

@@ -4,6 +4,7 @@
     python tests/bench_train.py --model SiT-XL/2 --vae f8d4 --resolution 256 --batch-size 32 --encoder dinov2-vit-b \
         --perceptual-weight 1 --compile                                       # one GPU; add --grad-checkpoint
     python tests/bench_train.py --plain                                      # the plain path alone
+    python tests/bench_train.py --count --preset sdvae --batch-size 32       # its memory, counted; needs no GPU
     python tests/bench_train.py --minutes 5                                  # the memory of a long run, nothing else
 
 The plain path: eager, NCHW, group norms in float32 and all activations kept, attention of the VAE spelt out, the
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_repae_e as train  # noqa: E402
 from models import encoders, lpips, vae  # noqa: E402
-from models.runtime import flops, runlog, trainer, weights  # noqa: E402
+from models.runtime import flops, memory, runlog, trainer, weights  # noqa: E402
 from models.losses import resize_tokens  # noqa: E402
 from models.runtime.data import ShapesData  # noqa: E402
 
@@ -94,6 +95,8 @@ def plain_updates(optimizers, skip):
 PLAIN = {
     (train, "proj_loss"): plain_proj_loss, (trainer, "update_ema"): plain_ema, (trainer, "guarded_updates"): plain_updates,
         (vae.GroupNorm, "forward"): torch.nn.GroupNorm.forward,  # float32 under autocast
+    (vae.Upsample, "forward"): lambda self, x: self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")),
+    (lpips.LPIPS, "forward"): lambda self, img0, img1: self.layer_terms(img0, img1).sum(1),  # the whole batch at once
     (vae, "norm_silu_conv"): lambda norm, conv, x: conv(F.silu(norm(x))), (vae.AttnBlock, "forward"): plain_attention,
 }
 
@@ -231,12 +234,22 @@ def memory_over_time(path, minutes):
     return {"steps": len(path.seconds), "gib": points, "growth_gib": points[-1] - points[2]}
 
 
+def count_memory(args, plain=False):
+    """memory.Count of a step of the fast or the plain path."""
+    with replaced(PLAIN if plain else {}):
+        return memory.training_peak(args, train.build_networks, train.make_batch, train.train_step)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Further flags go to train_repae_e.py.")
     parser.add_argument("--steps", type=int, default=10, help="timed steps per path")
     parser.add_argument("--plain", action="store_true", help="only the plain path")
+    parser.add_argument("--count", action="store_true",
+                        help="only count the memory of a step on a GPU, which need not be there")
     parser.add_argument("--minutes", type=float, default=0, help="run that long and report the memory instead")
     mine, extra = parser.parse_known_args()
+    if mine.count:
+        return print(count_memory(settings(*extra), mine.plain).table())
     args, warm_up = settings(*extra), 2  # compilation, allocation
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

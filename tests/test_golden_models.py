@@ -201,3 +201,16 @@ def test_vae_loss_and_gradients(golden, close, kind):
     close(norms, g["out.d_grad_l2"], 1e-5, 1e-5)
     close(norms.norm(), g["out.d_grad_norm"], 1e-5, 1e-5)
     check_statistics(close, discriminator, g, "out.after_discriminator")
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_lpips_in_chunks_has_the_gradient_of_the_whole(dtype, tolerance):
+    torch.manual_seed(0)
+    net = LPIPS().to(dtype)
+    net.chunk = 2  # the last of three images comes alone
+    images, recon, weights = (torch.rand(*shape, dtype=dtype) for shape in ((3, 3, 32, 32), (3, 3, 32, 32), (3,)))
+    recon.requires_grad_()
+    actual, expected = net(images, recon), net.layer_terms(images, recon).sum(1)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=0)
+    gradients = [torch.autograd.grad((weights * d).sum(), recon)[0] for d in (actual, expected)]
+    torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance * gradients[1].abs().max().item())

@@ -1,26 +1,24 @@
 """How much GPU memory a training step takes and what holds it, counted without a GPU: every operation runs on fake CUDA
 tensors, which have shapes, types and storages but no numbers.
 
-    with memory.Count() as count:
-        nets = ...                                    # built on torch.device("cuda")
-        count.watch(weights=[nets.sit], SiT=nets.sit) # names of what holds the memory
-        for _ in range(2):                            # the second step has the optimisers' states
-            train_step(nets, ...)
+    count = memory.training_peak(args, build_networks, make_batch, train_step)
     print(count.table())
 
 Not counted: the CUDA context (about 0.6 GiB), cuDNN's workspaces, and what the allocator loses to fragmentation.
 """
+import argparse
 import contextlib
 import heapq
 import unittest.mock
 import weakref
 
 import torch
-import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+
+from models.lpips import LPIPS
+from models.runtime import trainer
 
 GIB = 2 ** 30
 
@@ -49,7 +47,7 @@ class Count:
         patch("torch.nn.functional.scaled_dot_product_attention", to=attention)
         patch("torch.autograd._engine_run_backward", to=self.backward)
         patch("torch._C._current_graph_task_id", to=lambda: 0)
-        patch("torch.nn.Module.to", to=lambda module, *a, **k: module)  # fake parameters cannot be moved, and are there
+        patch("torch.nn.Module.to", to=to_gpu)
         enter(unittest.mock.patch.object(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True))
         enter(fake)
         enter(_Watch(self))
@@ -101,9 +99,18 @@ class Count:
         them by "other", parameters' gradients by "gradients", and what else the backward pass makes by "backward"."""
         self.holder = "other"
         for name, module in modules.items():
-            before = []
-            module.register_forward_pre_hook(lambda *_, b=before, n=name: (b.append(self.holder), setattr(self, "holder", n))[0])
-            module.register_forward_hook(lambda *_, b=before: setattr(self, "holder", b.pop()))
+            if module is None:
+                continue
+            outer = []
+
+            def enter(*_, name=name, outer=outer):
+                outer.append(self.holder)
+                self.holder = name
+
+            def leave(*_, outer=outer):
+                self.holder = outer.pop()
+            module.register_forward_pre_hook(enter)
+            module.register_forward_hook(leave)
 
     def reset_peak(self):
         self.peak, self.at_peak = self.now, dict(self.bytes)
@@ -115,7 +122,8 @@ class Count:
 
     # ------------------------------------------------------------------------------------------ the backward pass
 
-    def backward(self, outputs, gradients, retain_graph, create_graph, inputs, allow_unreachable=True, accumulate_grad=True):
+    def backward(self, outputs, gradients, retain_graph, create_graph, inputs, allow_unreachable=True,
+                 accumulate_grad=True):
         """What torch's engine does behind backward() and autograd.grad(): the graph's nodes, the latest made first, each
         one's saved tensors freed after it. Returns the gradients at `inputs`, None where nothing arrives."""
         with self.holding("backward"), torch.set_grad_enabled(create_graph):
@@ -153,9 +161,11 @@ class Count:
                         found[k] = grads.get(index)
                 if useful is not None and not useful[node] and not accumulate_grad:
                     continue
-                for (following, index), gradient in zip(node.next_functions, self.run(node, grads, retain_graph), strict=True):
+                results = self.run(node, grads, retain_graph)
+                for (following, index), gradient in zip(node.next_functions, results, strict=True):
                     send(following, index, gradient)
                     del gradient
+                del results, grads  # a GPU's engine holds none of them any longer
             return tuple(found)
 
     def run(self, node, grads, retain_graph):
@@ -171,7 +181,8 @@ class Count:
         metadata = node._input_metadata
         arguments = [grads.pop(i, None) for i in range(len(metadata))]
         if isinstance(node, torch.autograd.function.BackwardCFunction):
-            arguments = [torch.zeros(m.shape, dtype=m.dtype, device=m.device) if a is None else a for a, m in zip(arguments, metadata)]
+            arguments = [torch.zeros(m.shape, dtype=m.dtype, device=m.device) if a is None else a
+                         for a, m in zip(arguments, metadata)]
             call = node.apply
         else:
             call = node
@@ -186,6 +197,42 @@ class Count:
     def unpack(self, saved):
         self.used.append(saved)
         return saved.tensor
+
+
+def training_peak(args, build_networks, make_batch, train_step, world_size=1):
+    """The Count of a training run's second step on each of `world_size` GPUs (the first has no optimiser states yet).
+
+    Args:
+        args: settings of train_repae_e.py; nothing is read from disk, all networks have random weights.
+        build_networks, make_batch, train_step: that script's functions.
+    The blocks are counted uncompiled. DistributedDataParallel's buckets are there from the start to the end: with several
+    GPUs, all gradients are added to the peak as "buckets".
+    """
+    args = argparse.Namespace(**vars(args))
+    args.batch_size, args.compile = args.batch_size // world_size, False
+    device = torch.device("cuda")
+    no_weights = {"models.runtime.weights.lpips": LPIPS, "models.encoders._fitting": lambda *a: {},
+                  "models.encoders._fetch": lambda *a: {}}
+    with Count() as count, contextlib.ExitStack() as patches:
+        for name, function in no_weights.items():
+            patches.enter_context(unittest.mock.patch(name, function))
+        nets = build_networks(args, device, None, continued=True)
+        trainer.prepare(nets, args)
+        count.hold("EMA", nets.ema.parameters())
+        encoders = {f"encoder {e.name}": e for e in nets.encoders}
+        count.watch(VAE=nets.vae, VGG=nets.lpips, SiT=nets.sit, discriminator=nets.disc, **encoders)
+        images = torch.zeros(args.batch_size, 3, args.resolution, args.resolution, dtype=torch.uint8)
+        labels = torch.zeros(args.batch_size, dtype=torch.long)
+        for step in (1, 2):
+            count.reset_peak()
+            train_step(nets, args, make_batch(nets, args, step, images, labels))
+            states = [state for optimizer in nets.opts.values() for state in optimizer.state.values()]
+            count.hold("optimisers' states", [v for state in states for v in state.values()])
+        if world_size > 1:
+            buckets = sum(p.numel() * p.element_size() for n in nets.trained for p in getattr(nets, n).parameters())
+            count.peak += buckets
+            count.at_peak["buckets"] = buckets
+    return count
 
 
 class _Saved:
@@ -212,6 +259,18 @@ class _Watch(TorchDispatchMode):
         return results
 
 
+def to_gpu(module, *args, **kwargs):
+    """Module.to, whatever it is asked for: fake parameters cannot be moved, only made anew."""
+    for part in module.modules():
+        for name, p in part.named_parameters(recurse=False):
+            if not p.is_cuda:
+                setattr(part, name, torch.nn.Parameter(torch.empty_like(p, device="cuda"), p.requires_grad))
+        for name, buffer in part.named_buffers(recurse=False):
+            if not buffer.is_cuda:
+                setattr(part, name, torch.empty_like(buffer, device="cuda"))
+    return module
+
+
 def leads_to(ends, roots):
     """{node: whether it leads to one of the nodes `ends` (further on, if it is one itself)} for those that do or are."""
     state, stack = {}, list(roots)  # state: None while a node's followers are looked at
@@ -229,7 +288,7 @@ def leads_to(ends, roots):
 
 
 def attention(q, k, v, attn_mask=None, dropout_p=0.0, **more):
-    """scaled_dot_product_attention by the kernel that a GPU takes: memory-efficient for float32 and wide heads, else flash."""
+    """scaled_dot_product_attention by a GPU's kernels: the memory-efficient one for float32 and wide heads, else flash."""
     if torch.is_autocast_enabled("cuda"):
         q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
     if q.dtype == torch.float32 or q.shape[-1] > 256:
