@@ -141,7 +141,7 @@ def prepare(source, out, workers=0):
         print(f"{out}: is there already", flush=True)
         return 0
     try:
-        with os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT), "rb+") as file:
+        with os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "rb+") as file:
             lock(file, part, out)
             done, size, left_out = last_sync(journal, part, what)
             if done:
