@@ -354,8 +354,9 @@ def sample_missing(job, asked):
                 show_progress(job, total, begin)
     except Stopped:
         shards.ask_to_stop(job.shards)
-    if job.rank == 0:
-        print()
+    finally:
+        if job.rank == 0:
+            print()  # ends the progress line
     wait_for_all()
     if shards.stop_asked(job.shards):
         raise Stopped
