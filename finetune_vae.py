@@ -220,7 +220,7 @@ def vae_losses(nets, args, part):
     """
     moments, z, recon = trainer.vae_outputs(nets, part)     # [b, 2C, h, w], [b, C, h, w], [b, 3, R, R]
     kl_weight = args.kl_weight if args.train_encoder else 0.0
-    losses = reconstruction_losses(part.images, recon, Posterior(moments), trainer.frugal(nets.lpips),
+    losses = reconstruction_losses(part.images, recon, Posterior(moments), nets.lpips,
                                    args.reconstruction_weight, args.perceptual_weight, kl_weight,
                                    args.reconstruction_loss)                                                     # (5)
     if nets.proj is not None:
@@ -248,7 +248,7 @@ def adaptive_weight(nets, args, parts):
         with nets.autocast():
             kept = getattr(part, "outputs", None)
             moments, _, recon = nets.vae(part.images, part.eps) if kept is None else kept
-            losses = reconstruction_losses(part.images, recon, None, trainer.frugal(nets.lpips),
+            losses = reconstruction_losses(part.images, recon, None, nets.lpips,
                                            args.reconstruction_weight, args.perceptual_weight, 0.0,
                                            args.reconstruction_loss)
         loss = scale * sum(losses.values()) / n

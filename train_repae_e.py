@@ -262,7 +262,7 @@ def vae_losses(nets, args, part):
     which only the gradient at the reconstruction was taken; not the encoder.
     """
     moments, z, recon = trainer.vae_outputs(nets, part)     # [b, 2C, h, w], [b, C, h, w], [b, 3, R, R]
-    losses = reconstruction_losses(part.images, recon, Posterior(moments), trainer.frugal(nets.lpips),
+    losses = reconstruction_losses(part.images, recon, Posterior(moments), nets.lpips,
                                    args.reconstruction_weight, args.perceptual_weight, args.kl_weight,
                                    args.reconstruction_loss)                                                     # (5)
     total = sum(losses.values())

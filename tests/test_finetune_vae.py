@@ -198,7 +198,7 @@ def test_lecam(start):
     discriminator = lambda x: logits[int(x)]  # noqa: E731
     d_loss, real, fake = discriminator_loss(discriminator, torch.tensor(0), torch.tensor(1), 0.5, torch.tensor([0.5, -0.5]))
     hinge = 0.5 * ((0 + 2) / 2 + (0 + 2) / 2)
-    lecam = (0.5 + 0.5) ** 2 + (0.5 + 1) ** 2  # of the mean logits
+    lecam = (2.5 ** 2 + 0) / 2 + (3.5 ** 2 + 0) / 2
     assert d_loss.item() == pytest.approx(hinge + 0.5 * lecam) and real == 0.5 and fake == -1
     nets, args = tiny_nets(start, *GAN)
     for step in (1, 2):

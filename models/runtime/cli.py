@@ -109,7 +109,7 @@ def training_flags(parser):
     flag(optim, "--mixed-precision", "auto", "autocast type; auto: bf16 on a GPU, no on a CPU",
          choices=["auto", "bf16", "fp16", "no"])
     flag(optim, "--compile", False, "torch.compile each block; convolutions in channels_last")
-    flag(optim, "--grad-checkpoint", False, "recompute activations in the backward pass: less memory, a third more work")
+    flag(optim, "--grad-checkpoint", False, "recompute activations in the backward pass: less memory, more arithmetic")
     flag(optim, "--seed", 0, "of weights, data order and every draw")
 
     flag(run, "--preset", None, "set of defaults; explicit flags win")

@@ -114,7 +114,9 @@ class RunLog:
         if first_bad >= 0:
             line["not_finite_first"] = self.names[first_bad]
         if self.peak_flops and self.flops_per_image:
-            line["mfu"] = rate * self.flops_per_image / (self.peak_flops * distributed.world_size())
+            reached = rate * self.flops_per_image / distributed.world_size()
+            self.peak_flops = max(self.peak_flops, reached)  # a busy moment at the start measured it too low
+            line["mfu"] = reached / self.peak_flops
         self.sums, self.counted, self.timed, self.last = {}, 0, 0, now
         self.longest, self.first_bad = torch.zeros_like(self.longest), torch.full_like(self.first_bad, -1.0)
         if self.main:

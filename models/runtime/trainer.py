@@ -21,7 +21,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models.losses import gan_loss, wide
-from models.lpips import lpips_and_gradient
 from models.metrics import latent_moments
 from models.runtime import cli, distributed, files
 from models.runtime.data import (EndlessSampler, ImageData, ImageError, ShapesData, check_images, check_same_data,
@@ -286,16 +285,6 @@ def known_gradient(value, x, gradient):
     """A scalar equal to `value` whose gradient at x is `gradient`: a loss that was computed elsewhere joins a sum."""
     product = (x.to(gradient.dtype) * gradient).sum()
     return value + (product - product.detach())
-
-
-def frugal(lpips):
-    """`lpips` as a function (images, recon) -> [B] with the same values and gradient, but a few images at a time and with
-    nothing of VGG kept: its float32 features would be the largest tensors of a step."""
-    def distance(images, recon):
-        values, gradient = lpips_and_gradient(lpips, images, recon)
-        product = (wide(recon) * gradient).flatten(1).sum(1)
-        return values + (product - product.detach())
-    return distance
 
 
 def backward(nets, parts, losses_of, total, *trained):
