@@ -1,11 +1,12 @@
 """Speed of the evaluator beside the plain way, and torch-fidelity and pytorch-fid where installed; one JSON line each.
 
-    python tests/bench_eval.py [--plain] [--images 64] [--rounds 3] [--points 10000] [--threads 2] [--device cuda]
+    python tests/bench_eval.py [--plain | --peers] [--images 64] [--rounds 3] [--points 10000] [--threads 2] [--device cuda]
 
 Same PNG files, same (random) weights, same device, from files to pool features, each program with its own reading and
 resizing; the programs take turns and the best round of each counts. Then precision and recall at points x points x
 2048, half and float32, and the Frechet distance at 2048 dimensions. The plain way: files read one after the other
-between the batches, whole matrices of distances, scipy's matrix square root; --plain runs nothing else.
+between the batches, whole matrices of distances, scipy's matrix square root; --plain runs nothing else. --peers: the
+figures themselves instead of times, from images to FID, KID and Inception Score by each program with equal weights.
 """
 import argparse
 import contextlib
@@ -89,19 +90,30 @@ def peers(folder, weights, device):
     return programs
 
 
+def filled_network():
+    """FIDInception with random weights; the default initialisation shrinks activations to nothing."""
+    net = FIDInception()
+    for tensor in net.state_dict().values():
+        if tensor.ndim > 1:
+            torch.nn.init.kaiming_normal_(tensor)
+    return net
+
+
+def write_images(folder, count, seed=0, cells=16):
+    """A new folder of `count` smooth random PNG files of 256 x 256."""
+    folder.mkdir()
+    coarse = np.random.default_rng(seed).integers(0, 256, (count, cells, cells, 3), dtype=np.uint8)
+    for k, image in enumerate(coarse):
+        Image.fromarray(image).resize((256, 256), Image.BICUBIC).save(folder / f"{k:05d}.png")
+    return folder
+
+
 def bench_features(args):
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        net, weights = FIDInception(), f"{folder}/weights.pth"
-        for name, tensor in net.state_dict().items():      # default initialisation shrinks activations to nothing
-            if tensor.ndim > 1:
-                torch.nn.init.kaiming_normal_(tensor)
+        net, weights = filled_network(), f"{folder}/weights.pth"
         torch.save(net.state_dict(), weights)
-        coarse = np.random.default_rng(0).integers(0, 256, (args.images, 16, 16, 3), dtype=np.uint8)
-        images = Path(folder) / "images"
-        images.mkdir()
-        for k, image in enumerate(coarse):
-            Image.fromarray(image).resize((256, 256), Image.BICUBIC).save(images / f"{k:05d}.png")
+        images = write_images(Path(folder) / "images", args.images)
         net.to(args.device)
         programs = {"plain": lambda: plain_features(images, net, args.device)}
         if not args.plain:
@@ -114,6 +126,55 @@ def bench_features(args):
     if "torch_fidelity" in features:
         rates["largest_difference"] = float(np.abs(features["ours"] - features["torch_fidelity"]).max())
     emit(bench="features", images=args.images, device=args.device, **rates)
+
+
+def bench_peers(args):
+    """FID, KID and Inception Score of two sets of images by us, torch-fidelity and pytorch-fid, and the differences."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.utils import create_feature_extractor
+    torch.manual_seed(0)
+    kid = {"subsets": 20, "subset_size": args.images // 2}
+    with tempfile.TemporaryDirectory() as folder:
+        net, weights = filled_network(), f"{folder}/weights.pth"
+        net.fc.weight.mul_(20)      # so that the classes of two images differ
+        torch.save(net.state_dict(), weights)
+        sets = [write_images(Path(folder) / name, args.images, k, cells)
+                for k, (name, cells) in enumerate((("ref", 16), ("samples", 6)))]
+        images = [open_input(str(path)) for path in sets]
+        ref, samples = (evaluate_fid.extract(x.read(32), [evaluate_fid.inception_features(net)], "cpu") for x in images)
+        found = evaluate_fid.score(samples, ref, net, exact_is=True, extras=["kid"], kid=tuple(kid.values()))
+        emit(program="ours", images=args.images, **{k: found[k] for k in ("fid", "kid", "kid_std", "inception_score")})
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            peer = create_feature_extractor("inception-v3-compat", ["2048", "logits_unbiased"], cuda=False, verbose=False,
+                                            feature_extractor_weights_path=weights)
+        with torch.no_grad():
+            theirs = [[torch.cat(x) for x in zip(*(peer(torch.from_numpy(b).permute(0, 3, 1, 2)) for b in x.read(32)))]
+                      for x in images]
+        (pool_ref, _), (pool, logits) = theirs
+        scores = [isc_features_to_metric(logits, splits, shuffle)["inception_score_mean"]
+                  for splits, shuffle in ((1, False), (10, True))]
+        theirs = kid_features_to_metric(pool, pool_ref, kid_subsets=20, kid_subset_size=kid["subset_size"], verbose=False)
+        statistics = (fid_features_to_statistics(x) for x in (pool, pool_ref))
+        fid = fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]
+        emit(program="torch_fidelity", fid=fid, kid=theirs["kernel_inception_distance_mean"],
+             kid_std=theirs["kernel_inception_distance_std"], inception_score_of_ten_shuffled_splits=scores[1],
+             inception_score_of_one_split=scores[0])
+        largest = float(np.abs(samples["pool"] - pool.numpy()).max() / np.abs(samples["pool"]).max())
+        emit(difference="torch_fidelity", features_of_largest=largest, fid_relative=abs(found["fid"] / fid - 1),
+             kid_relative=abs(found["kid"] / theirs["kernel_inception_distance_mean"] - 1),
+             kid_std_relative=abs(found["kid_std"] / theirs["kernel_inception_distance_std"] - 1),
+             inception_score_relative=abs(found["inception_score"] / scores[0] - 1))
+
+        import pytorch_fid.inception
+        from pytorch_fid.fid_score import calculate_fid_given_paths
+        pytorch_fid.inception.load_state_dict_from_url = lambda *a, **k: torch.load(weights, weights_only=True)
+        with contextlib.redirect_stderr(io.StringIO()):
+            fid = calculate_fid_given_paths([str(sets[1]), str(sets[0])], 32, "cpu", 2048, 0)
+        emit(program="pytorch_fid", fid=fid, relative_to_ours=fid / found["fid"] - 1,
+             because="half-pixel resize and 2x/255 - 1")
 
 
 def bench_precision_recall(args):
@@ -144,6 +205,7 @@ def bench_frechet(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--peers", action="store_true", help="compare the figures with those of the installed peers")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--points", type=int, default=10_000, help="rows of each set in precision and recall")
@@ -151,6 +213,8 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.peers:
+        return bench_peers(args)
     bench_features(args)
     bench_precision_recall(args)
     bench_frechet(args)
