@@ -21,7 +21,8 @@ from models.runtime.prepare import prepare
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("data", help="folder or .zip of photos")
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--images", type=int, default=100)
@@ -42,7 +43,8 @@ def main():
                 seconds[name].append(time.process_time() - begin)
         for name, data in sets.items():
             size = sum(len(data.content(k)) for k in range(len(data))) / len(data)
-            print(json.dumps({"source": name, "images_per_second_per_core": round(len(data) / min(seconds[name]), 1),
+            speed = round(len(data) / min(seconds[name]), 1)
+            print(json.dumps({"source": name, "images_per_second_per_core": speed,
                               "kilobytes_per_image": round(size / 1e3, 1), "resolution": args.resolution,
                               "images": len(data), "pillow": PIL.__version__}), flush=True)
 
