@@ -31,7 +31,8 @@ def test_discriminator_of_every_kind_of_file(tmp_path):
         assert weights.state_digest(weights.discriminator(str(tmp_path / name), "f8d4")) == digest, name
     files.save(vae, tmp_path / "none.pt")
     (tmp_path / "folder").mkdir()
-    for source in (str(tmp_path / "none.pt"), str(tmp_path / "folder"), "REPA-E/e2e-vavae"):
+    hub = "REPA-E/e2e-vavae", "stabilityai/sd-vae-ft-mse"  # answered without asking it
+    for source in (str(tmp_path / "none.pt"), str(tmp_path / "folder"), *hub):
         assert weights.discriminator_state(source, "f8d4") is None
         with pytest.raises(ValueError, match="holds no discriminator"):
             weights.discriminator(source, "f8d4")

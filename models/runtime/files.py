@@ -183,15 +183,15 @@ def save_array(array, path):
 def first_non_finite(obj, name=""):
     """Name ("ema.blocks.0.mlp.fc1.weight") of a floating tensor in nested dicts and lists that holds NaN or
     infinity, or None. The tensors are looked at where they are, and the host waits once per device."""
-    extremes = {}  # device -> ([names], [scalars that are finite if and only if the tensor is])
+    extremes = {}  # device -> ([names], [smallest and largest value of each, which are NaN where one is])
     for key, tensor in _tensors(obj, name):
         if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
             names, values = extremes.setdefault(tensor.device, ([], []))
             names.append(key)
-            low, high = tensor.detach().aminmax()  # one pass, and nothing of the tensor's size is made
-            values.append((low - low) + (high - high))  # 0, or NaN
+            values.extend(tensor.detach().aminmax())  # one pass, and nothing of the tensor's size is made
     for names, values in extremes.values():
-        bad = torch.stack([v.float() for v in values]).isnan().nonzero().flatten().tolist()
+        finite = torch.stack([v.double() for v in values]).isfinite().view(-1, 2).all(1)
+        bad = (~finite).nonzero().flatten().tolist()
         if bad:
             return names[bad[0]]
     return None

@@ -145,9 +145,9 @@ def discriminator_state(source, vae_name):
     -discriminator-ckpt.pt beside a VAE or in its repository, or a file of its weights alone.
     """
     path = source
-    is_file_name = source.endswith((".pt", ".pth", ".ckpt"))
+    is_file_name = source.endswith((".pt", ".pth", ".ckpt", ".safetensors"))
     if not os.path.exists(source) and source.count("/") == 1 and not is_file_name:
-        if source in vae_files.RELEASED and source not in WITH_DISCRIMINATOR:
+        if source not in WITH_DISCRIMINATOR:
             return None
         path = files.hub_file(source, f"{source.split('/')[1]}-{vae_name}-discriminator-ckpt.pt")
     if os.path.isdir(path):
