@@ -376,11 +376,11 @@ def show_progress(job, total, begin):
 
 
 def wait_for_all():
-    """Until all processes are here; ends this one where another has ended with a mistake of its own."""
+    """Until all processes are here; ConnectionError where one has ended with a mistake of its own."""
     try:
         distributed.barrier()
-    except RuntimeError:
-        cli.fail("another process has ended before its part was done; see what it says", code=1)
+    except RuntimeError as error:
+        raise ConnectionError("another process has ended early; see what it says") from error
 
 
 # ---------------------------------------------------------------- the files
@@ -433,8 +433,20 @@ def main(argv=None):
     with signals.watch() as asked:
         try:
             job = prepare(args)
+            failure = None
         except (ValueError, OSError) as error:
-            cli.fail(error)
+            failure = error
+        if failure is None:
+            failure = carry_out(job, asked)
+    if failure is not None:  # no longer watching: torchrun must be able to end the other processes
+        cli.fail(failure)
+    distributed.shut_down()
+
+
+def carry_out(job, asked):
+    """Samples and files, unless a signal comes first. Returns what a user has to be told, as an exception, or
+    None."""
+    try:
         try:
             run = sample_missing(job, asked) if job.ranges else None
             if job.rank == 0:
@@ -444,14 +456,14 @@ def main(argv=None):
                 done = sum(end - first for first, end in shards.list_shards(job.shards))
                 print(f"stopped by {asked.by or 'a signal to another process'}: {done} samples are in "
                       f"{job.shards}; run the same command again to go on")
-        except (images.InputError, OSError, ArithmeticError) as error:
-            cli.fail(error)
-        except torch.OutOfMemoryError:
-            cli.fail(f"the GPU's memory is full; give a --pproc-batch-size below {args.pproc_batch_size}")
-        finally:
-            close_output(job)
         wait_for_all()
-        distributed.shut_down()
+    except (images.InputError, OSError, ArithmeticError) as error:
+        return error
+    except torch.OutOfMemoryError:
+        return MemoryError("the GPU's memory is full; give a --pproc-batch-size below "
+                           f"{job.args.pproc_batch_size}")
+    finally:
+        close_output(job)
 
 
 def finish(job, run, asked):

@@ -109,7 +109,7 @@ def bench_writer(number=20000):
     with tempfile.TemporaryDirectory() as folder:
         path, begin = os.path.join(folder, "a.npz"), time.perf_counter()
         rows = (rng.integers(0, 256, (50, 256, 256, 3), dtype=np.uint8) for _ in range(number // 50))
-        images.write_npz(path, rows, (number, 256, 256, 3), np.zeros(number, np.int64), {"seed": 0})
+        images.write_npz(path, rows, (number, 256, 256, 3), arr_1=np.zeros(number, np.int64))
         print(json.dumps({"bench": "writer", "images": number, "gib": round(os.path.getsize(path) / 2**30, 2),
                           "seconds": round(time.perf_counter() - begin, 1),
                           "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}))

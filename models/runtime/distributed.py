@@ -7,12 +7,15 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
+from models.runtime import signals
+
 
 def init():
     """Join torchrun's process group if there is one. Returns (rank, world_size, device).
 
     NCCL and one GPU per process where there are GPUs, gloo on CPU otherwise; plain `python` is one process, no group.
     """
+    signals.follow_torchrun()
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")

@@ -7,6 +7,7 @@
                 break
 """
 import contextlib
+import ctypes
 import os
 import signal
 import threading
@@ -16,15 +17,14 @@ from types import SimpleNamespace
 
 @contextlib.contextmanager
 def watch():
-    """Context whose value has `by`, the name of the first signal that asked for the end (None so far), and
-    `at`, its time.
+    """Context whose value has `by`, the first signal that asked for the end (None so far), and `at`, its
+    time.
 
     Nothing is interrupted: the work looks when it can stop. Outside the main thread, where Python allows no
     handlers, nothing is watched.
     """
     asked = SimpleNamespace(by=None, at=None)
-    # A terminal sends Ctrl-C to torchrun and its processes alike, and torchrun passes it on: one Ctrl-C in
-    # all.
+    # One Ctrl-C may come twice under torchrun, which passes it on: from the terminal, and from torchrun.
     echo = 2.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
     def handle(number, frame):
@@ -42,3 +42,14 @@ def watch():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def follow_torchrun():
+    """Let this process, a child of torchrun, get a Ctrl-C when torchrun dies.
+
+    torchrun runs its processes in sessions of their own: when it is killed (SIGKILL, or SIGUSR1, which it
+    does not handle) they would go on without it.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        with contextlib.suppress(AttributeError, OSError):  # Linux only
+            ctypes.CDLL(None).prctl(1, signal.SIGINT)  # PR_SET_PDEATHSIG
