@@ -1,8 +1,8 @@
-"""SiT, the scalable interpolant transformer, with the latent batch norm and the alignment projectors of REPA-E.
+"""SiT, the scalable interpolant transformer, with REPA-E's latent batch norm and alignment projectors.
 
-The network of Ma et al., arXiv 2401.08740 (a DiT, arXiv 2212.09748, that predicts velocity), tapped after block
-`encoder_depth` for representation alignment (REPA, arXiv 2410.06940). State-dict names are those of the REPA-E
-release. Losses live elsewhere: this file holds networks only, and needs only torch and timm.
+The network of Ma et al., arXiv 2401.08740 (a DiT, arXiv 2212.09748, that predicts velocity), tapped after
+block `encoder_depth` for representation alignment (REPA, arXiv 2410.06940). State-dict names are those of
+the REPA-E release. Losses live elsewhere: this file holds networks only, and needs only torch and timm.
 """
 import math
 
@@ -25,7 +25,10 @@ def pos_embed_2d(dim, grid):
 
 
 def build_projector(hidden_size, projector_dim, z_dim):
-    """Three-layer MLP from SiT tokens [..., hidden_size] to an encoder's width [..., z_dim] (REPA, section 3)."""
+    """Three-layer MLP from SiT tokens [..., hidden_size] to an encoder's width [..., z_dim].
+
+    REPA, section 3.
+    """
     return nn.Sequential(nn.Linear(hidden_size, projector_dim), nn.SiLU(),
                          nn.Linear(projector_dim, projector_dim), nn.SiLU(),
                          nn.Linear(projector_dim, z_dim))
@@ -42,17 +45,22 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_size, frequencies=256):
         super().__init__()
         self.half = frequencies // 2
-        self.mlp = nn.Sequential(nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.mlp = nn.Sequential(nn.Linear(frequencies, hidden_size), nn.SiLU(),
+                                 nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t):
         # Always float32: half precision cannot tell neighbouring times apart.
-        f = torch.exp(-math.log(10000) * torch.arange(self.half, dtype=torch.float32, device=t.device) / self.half)
+        k = torch.arange(self.half, dtype=torch.float32, device=t.device)
+        f = torch.exp(-math.log(10000) * k / self.half)
         angles = t.float()[:, None] * f
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.mlp[0].weight.dtype))
 
 
 class LabelEmbedder(nn.Module):
-    """Class labels [B] to vectors; with a null row (index num_classes) where labels may be dropped for guidance."""
+    """Class labels [B] to vectors [B, hidden_size].
+
+    Where labels may be dropped, for guidance, the table has a null row of index num_classes.
+    """
 
     def __init__(self, num_classes, hidden_size, dropout_prob):
         super().__init__()
@@ -68,9 +76,11 @@ class SiTBlock(nn.Module):
     def __init__(self, hidden_size, num_heads, mlp_ratio, qk_norm):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=nn.LayerNorm)
+        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True, qk_norm=qk_norm,
+                              norm_layer=nn.LayerNorm)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio),
+                       act_layer=lambda: nn.GELU(approximate="tanh"))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x, c):
@@ -94,27 +104,30 @@ class FinalLayer(nn.Module):
 
 
 class SiT(nn.Module):
-    """Velocity network v(x_t, t, y) on latents, with `bn` (latent statistics) and `projectors` (alignment heads).
+    """Velocity network v(x_t, t, y) on latents, with `bn` (latent statistics) and `projectors` (to encoders).
 
     Args:
         input_size: height and width of the latents, a multiple of patch_size.
-        class_dropout_prob: above 0, the label table has a null row, index num_classes. Replacing labels by it with
-            that probability in training is the caller's business: nothing here is random.
+        class_dropout_prob: above 0, the label table has a null row, index num_classes. Replacing labels by it
+            with that probability in training is the caller's business: nothing here is random.
         encoder_depth: the block, counted from 1, whose output tokens go to the projectors.
         z_dims: width of each target encoder, one projector each; () for none.
-        learn_pos_embed: train the position table, as the reference does by accident; else it is a fixed buffer.
+        learn_pos_embed: train the position table, as the reference does by accident; else it is a buffer.
     """
 
-    grad_checkpoint = False  # True: compute the blocks' activations again in the backward pass instead of keeping them
+    # True: compute the blocks' activations again in the backward pass instead of keeping them.
+    grad_checkpoint = False
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, encoder_depth=8, z_dims=(768,),
                  projector_dim=2048, qk_norm=False, bn_momentum=0.1, learn_pos_embed=False):
         super().__init__()
         if input_size % patch_size:
-            raise ValueError(f"latents of {input_size}x{input_size} cannot be cut into patches of {patch_size}")
+            raise ValueError(f"latents of {input_size}x{input_size} cannot be cut into patches of "
+                             f"{patch_size}")
         if not 1 <= encoder_depth <= depth:
-            raise ValueError(f"encoder depth {encoder_depth} is not a block of this SiT, which has 1 to {depth}")
+            raise ValueError(f"encoder depth {encoder_depth} is not a block of this SiT, which has 1 to "
+                             f"{depth}")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.num_classes, self.encoder_depth = num_classes, encoder_depth
         table = pos_embed_2d(hidden_size, input_size // patch_size)
@@ -125,15 +138,17 @@ class SiT(nn.Module):
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-        self.blocks = nn.ModuleList([SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth)])
-        self.projectors = nn.ModuleList([build_projector(hidden_size, projector_dim, z_dim) for z_dim in z_dims])
+        self.blocks = nn.ModuleList([SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm)
+                                     for _ in range(depth)])
+        self.projectors = nn.ModuleList([build_projector(hidden_size, projector_dim, z_dim)
+                                         for z_dim in z_dims])
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
         # No affine part: a learnt scale would let the VAE's latents and the noise level drift apart.
         self.bn = nn.BatchNorm2d(in_channels, eps=1e-4, momentum=bn_momentum, affine=False)
         self.initialize_weights()
 
     def initialize_weights(self):
-        """Xavier-uniform linear layers, N(0, 0.02) embeddings, zeros where a branch must start as the identity."""
+        """Xavier-uniform linear layers, N(0, 0.02) embeddings, zeros where branches start as nothing."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -148,15 +163,16 @@ class SiT(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def normalize(self, z):
-        """Latents z [B, C, H, W] to unit scale with bn's running statistics, whatever the mode; bn is not changed.
+        """Latents z [B, C, H, W] to unit scale with bn's running statistics, whatever the mode; bn stays.
 
-        The training update instead calls self.bn(z) in train mode: batch statistics, and the running ones follow.
+        The training update instead calls self.bn(z) in train mode: batch statistics, and the running ones
+        follow.
         """
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         return F.batch_norm(z, self.bn.running_mean, self.bn.running_var, eps=self.bn.eps)
 
     def latents_stats(self):
-        """(latents_scale, latents_bias), both [1, C, 1, 1]: the sampler's z = x / latents_scale + latents_bias.
+        """(latents_scale, latents_bias), both [1, C, 1, 1], for z = x / latents_scale + latents_bias.
 
         The reference leaves bn's eps out here, though bn itself uses it.
         """
@@ -171,17 +187,20 @@ class SiT(nn.Module):
     def forward(self, x, t, y, align_only=False):
         """Args: x normalised noisy latents [B, C, H, W], t [B] in [0, 1] (1 is noise), y labels [B] (int64).
 
-        Returns (velocity [B, C, H, W], zs_tilde: list of projected tokens [B, T, z_dim], one per encoder). With
-        align_only the network stops after block encoder_depth and the velocity is None.
+        Returns (velocity [B, C, H, W], zs_tilde: list of projected tokens [B, T, z_dim], one per encoder).
+        With align_only the network stops after block encoder_depth and the velocity is None.
         """
         x = self.x_embedder(x) + self.pos_embed                  # [B, T, D]
         c = self.t_embedder(t) + self.y_embedder(y)              # [B, D]
         zs_tilde = []
-        # Not where the weights are frozen: little is kept then, and a stand-in of functional_call is gone by the backward pass.
-        save_memory = self.grad_checkpoint and torch.is_grad_enabled() and self.x_embedder.proj.weight.requires_grad
+        # Not where the weights are frozen: little is kept then, and a stand-in of functional_call is gone by
+        # the backward pass.
+        learns = torch.is_grad_enabled() and self.x_embedder.proj.weight.requires_grad
+        save_memory = self.grad_checkpoint and learns
         for number, block in enumerate(self.blocks, start=1):
             if save_memory:
-                x = recompute(block, x, c, use_reentrant=False, preserve_rng_state=False)  # nothing in a block is random
+                # preserve_rng_state=False: nothing in a block is random.
+                x = recompute(block, x, c, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, c)
             if number == self.encoder_depth:
@@ -192,8 +211,8 @@ class SiT(nn.Module):
 
 
 # depth, width, heads, projector width; Ti is for demos and tests
-SiT_SIZES = {"XL": (28, 1152, 16, 2048), "L": (24, 1024, 16, 2048), "B": (12, 768, 12, 2048), "S": (12, 384, 6, 2048),
-             "Ti": (6, 192, 3, 256)}
+SiT_SIZES = {"XL": (28, 1152, 16, 2048), "L": (24, 1024, 16, 2048), "B": (12, 768, 12, 2048),
+             "S": (12, 384, 6, 2048), "Ti": (6, 192, 3, 256)}
 
 
 def _constructor(size, patch_size):
@@ -203,4 +222,5 @@ def _constructor(size, patch_size):
 
 
 # name -> constructor: SiT_models["SiT-XL/2"](input_size=32, in_channels=4, num_classes=1000)
-SiT_models = {f"SiT-{size}/{patch}": _constructor(size, patch) for size in SiT_SIZES for patch in (1, 2, 4, 8)}
+SiT_models = {f"SiT-{size}/{patch}": _constructor(size, patch)
+              for size in SiT_SIZES for patch in (1, 2, 4, 8)}

@@ -3,9 +3,9 @@ shapes; and the order of reading.
 
 Needs numpy, pillow and torch; imports nothing of this project, so the file can be lifted out alone.
 
-    data = ImageData("data/imagenet/train", resolution=256) sampler = EndlessSampler(len(data),
-    global_batch=256, rank=rank, world_size=world_size, seed=0, start_step=step) for images, labels, skipped
-    in make_loader(data, sampler, batch_size=256 // world_size, num_workers=8):
+    data = ImageData("data/imagenet/train", resolution=256)
+    sampler = EndlessSampler(len(data), global_batch=256, rank=rank, world_size=world_size, start_step=step)
+    for images, labels, skipped in make_loader(data, sampler, batch_size=256 // world_size):
         x = images.to(device).float() / 127.5 - 1       # uint8 [B, 3, R, R] -> [-1, 1]
 
 Errors a user can cause are ValueError or OSError with a message of one line. The files are not trusted: what
@@ -402,8 +402,9 @@ class ImageData(Dataset):
 
     Labels are torchvision's ImageFolder's: classes sorted by name, and a class folder without images is
     refused, since leaving it out would shift the labels after it. Where there is a dataset.json in EDM2's
-    layout (as prepare.py writes it), labels come from there instead. A set without labels, described so by its
-    dataset.json, is one class; with `unlabelled` a folder of nothing but images is one too, instead of an error.
+    layout (as prepare.py writes it), labels come from there instead. A set without labels, described so by
+    its dataset.json, is one class; with `unlabelled` a folder of nothing but images is one too, instead of an
+    error.
 
     Attributes: path, names, labels (int64 array), classes (label k is the k-th), num_classes, labelled.
     Raises what `find_images` raises, and ValueError for images without a class.
@@ -625,7 +626,7 @@ class _Loader(DataLoader):
             try:
                 yield from iterator
             except (OSError, EOFError) as error:
-                time.sleep(1)  # for the signal of its death, which raises here what has to be said, and only once
+                time.sleep(1)  # for the signal of its death, which raises here what has to be said, once
                 raise RuntimeError(f"DataLoader worker closed its connection: {error}") from error
         iterator = super().__iter__()  # the workers start now, not with the first batch
         return batches(iterator) if self.num_workers else iterator

@@ -13,7 +13,8 @@ from models.runtime import signals
 def init():
     """Join torchrun's process group if there is one. Returns (rank, world_size, device).
 
-    NCCL and one GPU per process where there are GPUs, gloo on CPU otherwise; plain `python` is one process, no group.
+    NCCL and one GPU per process where there are GPUs, gloo on CPU otherwise; plain `python` is one process,
+    no group.
     """
     signals.follow_torchrun()
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -21,11 +22,12 @@ def init():
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"process {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
+            raise ValueError(f"process {local_rank} has no GPU: there are {torch.cuda.device_count()}; "
                              f"start torchrun with --nproc-per-node {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=60),
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(minutes=60),
                                 device_id=device if device.type == "cuda" else None)
     return int(os.environ.get("RANK", 0)), world_size, device
 
@@ -60,7 +62,7 @@ def shut_down():
 
 @contextlib.contextmanager
 def main_first():
-    """Context that the main process passes through before the others enter: it downloads, they find the files there."""
+    """Context that the main process passes before the others enter: it downloads, they find the files."""
     if not is_main():
         barrier()
     yield
@@ -72,18 +74,25 @@ _HOST_GROUP = []
 
 
 def any_process(flag):
-    """Whether `flag` is true in any process; all must ask at the same moment. Waits for the other processes, not for GPUs."""
+    """Whether `flag` is true in any process; all must ask at the same moment.
+
+    Waits for the other processes, not for GPUs.
+    """
     if not dist.is_initialized():
         return bool(flag)
     if not _HOST_GROUP:  # gloo beside NCCL: a flag on the host should not queue behind kernels
-        _HOST_GROUP.append(dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else dist.group.WORLD)
+        nccl = dist.get_backend() == "nccl"
+        _HOST_GROUP.append(dist.new_group(backend="gloo") if nccl else dist.group.WORLD)
     both = torch.tensor([float(bool(flag))])
     dist.all_reduce(both, dist.ReduceOp.MAX, group=_HOST_GROUP[0])
     return both.item() > 0
 
 
 def from_main(function):
-    """function() run in the main process alone; every process gets its result, or raises its ValueError or OSError."""
+    """function() run in the main process alone.
+
+    Every process gets its result, or raises its ValueError or OSError.
+    """
     box = [None]
     if is_main():
         try:
@@ -128,8 +137,9 @@ class AllReduceSum(torch.autograd.Function):
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d whose training statistics are those of all processes' batches together, on gloo as on NCCL.
 
-    Same state-dict entries, running statistics (unbiased variance) and gradients as one BatchNorm2d that sees the
-    concatenated batch; torch's own SyncBatchNorm needs GPUs. x [B, C, H, W], the same B in every process.
+    Same state-dict entries, running statistics (unbiased variance) and gradients as one BatchNorm2d that
+    sees the concatenated batch; torch's own SyncBatchNorm needs GPUs. x [B, C, H, W], the same B in every
+    process.
     """
 
     def forward(self, x):
@@ -151,7 +161,10 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 def sync_batch_norms(module):
-    """Turn every BatchNorm2d in `module` into SyncBatchNorm2d, in place; its entries and names stay. Returns it."""
+    """Turn every BatchNorm2d in `module` into SyncBatchNorm2d, in place; its entries and names stay.
+
+    Returns it.
+    """
     for child in module.modules():
         if type(child) is nn.BatchNorm2d:
             child.__class__ = SyncBatchNorm2d

@@ -281,7 +281,7 @@ def _image_headers(path, names):
 # ---------------------------------------------------------------- any of them
 
 def open_shapes(resolution, seed, count=1000):
-    """The built-in shapes as open_npz describes a file; `seed` should be one that training does not draw from."""
+    """The built-in shapes as open_npz describes a file; `seed`: one that training does not draw from."""
     from models.runtime.data import ShapesData
     shapes = ShapesData(count, resolution, seed=seed)
 
@@ -295,8 +295,11 @@ def open_shapes(resolution, seed, count=1000):
 
 
 def open_input(path, resolution=None, seed=1):
-    """A .npz, a folder of images or a .zip of one, as open_npz describes it; "shapes" is the built-in set of drawn
-    images, of that seed. Raises InputError, ValueError or OSError with a one-line message."""
+    """A .npz, a folder of images or a .zip of one, as open_npz describes it.
+
+    "shapes" is the built-in set of drawn images, of that seed. Raises InputError, ValueError or OSError with
+    a one-line message.
+    """
     if path == "shapes":
         return open_shapes(resolution or 32, seed)
     if not os.path.exists(path):
