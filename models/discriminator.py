@@ -1,9 +1,12 @@
-"""PatchGAN discriminator (Isola et al., arXiv 1611.07004), names as in the released REPA-E weights. Needs only torch."""
+"""PatchGAN discriminator (Isola et al., arXiv 1611.07004), names as in the released REPA-E weights.
+
+Needs only torch.
+"""
 import torch.nn as nn
 
 
 class Discriminator(nn.Module):
-    """Images [B, 3, H, W] in [-1, 1] (H, W at least 32) to one logit per 70x70 patch, [B, 1, H/8 - 2, W/8 - 2].
+    """Images [B, 3, H, W] in [-1, 1] to a logit per 70x70 patch, [B, 1, H/8 - 2, W/8 - 2]; H, W at least 32.
 
     From scratch: convolutions N(0, 0.02), batch norm weights N(1, 0.02), biases 0.
     """

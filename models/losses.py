@@ -1,16 +1,16 @@
 """The whole objective of REPA-E (arXiv 2504.10483, section 3) on one page. Needs only torch.
 
-Notation: an image x becomes latents z ~ q(z | x) and a reconstruction r in the VAE; u = bn(z) is z at unit scale;
-e ~ N(0, 1) is noise, t in [0, 1] a time (0 is data, 1 is noise); y are the patch tokens that a frozen vision encoder
-gives x, and h those of the SiT at block `encoder_depth`, put through its projector.
+Notation: an image x becomes latents z ~ q(z | x) and a reconstruction r in the VAE; u = bn(z) is z at unit
+scale; e ~ N(0, 1) is noise, t in [0, 1] a time (0 is data, 1 is noise); y are the patch tokens that a frozen
+vision encoder gives x, and h those of the SiT at block `encoder_depth`, put through its projector.
 
-    (1)  u_t = alpha_t u + sigma_t e                    the path                              noisy_latents
-    (2)  v   = alpha'_t u + sigma'_t e                  its velocity, the SiT's target        noisy_latents
-    (3)  L_diff  = |SiT(u_t, t) - v|^2, mean            denoising_loss
-    (4)  L_align = -mean over tokens of cos(y, h)       proj_loss
-    (5)  L_rec   = |x - r| + LPIPS(x, r) + 1e-6 KL(q(z | x) || N(0, 1))                       reconstruction_losses
-    (6)  L_gan   = -mean D(r)                           gan_loss
-    (7)  L_disc  = (mean relu(1 - D(x)) + mean relu(1 + D(r))) / 2                            discriminator_loss
+    (1)  u_t = alpha_t u + sigma_t e                                        noisy_latents: the path
+    (2)  v   = alpha'_t u + sigma'_t e                                      its velocity, the SiT's target
+    (3)  L_diff  = |SiT(u_t, t) - v|^2, mean                                denoising_loss
+    (4)  L_align = -mean over tokens of cos(y, h)                           proj_loss
+    (5)  L_rec   = |x - r| + LPIPS(x, r) + 1e-6 KL(q(z | x) || N(0, 1))     reconstruction_losses
+    (6)  L_gan   = -mean D(r)                                               gan_loss
+    (7)  L_disc  = (mean relu(1 - D(x)) + mean relu(1 + D(r))) / 2          discriminator_loss
 
     SiT and projector minimise    L_diff + 0.5 L_align     with z held fixed: the paper's stop-gradient
     the VAE minimises             L_rec + 0.1 L_gan + 1.5 L_align
@@ -36,7 +36,7 @@ def wide(x):
 # ---------------------------------------------------------------- diffusion: (1), (2), (3)
 
 def interpolant(t, path_type="linear"):
-    """(alpha, sigma, alpha', sigma') at times t (any shape): the path's coefficients and their derivatives in t.
+    """(alpha, sigma, alpha', sigma') at times t of any shape: the path's coefficients, their derivatives in t.
 
     "linear": 1 - t and t; "cosine": cos(pi t / 2) and sin(pi t / 2) (SiT, arXiv 2401.08740, section 2).
     Raises ValueError for another path_type.
@@ -51,7 +51,12 @@ def interpolant(t, path_type="linear"):
 
 
 def noisy_latents(u, noise, t, path_type="linear"):
-    """(1) and (2): (u_t, v), both [B, C, H, W], from latents at unit scale u and noise [B, C, H, W] and times t [B]."""
+    """(1) and (2): (u_t, v), both [B, C, H, W].
+
+    Args:
+        u, noise: latents at unit scale and N(0, 1), [B, C, H, W].
+        t: times, [B].
+    """
     alpha, sigma, d_alpha, d_sigma = interpolant(t.view(-1, 1, 1, 1), path_type)
     return alpha * u + sigma * noise, d_alpha * u + d_sigma * noise
 
@@ -74,7 +79,9 @@ def denoising_loss(velocity, target):
 # ---------------------------------------------------------------- alignment: (4)
 
 def resize_tokens(tokens, count):
-    """Tokens [B, T, D] of a square grid, row-major, to [B, count, D] by bilinear interpolation; the same if T == count.
+    """Tokens [B, T, D] of a square grid, row-major, to [B, count, D] by bilinear interpolation.
+
+    The same tensor if T == count.
 
     Raises ValueError if T or count is not a square number.
     """
@@ -82,17 +89,18 @@ def resize_tokens(tokens, count):
         return tokens
     source, target = math.isqrt(tokens.shape[1]), math.isqrt(count)
     if source ** 2 != tokens.shape[1] or target ** 2 != count:
-        raise ValueError(f"cannot resize {tokens.shape[1]} tokens to {count}: a square grid is needed on both sides")
+        raise ValueError(f"cannot resize {tokens.shape[1]} tokens to {count}: "
+                         "a square grid is needed on both sides")
     grid = tokens.transpose(1, 2).unflatten(2, (source, source))             # [B, D, h, w]
     grid = F.interpolate(grid, size=(target, target), mode="bilinear")
     return grid.flatten(2).transpose(1, 2)
 
 
 def spatial_norm(tokens, gamma=1.0):
-    """Tokens [B, T, D] with the mean over T removed and the spread over T brought to 1, per image and channel.
+    """Tokens [B, T, D] with mean 0 and spread 1 over T, per image and channel.
 
-    (f - gamma mean_T f) / (std_T f + 1e-6): what tells one place from another stays, what the whole image is goes
-    (iREPA, arXiv 2512.10794).
+    (f - gamma mean_T f) / (std_T f + 1e-6) (iREPA, arXiv 2512.10794): what tells one place from another stays, and
+    what the whole image is goes.
     """
     tokens = wide(tokens)
     return (tokens - gamma * tokens.mean(1, keepdim=True)) / (tokens.std(1, keepdim=True) + 1e-6)
@@ -119,8 +127,8 @@ def proj_loss(zs, zs_tilde):
 
 # ---------------------------------------------------------------- the VAE's own: (5), (6), (7)
 
-def reconstruction_losses(images, recon, posterior, lpips=None, reconstruction_weight=1.0, perceptual_weight=1.0,
-                          kl_weight=1e-6, distance="l1"):
+def reconstruction_losses(images, recon, posterior, lpips=None, reconstruction_weight=1.0,
+                          perceptual_weight=1.0, kl_weight=1e-6, distance="l1"):
     """(5), each term with its weight, as a dict of scalars; LPIPS and KL are left out at weight 0.
 
     Args:
@@ -147,11 +155,12 @@ def gan_loss(discriminator, recon):
 def discriminator_loss(discriminator, images, recon, lecam_weight=0.0, lecam_means=None):
     """(7), the hinge loss; recon is detached.
 
-    With lecam_weight, LeCam regularisation on top (Tseng et al., arXiv 2104.03310, eq. 3): no logit may run away from
-    lecam_means [2], the moving averages of the mean logits of images and of reconstructions, to the far side of them.
-    The released code puts each GPU's mean logit there, which makes the loss depend on the number of GPUs.
-    Returns (d_loss, logits_real, logits_fake), scalars; the logits are means, for the log. The discriminator sees the
-    images first: in train mode each call updates its running statistics.
+    With lecam_weight, LeCam regularisation on top (Tseng et al., arXiv 2104.03310, eq. 3): no logit may run
+    away from lecam_means [2], the moving averages of the mean logits of images and of reconstructions, to the
+    far side of them. The released code puts each GPU's mean logit there: its loss depends on their number.
+
+    Returns (d_loss, logits_real, logits_fake), scalars; the logits are means, for the log. The discriminator
+    sees the images first: in train mode each call updates its running statistics.
     """
     real = wide(discriminator(images))
     fake = wide(discriminator(recon.detach()))

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 
-# The names that models/sit.py and models/vae.py know (a test compares): they could only say so once torch is imported.
+# The names that models/sit.py and models/vae.py know (a test compares); to ask them would import torch.
 SITS = [f"SiT-{size}/{patch}" for size in ("XL", "L", "B", "S", "Ti") for patch in (1, 2, 4, 8)]
 VAES = ["f8d4", "f16d32", "f8d16", "f4d4"]
 
@@ -18,16 +18,17 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def make_parser(doc):
-    """ArgumentParser with a script's docstring as its description; a mistake in the flags ends in one line, exit code 2."""
+    """ArgumentParser described by a script's docstring; a mistake in the flags ends in one line, exit code 2."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.error = lambda message: fail(message)
     return parser
 
 
 def flag(group, name, default, help, *, least=0, above=None, most=None, type=None, **more):
-    """group.add_argument(name) with the type of its default; False makes a switch, None a string unless `type` is given.
+    """group.add_argument(name) with the type of its default.
 
-    A number must be finite and at least `least`, or above `above` where that is given, and at most `most`.
+    False makes a switch; None takes a string unless `type` is given. A number must be finite and at least
+    `least`, or above `above` where that is given, and at most `most`.
     """
     if default is False:
         group.add_argument(name, default=False, action="store_true", help=help, **more)
@@ -39,12 +40,16 @@ def flag(group, name, default, help, *, least=0, above=None, most=None, type=Non
 
 
 def number(kind, least=0, above=None, most=None):
-    """Function from text to a number of type `kind` within the bounds; argparse turns what it raises into one line."""
+    """Function from text to a number of type `kind` within the bounds.
+
+    argparse turns what it raises into one line.
+    """
     def convert(text):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number") from None
+            whole = "whole " if kind is int else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is no {whole}number") from None
         low = f"above {above}" if above is not None else f"at least {least}"
         too_low = value <= above if above is not None else value < least
         if not math.isfinite(value) or too_low or (most is not None and value > most):
@@ -57,8 +62,8 @@ def number(kind, least=0, above=None, most=None):
 def fail(error, code=2):
     """End the process as a user's mistake ends: one line on stderr, exit code 2.
 
-    Of several processes the first speaks: the others usually found the same, and wait until torchrun ends them. One that
-    is still there a while later has a mistake of its own to report.
+    Of several processes the first speaks: the others usually found the same, and wait until torchrun ends
+    them. One that is still there a while later has a mistake of its own to report.
     """
     rank = int(os.environ.get("RANK", 0))
     if rank:
@@ -68,35 +73,43 @@ def fail(error, code=2):
 
 
 def training_flags(parser):
-    """Add the flags that both training scripts have. Returns the groups of the help page by name, for the scripts' own;
-    where a default differs, the script changes it by parser.set_defaults."""
-    groups = {name: parser.add_argument_group(name) for name in ("data", "model", "losses", "optimisation", "run")}
+    """Add the flags that both training scripts have.
+
+    Returns the groups of the help page by name, for the scripts' own flags; where a default differs, the
+    script changes it by parser.set_defaults.
+    """
+    names = ("data", "model", "losses", "optimisation", "run")
+    groups = {name: parser.add_argument_group(name) for name in names}
     data, model, losses, optim, run = groups.values()
 
-    flag(data, "--data-dir", "data/imagenet/train", "folder of class folders, a .zip of one, or 'shapes' (built in, drawn)")
+    flag(data, "--data-dir", "data/imagenet/train",
+         "folder of class folders, a .zip of one, or 'shapes' (built in, drawn)")
     flag(data, "--resolution", 256, "side of the ADM centre crop in pixels", above=0)
     flag(data, "--hflip", False, "flip half of the images (the paper does not)")
     flag(data, "--skip-corrupt", False, "replace files that are no images by the next one and count them")
     flag(data, "--num-workers", 8, "image decoding processes per training process")
 
     flag(model, "--vae", None, "VAE: downsampling factor and latent channels", choices=VAES)
-    flag(model, "--disc-ckpt", "auto", "discriminator weights: a path, a hub name, none (from scratch), or auto")
-    flag(model, "--latents-stats", None, "file with latents_scale and latents_bias, where the VAE comes without")
-    flag(model, "--encoder", "dinov2-vit-b", "target encoder(s), comma-separated: reference names, timm names, or hog")
+    flag(model, "--disc-ckpt", "auto",
+         "discriminator weights: a path, a hub name, none (from scratch), or auto")
+    flag(model, "--latents-stats", None,
+         "file with latents_scale and latents_bias, where the VAE comes without")
+    flag(model, "--encoder", "dinov2-vit-b",
+         "target encoder(s), comma-separated: reference names, timm names, or hog")
     flag(model, "--encoder-ckpt", None, "encoder weights on disk, comma-separated in the order of --encoder")
 
     flag(losses, "--reconstruction-weight", 1.0, "weight of the pixels' distance")
-    flag(losses, "--reconstruction-loss", "l1", "that distance: the released code's, or the paper's text's",
-         choices=["l1", "l2"])
+    flag(losses, "--reconstruction-loss", "l1",
+         "that distance: the released code's, or the paper's text's", choices=["l1", "l2"])
     flag(losses, "--perceptual-weight", 1.0, "LPIPS weight; 0 needs no VGG weights")
     flag(losses, "--kl-weight", 1e-6, "KL weight")
     flag(losses, "--disc-weight", 0.1, "GAN weight; 0 trains without a discriminator")
-    flag(losses, "--disc-start", None, "step from which the VAE sees the discriminator; default: 0 if that is "
-         "pretrained, else 5000", type=int)
+    flag(losses, "--disc-start", None, type=int, help="step from which the VAE sees the discriminator; "
+         "default: 0 if that is pretrained, else 5000")
 
     flag(optim, "--batch-size", 256, "global batch: all processes and accumulation steps together", above=0)
-    flag(optim, "--gradient-accumulation-steps", 1, "micro-batches per process: same result, less memory, more time",
-         above=0)
+    flag(optim, "--gradient-accumulation-steps", 1,
+         "micro-batches per process: same result, less memory, more time", above=0)
     flag(optim, "--max-train-steps", 400000, "steps", above=0)
     flag(optim, "--learning-rate", 1e-4, "constant", above=0.0)
     flag(optim, "--disc-learning-rate", 1e-4, "of the discriminator, constant", above=0.0)
@@ -109,19 +122,22 @@ def training_flags(parser):
     flag(optim, "--mixed-precision", "auto", "autocast type; auto: bf16 on a GPU, no on a CPU",
          choices=["auto", "bf16", "fp16", "no"])
     flag(optim, "--compile", False, "torch.compile each block; convolutions in channels_last")
-    flag(optim, "--grad-checkpoint", False, "recompute activations in the backward pass: less memory, more arithmetic")
+    flag(optim, "--grad-checkpoint", False,
+         "recompute activations in the backward pass: less memory, more arithmetic")
     flag(optim, "--seed", 0, "of weights, data order and every draw")
 
     flag(run, "--preset", None, "set of defaults; explicit flags win")
     flag(run, "--output-dir", "exps", "parent of the run folders")
     flag(run, "--exp-name", None, "name of the run folder; default: from what is trained")
-    flag(run, "--checkpointing-steps", 50000, "steps between checkpoints; one is always written at the end", above=0)
+    flag(run, "--checkpointing-steps", 50000,
+         "steps between checkpoints; one is always written at the end", above=0)
     flag(run, "--keep-checkpoints", 0, "newest checkpoints kept; 0 keeps all")
     flag(run, "--milestones-every", 100000, "checkpoints at multiples of this step are kept whatever "
          "--keep-checkpoints says; 0 for none")
     flag(run, "--sampling-steps", 10000, "steps between picture grids; 0 for none")
     flag(run, "--log-every", 100, "steps between log lines", above=0)
-    flag(run, "--resume", "auto", "auto (newest checkpoint of the run folder, if any), none, or a checkpoint file")
+    flag(run, "--resume", "auto",
+         "auto (newest checkpoint of the run folder, if any), none, or a checkpoint file")
     flag(run, "--report-to", "none", "also log to", choices=["none", "tensorboard", "wandb"])
     flag(run, "--dry-run", False, "check all settings and stop")
     return groups

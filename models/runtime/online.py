@@ -12,19 +12,25 @@ from models.samplers import (decode, draw_noise, euler, guided, sample_generator
 
 @torch.no_grad()
 def draw_samples(nets, args, indices, labels, cfg_scale):
-    """uint8 images [N, R, R, 3] of the EMA model, 50 Euler steps; image i depends on the seed, i and its label alone."""
+    """uint8 images [N, R, R, 3] of the EMA model, 50 Euler steps.
+
+    Image i depends on the seed, i and its label alone.
+    """
     shape = (nets.ema.in_channels, nets.ema.input_size, nets.ema.input_size)
     noise = draw_noise(sample_generators(args.seed, indices), shape).to(nets.device)
     with nets.autocast():
-        velocity = guided(lambda x, t, y: nets.ema(x, t, y)[0], labels.to(nets.device), args.num_classes, cfg_scale)
+        labels = labels.to(nets.device)
+        velocity = guided(lambda x, t, y: nets.ema(x, t, y)[0], labels, args.num_classes, cfg_scale)
         x = euler(velocity, noise, time_grid(50))
         return truncate_to_uint8(decode(nets.vae.decode, x.float(), *nets.ema.latents_stats()).float())
 
 
 @torch.no_grad()
 def save_grids(nets, args, step, folder, images):
-    """samples/NNNNNNN.png: 40 samples with their classes; reconstructions/NNNNNNN.png: images above their copies."""
-    labels = sample_labels(args.seed, range(40), args.num_classes, "equal" if args.num_classes <= 40 else "random")
+    """Write samples/NNNNNNN.png, 40 samples with their classes, and reconstructions/NNNNNNN.png, images above
+    their copies."""
+    how = "equal" if args.num_classes <= 40 else "random"
+    labels = sample_labels(args.seed, range(40), args.num_classes, how)
     samples = draw_samples(nets, args, range(40), labels, args.cfg_scale if args.cfg_prob > 0 else 1.0)
     originals = images[:8].to(nets.device).float() / 127.5 - 1
     with nets.autocast():
@@ -37,8 +43,10 @@ def save_grids(nets, args, step, folder, images):
 
 
 def make_scorer(nets, args):
-    """Function () -> {"fid_online": ...} of --eval-samples unguided samples, shared among the processes; {} in all but
-    the first. Reads the reference of --eval-ref and the Inception weights now."""
+    """Function () -> {"fid_online": ...} of --eval-samples unguided samples; {} in all but the first process.
+
+    The processes share the samples. Reads the reference of --eval-ref and the Inception weights now.
+    """
     with distributed.main_first():
         inception = load_inception(args.inception_weights, nets.device)
     ref = load_reference(args.eval_ref, inception, nets.device, pool=False)
