@@ -1,8 +1,8 @@
-"""The plumbing that both training scripts share. No loss is computed here: the scripts say what is trained and by what.
+"""The plumbing that both training scripts share. No loss is computed here: they say what is trained by what.
 
-In the order in which a script calls it: the networks of a run, its data, what `prepare` adds for training, the five
-functions around the losses of one step (micro_batches, first_pass, gan_gradient, backward, update), checkpoints, and
-the watch for signals. Errors a user can cause are ValueError or OSError with a message of one line.
+In the order in which a script calls it: the networks of a run, its data, what `prepare` adds for training,
+the five functions around the losses of one step (micro_batches, first_pass, gan_gradient, backward, update),
+checkpoints, and the end of a run. Errors a user can cause are ValueError or OSError, with one line each.
 """
 import argparse
 import contextlib
@@ -23,8 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from models.losses import gan_loss, wide
 from models.metrics import latent_moments
 from models.runtime import cli, distributed, files
-from models.runtime.data import (EndlessSampler, ImageData, ImageError, ShapesData, check_images, check_same_data,
-                                 identity, make_loader, share, worker_death)
+from models.runtime.data import (EndlessSampler, ImageData, ImageError, ShapesData, check_images,
+                                 check_same_data, identity, make_loader, share, worker_death)
 from models.runtime.runlog import Collapse
 from models.vae import ResnetBlock
 
@@ -33,7 +33,7 @@ LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Networks:
-    """The networks of a run and what trains them. The scripts declare the first block, `prepare` makes the second."""
+    """The networks of a run and what trains them: scripts declare the first block, `prepare` the second."""
 
     device: torch.device
     vae: nn.Module
@@ -41,21 +41,21 @@ class Networks:
     disc: nn.Module = None          # None: no GAN loss
     lpips: nn.Module = None         # None: no perceptual loss
     proj: nn.Module = None          # finetune_vae.py only: latents to encoder tokens
-    lecam_means: torch.Tensor = None    # likewise: [2], moving averages of the mean logits of images, reconstructions
+    lecam_means: torch.Tensor = None    # likewise: [2], averages of the mean logits (images, reconstructions)
     encoders: list = field(default_factory=list)
     trained: dict = field(default_factory=dict)     # name of each network that learns -> its learning rate
     averaged: str = "sit"           # name of the network whose weights `ema` averages
 
     ema: nn.Module = None
     opts: dict = field(default_factory=dict)        # name -> AdamW
-    ddp: dict = field(default_factory=dict)         # name -> the network, in DistributedDataParallel where needed
+    ddp: dict = field(default_factory=dict)         # name -> the network, as DistributedDataParallel
     dtype: torch.dtype = torch.float32              # of autocast; float32: none
     loss_scale: "LossScale" = None
     # What a step changes beside weights: it must not keep the NaN of a step that is skipped.
     statistics: list = field(default_factory=list)
 
     def autocast(self, enabled=True):
-        """Context in which the networks run in `dtype`; with enabled=False, in float32 within such a context."""
+        """Context in which the networks run in `dtype`; enabled=False: in float32, within such a context."""
         low = self.dtype if self.dtype in LOW_PRECISION.values() else None
         return torch.autocast(self.device.type, low, enabled=enabled and low is not None)
 
@@ -69,7 +69,8 @@ def check_settings(args, world_size):
         raise ValueError(f"--batch-size {args.batch_size} is not divisible by {world_size} processes x "
                          f"{args.gradient_accumulation_steps} accumulation steps")
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
-        raise ValueError(f"--report-to {args.report_to}: the package is not installed; pip install {args.report_to}")
+        raise ValueError(f"--report-to {args.report_to}: the package is not installed; "
+                         f"pip install {args.report_to}")
 
 
 def open_data(args):
@@ -80,14 +81,15 @@ def open_data(args):
 
 
 def check_data(args, dataset, state):
-    """Look at the first bytes of every file, a share per process, unless the run whose checkpoint `state` is did so
-    before. Returns the data's identity, for the checkpoints; every process must call this.
+    """Look at the first bytes of every file, a share per process, unless the run whose checkpoint `state` is
+    did so before. Returns the data's identity, for the checkpoints; every process must call this.
 
-    Raises ValueError for files that are no images, and if the classes are not those that the run was trained on.
+    Raises ValueError for files that are no images, and for other classes than those the run was trained on.
     """
     found = identity(dataset)
     before = (state or {}).get("data")
-    if before is not None and (note := check_same_data(before, found, args.data_dir)) and distributed.is_main():
+    note = None if before is None else check_same_data(before, found, args.data_dir)
+    if note and distributed.is_main():
         print(note, flush=True)
     if args.data_dir == "shapes" or before == found:
         return found
@@ -95,23 +97,24 @@ def check_data(args, dataset, state):
     say = print if distributed.is_main() else lambda _: None
     bad = [name for part in distributed.gather(check_images(args.data_dir, mine, say=say)) for name in part]
     if bad and (not args.skip_corrupt or len(bad) == len(dataset)):
-        raise ValueError(f"{args.data_dir}: {bad[0]} is no image ({len(bad)} such files); remove them or pass "
-                         "--skip-corrupt")
+        raise ValueError(f"{args.data_dir}: {bad[0]} is no image ({len(bad)} such files); remove them or "
+                         "pass --skip-corrupt")
     if bad and distributed.is_main():
-        print(f"{len(bad)} of {len(dataset)} files are no images and will be skipped, e.g. {bad[0]}", flush=True)
+        print(f"{len(bad)} of {len(dataset)} files are no images and will be skipped, e.g. {bad[0]}",
+              flush=True)
     return found
 
 
 def data_loader(args, dataset, device, step, workers):
-    """This process's share of the global batches that follow `step`: (uint8 images, labels, files skipped) without end."""
+    """This process's share of the batches after `step`, endless: (uint8 images, labels, files skipped)."""
     rank, world_size = distributed.rank(), distributed.world_size()
     sampler = EndlessSampler(len(dataset), args.batch_size, rank, world_size, args.seed, start_step=step)
     return iter(make_loader(dataset, sampler, args.batch_size // world_size, workers, device))
 
 
 def draw_generator(args, step, device):
-    """The generator of a step's draws. They are made for the global batch and cut by `my_share`: a run does not depend on
-    the number of processes, and a resumed one needs no random state but the step."""
+    """The generator of a step's draws. They are made for the global batch and cut by `my_share`: a run does
+    not depend on the number of processes, and a resumed one needs no random state but the step."""
     return torch.Generator(device).manual_seed((args.seed * 1_000_003 + step) % 2 ** 32)
 
 
@@ -136,7 +139,7 @@ def measure_latents(args, vae, dataset, device, batches):
 # ---------------------------------------------------------------- from networks to a run
 
 def prepare(nets, args):
-    """Add to `nets` what training needs: optimisers, processes, the average, precision, memory savers, compiled blocks."""
+    """Add to `nets` what training needs: optimisers, processes, average, precision, memory, compilation."""
     if args.compile:
         # Tensor cores want channels_last. It pays with --compile only: torch's own group norm would turn
         # every activation back.
@@ -167,27 +170,29 @@ def autocast_type(args, device):
 
 
 def adamw(parameters, args, learning_rate):
-    """AdamW over `parameters`, fused: it can skip a step on a tensor's say-so, without the host reading it."""
+    """AdamW over `parameters`, fused: it can skip a step on a tensor's say-so, unread by the host."""
     return torch.optim.AdamW(parameters, lr=learning_rate, betas=(args.adam_beta1, args.adam_beta2),
                              eps=args.adam_epsilon, weight_decay=args.adam_weight_decay, fused=True)
 
 
 def wrap_ddp(net, device):
-    """`net` in DistributedDataParallel, or as it is in one process. Buffers are kept equal by synced batch norms."""
+    """`net`, in DistributedDataParallel for several processes. Synced batch norms keep the buffers equal."""
     if distributed.world_size() == 1:
         return net
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # newer versions rename broadcast_buffers; both know this name
+        # newer versions rename broadcast_buffers; both know this name
+        warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None,
                                        broadcast_buffers=False,
                                        gradient_as_bucket_view=True)  # no second copy of all gradients
 
 
 def compile_blocks(nets):
-    """torch.compile the repeated blocks one by one, in place: equal ones share their code, which takes seconds instead of
-    the minutes that whole networks take."""
+    """torch.compile the repeated blocks one by one, in place: equal ones share their code, which takes
+    seconds instead of the minutes that whole networks take."""
     limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
-    setattr(torch._dynamo.config, limit, 64)  # every width and resolution of the VAE is one more graph of the same code
+    # every width and resolution of the VAE is one more graph of the same code
+    setattr(torch._dynamo.config, limit, 64)
     blocks = [m for m in nets.vae.modules() if isinstance(m, ResnetBlock)]
     if nets.sit is not None:
         blocks += [*nets.sit.blocks, *nets.ema.blocks]
@@ -198,8 +203,8 @@ def compile_blocks(nets):
 
 
 class LossScale:
-    """Dynamic loss scale of fp16 training, kept on the device: halved when a step is skipped, doubled after 2,000 good
-    ones. Constant 1 when not enabled. `value` multiplies every loss before its backward pass."""
+    """Dynamic loss scale of fp16 training, kept on the device: halved when a step is skipped, doubled after
+    2,000 good ones. Constant 1 when not enabled. `value` multiplies every loss before its backward pass."""
 
     def __init__(self, enabled, device):
         self.enabled = enabled
@@ -210,7 +215,8 @@ class LossScale:
         if self.enabled:
             self.good_steps = torch.where(skip > 0, 0.0, self.good_steps + 1)
             grow = self.good_steps >= 2000
-            self.value = torch.where(skip > 0, self.value * 0.5, torch.where(grow, self.value * 2, self.value))
+            grown = torch.where(grow, self.value * 2, self.value)
+            self.value = torch.where(skip > 0, self.value * 0.5, grown)
             self.good_steps = torch.where(grow, 0.0, self.good_steps)
 
     def state_dict(self):
@@ -234,11 +240,11 @@ def micro_batches(batch, n):
 
 
 def first_pass(nets, parts):
-    """The VAE's forward pass: (latents z [b, C, h, w], reconstructions r [b, 3, R, R]) of the whole batch, detached.
+    """The VAE's forward pass: (latents z [b, C, h, w], reconstructions [b, 3, R, R]) of the batch, detached.
 
-    The discriminator's batch norm must see the reconstructions of the whole batch before any gradient is taken. One
-    micro-batch keeps its graph for `vae_outputs`; several are run without, and again with it one at a time: that is what
-    accumulation costs, and what it saves.
+    The discriminator's batch norm must see the reconstructions of the whole batch before any gradient is
+    taken. One micro-batch keeps its graph for `vae_outputs`; several are run without, and again with it one
+    at a time: that is what accumulation costs, and what it saves.
     """
     keep = len(parts) == 1
     vae = nets.ddp["vae"] if keep else nets.vae
@@ -250,17 +256,17 @@ def first_pass(nets, parts):
 
 
 def vae_outputs(nets, part):
-    """(posterior's moments [b, 2C, h, w], z [b, C, h, w], r [b, 3, R, R]) of one micro-batch, with their graph."""
+    """(posterior's moments [b, 2C, h, w], z [b, C, h, w], r [b, 3, R, R]) of a micro-batch, with graph."""
     kept = getattr(part, "outputs", None)
     return nets.ddp["vae"](part.images, part.eps) if kept is None else kept
 
 
 def gan_gradient(nets, parts, recon, weight=1.0):
-    """Give every part what `gan_share` needs: the generator's loss, and its share of the gradient of weight * loss at the
-    reconstructions [b, 3, R, R]. The discriminator's weights receive nothing.
+    """Give every part what `gan_share` needs: the generator's loss, and its share of the gradient of
+    weight * loss at the reconstructions [b, 3, R, R]. The discriminator's weights receive nothing.
 
-    Of the whole batch at once, because of the discriminator's batch norms. In float32, as in the reference: in bf16 this
-    gradient is off by an eighth, and the discriminator is small.
+    Of the whole batch at once, because of the discriminator's batch norms. In float32, as in the reference:
+    in bf16 this gradient is off by an eighth, and the discriminator is small.
     """
     leaf = wide(recon).requires_grad_()
     with nets.autocast(False):
@@ -277,12 +283,12 @@ def weigh_gan(parts, weight):
 
 
 def gan_share(part, recon):
-    """The weighted GAN loss as a scalar whose gradient at the part's `recon` is the one that gan_gradient found."""
+    """The weighted GAN loss as a scalar whose gradient at the part's `recon` is what gan_gradient found."""
     return known_gradient(part.gan_weight * part.gan_loss, recon, part.gan_gradient)
 
 
 def known_gradient(value, x, gradient):
-    """A scalar equal to `value` whose gradient at x is `gradient`: a loss that was computed elsewhere joins a sum."""
+    """A scalar equal to `value` whose gradient at x is `gradient`: a loss computed elsewhere joins a sum."""
     product = (x.to(gradient.dtype) * gradient).sum()
     return value + (product - product.detach())
 
@@ -290,9 +296,9 @@ def known_gradient(value, x, gradient):
 def backward(nets, parts, losses_of, total, *trained):
     """Add the gradient of losses_of(part)[total], averaged over `parts`, to the weights' .grad.
 
-    The one place for autocast, the loss scale, the mean over micro-batches, and the exchange with other processes, which
-    waits for the last micro-batch of the networks `trained`. losses_of(part) returns scalars by name; their means over
-    the parts are returned, detached.
+    The one place for autocast, the loss scale, the mean over micro-batches, and the exchange with other
+    processes, which waits for the last micro-batch of the networks `trained`. losses_of(part) returns scalars
+    by name; their means over the parts are returned, detached.
     """
     means = {}
     for i, part in enumerate(parts):
@@ -312,8 +318,9 @@ def backward(nets, parts, losses_of, total, *trained):
 def update(nets, args, metrics, before):
     """Clip, one step of each optimiser, the average. Adds the gradient norms to `metrics`.
 
-    If a metric is not finite in any process, nothing changes in any of them: weights and moments stay, `before` (a copy
-    of nets.statistics from the beginning of the step) is put back. Returns skip: 1.0 in that case, else 0.0.
+    If a metric is not finite in any process, nothing changes in any of them: weights and moments stay,
+    `before` (a copy of nets.statistics from the beginning of the step) is put back. Returns skip: 1.0 in that
+    case, else 0.0.
     """
     for name in nets.trained:
         parameters = [p for p in getattr(nets, name).parameters() if p.requires_grad]
@@ -329,16 +336,17 @@ def update(nets, args, metrics, before):
 
 
 def clip_gradients(parameters, max_norm, loss_scale):
-    """Undo the LossScale, clip to total L2 norm max_norm, return the norm before clipping (a scalar tensor)."""
+    """Undo the LossScale, clip to total L2 norm max_norm; returns the norm before (a scalar tensor)."""
     if loss_scale.enabled:
         torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1.0 / loss_scale.value)
     return nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
 
 
 def guarded_updates(optimizers, skip):
-    """One step of each optimiser, or none of them where `skip` (float scalar tensor) is 1; gradients are freed."""
+    """One step of each optimiser, or none where `skip` (float scalar tensor) is 1; gradients are freed."""
     for optimizer in optimizers:
-        optimizer.found_inf = skip  # the fused kernels read it on the device; mixed-precision scalers use the same door
+        # the fused kernels read it on the device; mixed-precision scalers use the same door
+        optimizer.found_inf = skip
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -347,7 +355,7 @@ def guarded_updates(optimizers, skip):
 def update_ema(ema, model, decay):
     """e <- decay e + (1 - decay) p for every parameter and float buffer; integer buffers are copied.
 
-    The buffers count: the sampler and the exported latent statistics use the average's batch norm (paper, section 3).
+    The buffers count: sampler and exported latent statistics use the average's batch norm (paper, section 3).
     """
     pairs = list(zip(ema.state_dict().values(), model.state_dict().values()))
     averaged = [(e, p) for e, p in pairs if e.is_floating_point()]
@@ -359,13 +367,14 @@ def update_ema(ema, model, decay):
 
 # ---------------------------------------------------------------- checkpoints
 
-WEIGHTS = {"sit": "model", "vae": "vae", "disc": "discriminator", "proj": "proj"}    # network -> key in a checkpoint
+# network -> key in a checkpoint
+WEIGHTS = {"sit": "model", "vae": "vae", "disc": "discriminator", "proj": "proj"}
 OPTIMISERS = {"sit": "opt", "vae": "opt_vae", "disc": "opt_disc", "proj": "opt_proj"}
 AVERAGES = {"sit": "ema", "vae": "vae_ema"}
 
 
 def checkpoint_state(nets, args, step, **more):
-    """The content of a checkpoint: weights, their average, optimisers, loss scale, settings (a plain dict), step."""
+    """Content of a checkpoint: weights, their average, optimisers, loss scale, settings (a dict), step."""
     state = {}
     for name in nets.trained:
         state[WEIGHTS[name]] = getattr(nets, name).state_dict()
@@ -377,7 +386,8 @@ def checkpoint_state(nets, args, step, **more):
 
 def restore(nets, path, state):
     """Put a checkpoint's networks, optimisers and loss scale in place. Returns its step."""
-    named = {AVERAGES[nets.averaged]: nets.ema, **{WEIGHTS[name]: getattr(nets, name) for name in nets.trained}}
+    named = {AVERAGES[nets.averaged]: nets.ema}
+    named |= {WEIGHTS[name]: getattr(nets, name) for name in nets.trained}
     for key, net in named.items():
         if key not in state:
             raise ValueError(f"{path}: holds no {key}; it is no checkpoint of this kind of run")
@@ -409,9 +419,10 @@ def load_optimizer(optimizer, state, path):
 def find_checkpoint(args, folder):
     """(path, state) to continue from by --resume, or (None, None).
 
-    A file that is proved damaged is passed over, with a note; any other trouble with reading one stops the run, which
-    would else start anew and push the sound checkpoints out. Raises ValueError if the folder holds later checkpoints
-    than the one asked for, which the next run would mix with its own, and for weights that are not finite.
+    A file that is proved damaged is passed over, with a note; any other trouble with reading one stops the
+    run, which would else start anew and push the sound checkpoints out. Raises ValueError if the folder holds
+    later checkpoints than the one asked for, which the next run would mix with its own, and for weights that
+    are not finite.
     """
     checkpoints = os.path.join(folder, "checkpoints")
     steps = files.checkpoint_steps(checkpoints)
@@ -420,8 +431,8 @@ def find_checkpoint(args, folder):
         if state is not None:
             check_finite(path, state)
         if steps and steps[-1] > (state or {}).get("steps", 0):
-            raise ValueError(f"{folder} holds a checkpoint of step {steps[-1]}, beyond --resume {args.resume}; "
-                             "use another --exp-name or remove it")
+            raise ValueError(f"{folder} holds a checkpoint of step {steps[-1]}, beyond --resume "
+                             f"{args.resume}; use another --exp-name or remove it")
         return path, state
     for step in reversed(steps):
         path = os.path.join(checkpoints, f"{step:07d}.pt")
@@ -441,33 +452,35 @@ def find_checkpoint(args, folder):
 def check_finite(path, state):
     """Raise a one-line ValueError that names the first tensor of a checkpoint with a NaN or an infinity."""
     if (name := files.first_non_finite(state)) is not None:
-        raise ValueError(f"{path}: {name} is not finite; remove this checkpoint, and the run continues from the one before")
+        raise ValueError(f"{path}: {name} is not finite; remove this checkpoint, and the run continues from "
+                         "the one before")
 
 
 def check_resume(args, path, state, fixed):
-    """Raise a one-line ValueError if this is no checkpoint, or its run differs in one of the settings `fixed`; other
-    changed settings are printed."""
+    """Raise a one-line ValueError if this is no checkpoint, or its run differs in one of the settings
+    `fixed`; other changed settings are printed."""
     if not {"steps", "args"} <= set(state):
         raise ValueError(f"{path}: is no training checkpoint (it has no steps and args)")
     old = vars(state["args"]) if isinstance(state["args"], argparse.Namespace) else state["args"] or {}
     changed = {name: value for name, value in vars(args).items() if name in old and old[name] != value}
     for name in fixed:
         if name in changed:
-            raise ValueError(f"{path}: was trained with --{name.replace('_', '-')} {old[name]}, not {changed[name]}; "
-                             "use another --exp-name to start anew")
-    told = [f"--{name.replace('_', '-')} {old[name]} -> {value}" for name, value in changed.items() if name != "resume"]
+            raise ValueError(f"{path}: was trained with --{name.replace('_', '-')} {old[name]}, not "
+                             f"{changed[name]}; use another --exp-name to start anew")
+    told = [f"--{name.replace('_', '-')} {old[name]} -> {value}"
+            for name, value in changed.items() if name != "resume"]
     if told and distributed.is_main():
         print(f"changed since {path}: {', '.join(told)}", flush=True)
 
 
 def check_same_start(start, device):
-    """Raise ValueError unless all processes continue from the same step: without a shared folder they would not."""
+    """Raise ValueError unless all processes go on from one step: without a shared folder they would not."""
     both = torch.tensor([start, -start], device=device)
     if distributed.world_size() > 1:
         dist.all_reduce(both, dist.ReduceOp.MAX)
     if both[0] != -both[1]:
-        raise ValueError(f"processes found different checkpoints (up to step {both[0]}); all nodes need the same "
-                         "--output-dir")
+        raise ValueError(f"processes found different checkpoints (up to step {both[0]}); all nodes need the "
+                         "same --output-dir")
 
 
 def save_checkpoint(state, args, folder):
@@ -483,27 +496,28 @@ def save_checkpoint(state, args, folder):
 
 
 def keep_newest(folder, count, milestones):
-    """Remove checkpoints of `folder` but the `count` newest (0: keep all) and multiples of `milestones` (0: none)."""
+    """Remove checkpoints but the `count` newest (0: keep all) and multiples of `milestones` (0: none)."""
     for step in files.checkpoint_steps(folder)[:-count] if count else []:
         if not milestones or step % milestones:
             os.remove(os.path.join(folder, f"{step:07d}.pt"))
 
 
 def claim_folder(folder):
-    """Lock the run folder for this process and remove what killed runs left half-written. By the main process; raises
-    OSError if another run is at work there."""
+    """Lock the run folder for this process and remove what killed runs left half-written. By the main
+    process; raises OSError if another run is at work there."""
     if not distributed.is_main():
         return None
     lock = files.lock(folder)
-    for place in (folder, *(os.path.join(folder, name) for name in ("checkpoints", "samples", "reconstructions"))):
-        files.remove_leftovers(place)
+    for place in ("", "checkpoints", "samples", "reconstructions"):
+        files.remove_leftovers(os.path.join(folder, place))
     return lock
 
 
 @contextlib.contextmanager
 def guarded(log, last_good):
-    """Context of the training loop, which turns what ends a run badly into one line and an exit code: 2 for a mistake a
-    user can mend, 1 for a run that has collapsed or lost its disk or a data worker. last_good(): the newest checkpoint."""
+    """Context of the training loop, which turns what ends a run badly into one line and an exit code: 2 for a
+    mistake a user can mend, 1 for a run that has collapsed or lost its disk or a data worker. last_good():
+    the newest checkpoint."""
     try:
         yield
     except (Collapse, files.NotFinite) as error:
