@@ -1,13 +1,13 @@
 """VAE-only stage of REPA-E (arXiv 2504.10483): refine the tuned VAE, measure VAEs side by side, export them.
 
-    torchrun --nproc-per-node 8 finetune_vae.py --ckpt exps/run/checkpoints/0400000.pt         # the decoder alone
-    torchrun --nproc-per-node 8 finetune_vae.py --ckpt none --vae f16d32 --train-encoder       # a VAE from scratch
+    torchrun --nproc-per-node 8 finetune_vae.py --ckpt exps/run/checkpoints/0400000.pt    # the decoder alone
+    torchrun --nproc-per-node 8 finetune_vae.py --ckpt none --vae f16d32 --train-encoder  # a VAE from scratch
     python finetune_vae.py --eval REPA-E/sdvae exps/run/checkpoints/0400000.pt --data-dir data/imagenet/val
     python finetune_vae.py --export out/e2e-vae --format diffusers --ckpt exps/run/checkpoints/0400000.pt
 
-A VAE is named as everywhere here: a CompVis .pt, a diffusers folder, a training checkpoint of either script, or a hub
-name. With the encoder frozen, latents stay bit for bit what they were, so every diffusion model trained on them stays
-valid. Run the same training command again and it continues from its newest checkpoint.
+A VAE is named as everywhere here: a CompVis .pt, a diffusers folder, a training checkpoint of either script,
+or a hub name. With the encoder frozen, latents stay bit for bit what they were, so every diffusion model
+trained on them stays valid. Run the same training command again and it continues from its newest checkpoint.
 
 From top to bottom: the flags, the networks, the step, the loop (train), export. Measuring is in
 models/runtime/vae_report.py, the formulas in models/losses.py, the plumbing in models/runtime/trainer.py.
@@ -18,13 +18,15 @@ from models.runtime import cli
 
 # What a run cannot change when it is continued.
 FIXED_IN_A_RUN = ("ckpt", "vae", "train_encoder", "resolution", "batch_size", "seed", "hflip", "encoder",
-                  "reconstruction_weight", "reconstruction_loss", "perceptual_weight", "kl_weight", "disc_weight",
-                  "adaptive_disc_weight", "lecam_weight", "vae_align_proj_coeff")
-STATS_IMAGES = 4096  # images behind latent statistics that did not come with the VAE: 4 million positions at 256 px, f8
+                  "reconstruction_weight", "reconstruction_loss", "perceptual_weight", "kl_weight",
+                  "disc_weight", "adaptive_disc_weight", "lecam_weight", "vae_align_proj_coeff")
+# Images behind latent statistics that did not come with the VAE: 4 million positions at 256 px, f8.
+STATS_IMAGES = 4096
 PRESETS = {
-    "demo": dict(data_dir="shapes", resolution=32, ckpt="exps/demo/checkpoints/0000400.pt", perceptual_weight=0.0,
-                 disc_weight=0.0, batch_size=32, max_train_steps=300, learning_rate=1e-3, disc_learning_rate=1e-3,
-                 ema_decay=0.98, num_workers=0, log_every=25, sampling_steps=150, checkpointing_steps=150,
+    "demo": dict(data_dir="shapes", resolution=32, ckpt="exps/demo/checkpoints/0000400.pt",
+                 perceptual_weight=0.0, disc_weight=0.0, batch_size=32, max_train_steps=300,
+                 learning_rate=1e-3, disc_learning_rate=1e-3, ema_decay=0.98, num_workers=0,
+                 log_every=25, sampling_steps=150, checkpointing_steps=150,
                  metrics="psnr,ssim,latents,cknna", encoder="hog"),
 }
 
@@ -35,19 +37,26 @@ def make_parser():
     model, losses = groups["model"], groups["losses"]
     flag = cli.flag
     flag(model, "--ckpt", None, "VAE to refine or export: a path, a hub name, or none (from scratch)")
-    flag(model, "--train-encoder", False, "train the encoder too: latents change, diffusion models need retraining")
+    flag(model, "--train-encoder", False,
+         "train the encoder too: latents change, diffusion models need retraining")
 
-    flag(losses, "--adaptive-disc-weight", False, "multiply the GAN weight by VQGAN's ratio of last-layer gradients")
+    flag(losses, "--adaptive-disc-weight", False,
+         "multiply the GAN weight by VQGAN's ratio of last-layer gradients")
     flag(losses, "--lecam-weight", 0.0, "LeCam regularisation of the discriminator")
-    flag(losses, "--vae-align-proj-coeff", 0.0, "weight of aligning projected latents with --encoder's tokens")
+    flag(losses, "--vae-align-proj-coeff", 0.0,
+         "weight of aligning projected latents with --encoder's tokens")
 
     measuring = parser.add_argument_group("measuring, instead of training")
-    flag(measuring, "--eval", None, "VAEs to measure side by side on any folder, .zip or .npz of held-out images", nargs="+",
-         metavar="VAE")
-    flag(measuring, "--metrics", "psnr,ssim,lpips,rfid,latents", "comma-separated; lpips and rfid need weights; cknna")
+    flag(measuring, "--eval", None,
+         "VAEs to measure side by side on any folder, .zip or .npz of held-out images",
+         nargs="+", metavar="VAE")
+    flag(measuring, "--metrics", "psnr,ssim,lpips,rfid,latents",
+         "comma-separated; lpips and rfid need weights; cknna")
     flag(measuring, "--limit", None, "only so many images, evenly spaced", type=int, above=0)
-    flag(measuring, "--inception-weights", None, "pt_inception-2015-12-05-6726825d.pth for rFID, else downloaded once")
-    flag(measuring, "--model-ckpt", None, "training checkpoint of the SiT that CKNNA compares; default: each VAE's own")
+    flag(measuring, "--inception-weights", None,
+         "pt_inception-2015-12-05-6726825d.pth for rFID, else downloaded once")
+    flag(measuring, "--model-ckpt", None,
+         "training checkpoint of the SiT that CKNNA compares; default: each VAE's own")
 
     exporting = parser.add_argument_group("exporting, instead of training")
     flag(exporting, "--export", None, "write the VAE of --ckpt into this new folder")
@@ -84,11 +93,12 @@ from models.runtime.trainer import Networks
 from models.vae import Posterior, VAE_models
 
 
-# ------------------------------------------------------------------------------------------------- the networks
+# ----------------------------------------------------------------------------------------------- the networks
 
 def check_settings(args, world_size, state):
-    """All that can be checked before something heavy is built. Returns (dataset, VAE state or None, stats or None).
+    """All that can be checked before something heavy is built.
 
+    Returns (dataset, VAE state or None, latent statistics or None).
     state: the checkpoint that a run continues from, or None; it holds all weights, so no other file is read.
     """
     trainer.check_settings(args, world_size)
@@ -102,18 +112,23 @@ def check_settings(args, world_size, state):
     with torch.device("meta"):
         factor = VAE_models[args.vae]().downsample
     if args.resolution % factor:
-        raise ValueError(f"--resolution {args.resolution} is not divisible by {factor}, the downsampling factor of "
-                         f"{args.vae}")
+        raise ValueError(f"--resolution {args.resolution} is not divisible by {factor}, "
+                         f"the downsampling factor of {args.vae}")
     dataset = trainer.open_data(args)
     if len(dataset) < args.batch_size:
-        raise ValueError(f"{args.data_dir}: {len(dataset)} images are fewer than one batch; lower --batch-size")
+        raise ValueError(f"{args.data_dir}: {len(dataset)} images are fewer than one batch; "
+                         "lower --batch-size")
     return dataset, vae_state, stats
 
 
 def find_weights(args):
-    """Settle --vae, --disc-ckpt and --disc-start by what --ckpt is. Returns (VAE state or None, stats or None)."""
+    """Settle --vae, --disc-ckpt and --disc-start by what --ckpt is.
+
+    Returns (VAE state or None, latent statistics or None).
+    """
     if args.ckpt is None:
-        raise ValueError("name the VAE to refine with --ckpt; from scratch: --ckpt none --vae f16d32 --train-encoder")
+        raise ValueError("name the VAE to refine with --ckpt; "
+                         "from scratch: --ckpt none --vae f16d32 --train-encoder")
     state = stats = None
     if args.ckpt != "none":
         args.vae, state, stats = vae_files.open_vae(args.ckpt, args.vae, args.latents_stats)
@@ -128,7 +143,10 @@ def find_weights(args):
 
 
 class LatentProjectors(torch.nn.ModuleList):
-    """Latents [B, C, h, w] to tokens [B, h * w, D_k], one linear map per encoder (as VA-VAE does, arXiv 2501.01423)."""
+    """Latents [B, C, h, w] to tokens [B, h * w, D_k], one linear map per encoder.
+
+    As VA-VAE does (arXiv 2501.01423).
+    """
 
     def __init__(self, channels, encoders):
         super().__init__(torch.nn.Conv2d(channels, encoder.embed_dim, 1) for encoder in encoders)
@@ -177,14 +195,14 @@ def make_batch(nets, args, step, images):
 
 
 def train_step(nets, args, batch, use_gan=True):
-    """One step: the VAE's gradient and the discriminator's, both at the weights before the step, then all are applied.
+    """One step. Both gradients, the VAE's and the discriminator's, are taken at the weights before it.
 
     Args:
         nets: trainer.Networks, after trainer.prepare.
-        batch: namespace of this process's images [b, 3, R, R] in [-1, 1], eps [b, C, h, w] ~ N(0, 1) and zs (list of
-            encoder tokens [b, T', D_k], empty without alignment).
+        batch: namespace of this process's images [b, 3, R, R] in [-1, 1], eps [b, C, h, w] ~ N(0, 1) and
+            zs (list of encoder tokens [b, T', D_k], empty without alignment).
         use_gan: whether the VAE sees the discriminator yet.
-    Returns (metrics: dict of scalar tensors, skip: 1.0 if one of them was not finite and nothing was updated).
+    Returns (metrics: dict of scalar tensors, skip: 1.0 if one was not finite and nothing was updated).
     """
     before = [buffer.clone() for buffer in nets.statistics]
     parts = trainer.micro_batches(batch, args.gradient_accumulation_steps)
@@ -199,15 +217,19 @@ def train_step(nets, args, batch, use_gan=True):
             weight = weight * adaptive_weight(nets, args, parts)
         trainer.weigh_gan(parts, weight)
     aligned = ["proj"] if nets.proj is not None else []
-    metrics = trainer.backward(nets, parts, lambda part: vae_losses(nets, args, part), "vae_loss", "vae", *aligned)
-    # 3) The discriminator's gradient, on the same reconstructions. The whole batch at once, for its batch norms.
+    metrics = trainer.backward(nets, parts, lambda part: vae_losses(nets, args, part),
+                               "vae_loss", "vae", *aligned)
+    # 3) The discriminator's gradient, on the same reconstructions.
+    #    The whole batch at once, for its batch norms.
     if nets.disc is not None:
         whole = SimpleNamespace(images=batch.images, recon=recon)
-        metrics |= trainer.backward(nets, [whole], lambda part: disc_losses(nets, args, part), "d_loss", "disc")
+        metrics |= trainer.backward(nets, [whole], lambda part: disc_losses(nets, args, part),
+                                    "d_loss", "disc")
         if args.lecam_weight > 0:
             means = torch.stack([metrics["logits_real"], metrics["logits_fake"]])
             means = distributed.all_reduce_sum(means) / distributed.world_size()
-            nets.lecam_means.lerp_(means.to(nets.lecam_means.dtype), 0.001)  # decay 0.999, as in the LeCam paper
+            # decay 0.999, as in the LeCam paper
+            nets.lecam_means.lerp_(means.to(nets.lecam_means.dtype), 0.001)
     # 4) Clip, update all, average the VAE.
     return metrics, trainer.update(nets, args, metrics, before)
 
@@ -215,20 +237,21 @@ def train_step(nets, args, batch, use_gan=True):
 def vae_losses(nets, args, part):
     """Part 2: the losses of the VAE on a micro-batch, as scalars by name; "vae_loss" is what it minimises.
 
-    Gradient reaches the trained part of the VAE and the projectors. Not the discriminator, of which only the gradient at
-    the reconstruction was taken.
+    Gradient reaches the trained part of the VAE and the projectors. Not the discriminator, of which only the
+    gradient at the reconstruction was taken.
     """
     moments, z, recon = trainer.vae_outputs(nets, part)     # [b, 2C, h, w], [b, C, h, w], [b, 3, R, R]
     kl_weight = args.kl_weight if args.train_encoder else 0.0
-    losses = reconstruction_losses(part.images, recon, Posterior(moments), nets.lpips,
+    losses = reconstruction_losses(part.images, recon, Posterior(moments), nets.lpips,          # (5)
                                    args.reconstruction_weight, args.perceptual_weight, kl_weight,
-                                   args.reconstruction_loss)                                                     # (5)
+                                   args.reconstruction_loss)
     if nets.proj is not None:
-        losses["vae_align_loss"] = args.vae_align_proj_coeff * proj_loss(part.zs, nets.ddp["proj"](z))           # (4)
+        alignment = proj_loss(part.zs, nets.ddp["proj"](z))                                      # (4)
+        losses["vae_align_loss"] = args.vae_align_proj_coeff * alignment
     total = sum(losses.values())
     if hasattr(part, "gan_loss"):
         losses["gan_loss"] = part.gan_loss
-        losses["weighted_gan_loss"] = trainer.gan_share(part, recon)                                             # (6)
+        losses["weighted_gan_loss"] = trainer.gan_share(part, recon)                            # (6)
         total = total + losses["weighted_gan_loss"]
         if args.adaptive_disc_weight:
             losses["disc_weight"] = part.gan_weight     # for the log
@@ -236,11 +259,10 @@ def vae_losses(nets, args, part):
 
 
 def adaptive_weight(nets, args, parts):
-    """|gradient of L1 + LPIPS| / (|gradient of the GAN loss| + 1e-4) at the decoder's last layer, in [0, 1e4] (VQGAN,
-    arXiv 2012.09841, eq. 7).
+    """|gradient of L1 + LPIPS| / (|gradient of the GAN loss| + 1e-4) at the decoder's last layer, up to 1e4.
 
-    Of the whole batch of all processes; with micro-batches it costs one more VAE forward. The gradients of that layer's
-    input are computed on the way, and not used.
+    VQGAN's (arXiv 2012.09841, eq. 7), of the whole batch of all processes; with micro-batches it costs one
+    more VAE forward. The gradients of that layer's input are computed on the way, and not used.
     """
     n, last, scale = len(parts), nets.vae.decoder.conv_out.weight, nets.loss_scale.value
     gradients = torch.zeros(2, *last.shape, device=last.device)
@@ -260,10 +282,10 @@ def adaptive_weight(nets, args, parts):
 
 
 def disc_losses(nets, args, part):
-    """Part 3: the discriminator's loss (7). Gradient reaches the discriminator alone. In float32, as in the reference."""
-    with nets.autocast(False):
-        d_loss, real, fake = discriminator_loss(nets.ddp["disc"], part.images, wide(part.recon), args.lecam_weight,
-                                                nets.lecam_means)
+    """Part 3: the discriminator's loss (7). Gradient reaches the discriminator alone."""
+    with nets.autocast(False):  # float32, as in the reference
+        d_loss, real, fake = discriminator_loss(nets.ddp["disc"], part.images, wide(part.recon),
+                                                args.lecam_weight, nets.lecam_means)
     return {"d_loss": d_loss, "logits_real": real, "logits_fake": fake}
 
 
@@ -277,9 +299,11 @@ def measure_stats(args, vae, dataset, device):
 
 
 def set_up(args, folder, device):
-    """Everything before the first step, what can fail first. Returns a namespace: nets, dataset, stats (of the latents),
-    start (the step to go on from), kept (what every checkpoint repeats), log (the log's state), path (of the checkpoint);
-    None after a --dry-run."""
+    """Everything before the first step, what can fail first.
+
+    Returns a namespace: nets, dataset, stats (of the latents), start (the step to go on from), kept (what
+    every checkpoint repeats), log (the log's state), path (of the checkpoint); None after a --dry-run.
+    """
     with distributed.main_first():  # it downloads, the others find the files
         path, state = trainer.find_checkpoint(args, folder)
         if state is not None:
@@ -328,8 +352,9 @@ def train(args):
     if run.log is not None:
         log.load_state_dict(run.log, device)
     trainer.write_args(args, folder)
-    log.say(f"{'VAE' if args.train_encoder else 'decoder'} of {args.vae} ({args.ckpt}), {len(dataset)} images, "
-            f"{world_size} x {device.type}, from step {start}" + (f" of {run.path}" if run.path else ""))
+    log.say(f"{'VAE' if args.train_encoder else 'decoder'} of {args.vae} ({args.ckpt}), "
+            f"{len(dataset)} images, {world_size} x {device.type}, from step {start}"
+            + (f" of {run.path}" if run.path else ""))
 
     loader = trainer.data_loader(args, dataset, device, start, args.num_workers)
     step, skipped_files, last_good = start, 0, run.path
@@ -347,8 +372,8 @@ def train(args):
                 log.write(step, args.batch_size, skipped_files=skipped_files)
             if due(args.sampling_steps) and rank == 0:
                 with log.paused():
-                    vae_report.save_picture(os.path.join(folder, "reconstructions", f"{step:07d}.png"), images[:8],
-                                            [nets.ema], ["EMA"])
+                    picture = os.path.join(folder, "reconstructions", f"{step:07d}.png")
+                    vae_report.save_picture(picture, images[:8], [nets.ema], ["EMA"])
             if due(args.checkpointing_steps) or final or stop:
                 with log.paused():
                     if args.train_encoder:
@@ -365,21 +390,22 @@ def train(args):
     trainer.leave(run.lock)
 
 
-# --------------------------------------------------------------------------------------------------- export
+# ----------------------------------------------------------------------------------------------------- export
 
 def export(args):
     """--export: the VAE of --ckpt and its latent statistics as a folder."""
     if args.ckpt in (None, "none"):
         raise ValueError("--export needs the VAE's --ckpt")
     name, state, stats = vae_files.open_vae(args.ckpt, args.vae, args.latents_stats)
-    scalars = vae_files.source_config(args.ckpt)    # a pipeline reads these of the export as it did of the source
+    # A pipeline reads these of the export as it did of the source.
+    scalars = vae_files.source_config(args.ckpt)
     disc = weights.discriminator_state(args.ckpt, name) if args.format == "compvis" else None
     if args.dry_run:
         vae_files.diffusers_config(state, stats, source=scalars) if args.format == "diffusers" else None
         files.check_writable(os.path.join(args.export, "config.json"))
         return print("settings are sound")
-    written = vae_files.export_vae(args.export, state, stats, args.format, args.resolution, args.force, source=scalars,
-                                   discriminator=disc)
+    written = vae_files.export_vae(args.export, state, stats, args.format, args.resolution, args.force,
+                                   source=scalars, discriminator=disc)
     print(f"{args.export}: {written}")
 
 
