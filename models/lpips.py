@@ -3,23 +3,24 @@ import torch
 import torch.nn as nn
 import torchvision
 
-WIDTHS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # index in vgg16.features -> channels: relu1_2 ... relu5_3
+# Index in vgg16.features -> channels: relu1_2 ... relu5_3.
+WIDTHS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}
 
 
 class LPIPS(nn.Module):
     """Distance [B] between images img0 and img1 [B, 3, H, W], both in [-1, 1], H and W at least 16.
 
-    The network is made with random weights; load_pretrained fetches the real ones. It is frozen: gradients pass to
-    the images only, and only once (not for gradients of gradients). Everything is float32 at least, whatever the
-    autocast type.
+    The network is made with random weights; load_pretrained fills in the real ones. It is frozen: gradients
+    pass to the images only, and only once (not for gradients of gradients). Everything is float32 at least,
+    whatever the autocast type.
     """
 
     chunk = 8  # images whose features are in memory at a time where img1 needs a gradient
 
     def __init__(self):
         super().__init__()
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)
+        for name, values in (("shift", [-0.030, -0.088, -0.188]), ("scale", [0.458, 0.448, 0.450])):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
         self.features = torchvision.models.vgg16(weights=None).features[:30]
         for module in self.features:
             if isinstance(module, nn.ReLU):
@@ -43,7 +44,8 @@ class LPIPS(nn.Module):
 
     def layer_terms(self, img0, img1):
         """The distance's five terms, [B, 5]."""
-        with torch.autocast("cuda" if img0.is_cuda else "cpu", enabled=False):  # "meta", where FLOPs are counted, has none
+        # "meta", where FLOPs are counted, has no autocast.
+        with torch.autocast("cuda" if img0.is_cuda else "cpu", enabled=False):
             img0, img1 = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (img0, img1))
             with torch.set_grad_enabled(torch.is_grad_enabled() and img0.requires_grad):
                 features0 = self.vgg_features(img0)
@@ -55,8 +57,8 @@ class LPIPS(nn.Module):
     def forward(self, img0, img1):
         if not torch.is_grad_enabled() or not img1.requires_grad or img0.requires_grad:
             return self.layer_terms(img0, img1).sum(1)
-        # VGG's float32 features are the largest tensors of a training step. So the gradient at img1 is taken here, a few
-        # images at a time, before anything else of the backward pass is in memory; only it is kept.
+        # VGG's float32 features are the largest tensors of a training step. So the gradient at img1 is taken
+        # here, a few images at a time, before anything else of the backward pass is in memory; only it is kept.
         distances, gradients = [], []
         for part0, part1 in zip(img0.split(self.chunk), img1.detach().split(self.chunk)):
             part1 = part1.to(torch.promote_types(part1.dtype, torch.float32)).requires_grad_()

@@ -1,7 +1,8 @@
-"""AutoencoderKL: the convolutional VAE of latent diffusion (Rombach et al., arXiv 2112.10752), names as in CompVis.
+"""AutoencoderKL: the convolutional VAE of latent diffusion (Rombach et al., arXiv 2112.10752), names as in
+CompVis.
 
-f8d4 is SD-VAE, f16d32 is IN-VAE and VA-VAE, f8d16 the 16-channel kind of FLUX and SD-3.5 (no quant convolutions),
-f4d4 a tiny one for 32-pixel images. Needs only torch.
+f8d4 is SD-VAE, f16d32 is IN-VAE and VA-VAE, f8d16 the 16-channel kind of FLUX and SD-3.5 (no quant
+convolutions), f4d4 a tiny one for 32-pixel images. Needs only torch.
 """
 import torch
 import torch.nn as nn
@@ -36,8 +37,10 @@ def no_autocast(x):
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm (32 groups from 128 channels on) that keeps the type of its input: statistics are float32 inside the
-    kernel either way, but autocast would store a float32 copy of every activation, half of the VAE's memory.
+    """GroupNorm (32 groups from 128 channels on) that keeps the type of its input.
+
+    Statistics are float32 inside the kernel either way, but autocast would store a float32 copy of every
+    activation, half of the VAE's memory.
 
     Narrow layers (f4d4) have groups of 4: groups of one channel would normalise an image's colour away.
     """
@@ -53,8 +56,8 @@ class GroupNorm(nn.GroupNorm):
 def recomputing_input(function, x):
     """function(x), a cheap operation and then a convolution, keeping only x for the backward pass.
 
-    The convolution is not computed twice: recomputation stops as soon as everything that the backward pass asks for is
-    there, and that is just before it.
+    The convolution is not computed twice: recomputation stops as soon as everything that the backward pass
+    asks for is there, and that is just before it.
     """
     if not torch.is_grad_enabled():
         return function(x)
@@ -62,8 +65,11 @@ def recomputing_input(function, x):
 
 
 def norm_silu_conv(norm, conv, x):
-    """conv(silu(norm(x))) for x [B, C, H, W]. The normalised and the activated copy of x, more than half of a VAE's memory,
-    are made again in the backward pass."""
+    """conv(silu(norm(x))) for x [B, C, H, W].
+
+    The normalised and the activated copy of x, more than half of a VAE's memory, are made again in the
+    backward pass.
+    """
     return recomputing_input(lambda x: conv(F.silu(norm(x))), x)
 
 
@@ -96,7 +102,8 @@ class AttnBlock(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (conv(h).flatten(2).mT.contiguous()[:, None] for conv in (self.q, self.k, self.v))  # [B, 1, HW, C]
+        q, k, v = (conv(h).flatten(2).mT.contiguous()[:, None]      # [B, 1, HW, C]
+                   for conv in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
         return x + self.proj_out(h)
 
@@ -142,7 +149,8 @@ def _run_level(level, h, save_memory):
     """The blocks of one level; with save_memory their activations are computed again in the backward pass."""
     for i, block in enumerate(level.block):
         if save_memory and torch.is_grad_enabled():
-            h = recompute(block, h, use_reentrant=False, preserve_rng_state=False)  # nothing in a block is random
+            # Nothing in a block is random.
+            h = recompute(block, h, use_reentrant=False, preserve_rng_state=False)
         else:
             h = block(h)
         if len(level.attn):
@@ -219,7 +227,8 @@ class AutoencoderKL(nn.Module):
         quant: with the 1x1 quant_conv and post_quant_conv.
     """
 
-    def __init__(self, latent_channels, base=128, multipliers=(1, 2, 4, 4), blocks=2, attention_levels=(), quant=True):
+    def __init__(self, latent_channels, base=128, multipliers=(1, 2, 4, 4), blocks=2, attention_levels=(),
+                 quant=True):
         super().__init__()
         self.latent_channels = latent_channels
         self.downsample = 2 ** (len(multipliers) - 1)
@@ -229,7 +238,7 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if quant else nn.Identity()
 
     def save_memory(self):
-        """Keep only the blocks' inputs for the backward pass and compute the rest again (15 % more arithmetic)."""
+        """Keep only the blocks' inputs for the backward pass, compute the rest again: 15 % more arithmetic."""
         self.encoder.grad_checkpoint = self.decoder.grad_checkpoint = True
 
     def moments(self, x):

@@ -1,4 +1,4 @@
-"""How much arithmetic a training step is, and how fast the device does arithmetic: together the model FLOP utilisation."""
+"""How much arithmetic a training step is, how fast the device does it, and so the model FLOP utilisation."""
 import math
 import time
 
@@ -12,7 +12,7 @@ from models.vae import VAE_models
 
 @torch.no_grad()
 def matmul_rate(device, dtype):
-    """FLOP/s of a large matrix product in `dtype` on `device`, measured now: what utilisation is relative to."""
+    """FLOP/s of a large matrix product in `dtype` on `device`, measured now: the base of utilisation."""
     n = 8192 if device.type == "cuda" else 768
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     best = math.inf
@@ -28,7 +28,7 @@ def matmul_rate(device, dtype):
 
 
 def forward_flops(build, *shapes):
-    """FLOPs of one forward pass of the module that build() makes, on inputs of `shapes`; nothing is computed or stored."""
+    """FLOPs of a forward pass of the module that build() makes, on inputs of `shapes`; nothing is computed."""
     with torch.device("meta"), torch.no_grad():
         module, inputs = build(), [torch.zeros(shape) for shape in shapes]
         with FlopCounterMode(display=False) as counter:
@@ -39,8 +39,8 @@ def forward_flops(build, *shapes):
 def step_flops(args, nets, build_sit):
     """FLOPs of one REPA-E step per image, without recomputation.
 
-    A backward pass costs twice the forward pass, or as much as it where no weight gradient is needed (VGG, and the SiT of
-    the VAE update, which stops at its alignment depth). `build_sit` makes a SiT like nets.sit.
+    A backward pass costs twice the forward pass, or as much as it where no weight gradient is needed (VGG, and
+    the SiT of the VAE update, which stops at its alignment depth). `build_sit` makes a SiT like nets.sit.
     """
     image = (1, 3, args.resolution, args.resolution)
     latents = (1, nets.sit.in_channels, nets.sit.input_size, nets.sit.input_size)
@@ -53,7 +53,8 @@ def step_flops(args, nets, build_sit):
         def forward(self, x, t):
             return self.sit(x, t, torch.zeros(1, dtype=torch.long), self.align_only)
 
-    flops = 3 * forward_flops(lambda: Network(False), latents, (1,)) + sum(encoder.flops for encoder in nets.encoders)
+    flops = 3 * forward_flops(lambda: Network(False), latents, (1,))
+    flops += sum(encoder.flops for encoder in nets.encoders)
     if args.freeze_vae:
         return flops + forward_flops(lambda: VAE_models[args.vae]().encoder, image)
     flops += 3 * forward_flops(VAE_models[args.vae], image)

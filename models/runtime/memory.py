@@ -1,10 +1,12 @@
-"""How much GPU memory a training step takes and what holds it, counted without a GPU: every operation runs on fake CUDA
-tensors, which have shapes, types and storages but no numbers.
+"""How much GPU memory a training step takes and what holds it, counted without a GPU.
+
+Every operation runs on fake CUDA tensors, which have shapes, types and storages but no numbers.
 
     count = memory.training_peak(args, build_networks, make_batch, train_step)
     print(count.table())
 
-Not counted: the CUDA context (about 0.6 GiB), cuDNN's workspaces, and what the allocator loses to fragmentation.
+Not counted: the CUDA context (about 0.6 GiB), cuDNN's workspaces, and what the allocator loses to
+fragmentation.
 """
 import argparse
 import contextlib
@@ -26,8 +28,8 @@ GIB = 2 ** 30
 class Count:
     """Context in which CUDA tensors are fake and counted.
 
-    Attributes: `bytes` in use now by holder, `now` their sum, `peak` the largest sum since the start or reset_peak,
-    `at_peak` what `bytes` was then.
+    Attributes: `bytes` in use now by holder, `now` their sum, `peak` the largest sum since the start or
+    reset_peak, `at_peak` what `bytes` was then.
     """
 
     def __init__(self):
@@ -39,8 +41,8 @@ class Count:
         fake, self.contexts = FakeTensorMode(allow_non_fake_inputs=True), contextlib.ExitStack()
         enter = self.contexts.enter_context
         patch = lambda *names, to: enter(unittest.mock.patch(".".join(names), to))  # noqa: E731
-        # What asks for a GPU although nothing is computed: autocast, random numbers, the choice of an attention kernel,
-        # and the backward pass, whose C++ engine wants a CUDA context.
+        # What asks for a GPU although nothing is computed: autocast, random numbers, the choice of an
+        # attention kernel, and the backward pass, whose C++ engine wants a CUDA context.
         patch("torch.cuda.amp.common.amp_definitely_not_available", to=lambda: False)
         patch("torch.cuda.is_bf16_supported", to=lambda *a, **k: True)
         patch("torch.Generator", to=lambda device=None, make=torch.Generator: make())
@@ -48,7 +50,8 @@ class Count:
         patch("torch.autograd._engine_run_backward", to=self.backward)
         patch("torch._C._current_graph_task_id", to=lambda: 0)
         patch("torch.nn.Module.to", to=to_gpu)
-        enter(unittest.mock.patch.object(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True))
+        enter(unittest.mock.patch.object(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode,
+                                         create=True))
         enter(fake)
         enter(_Watch(self))
         enter(saved_tensors_hooks(_Saved, self.unpack))
@@ -58,7 +61,7 @@ class Count:
     def __exit__(self, *error):
         return self.contexts.__exit__(*error)
 
-    # ------------------------------------------------------------------------------------------------ the count
+    # -------------------------------------------------------------------------------------- the count
 
     def add(self, tensor):
         """Count the tensor's storage, once, until it is freed."""
@@ -95,8 +98,11 @@ class Count:
         self.holder = before
 
     def watch(self, **modules):
-        """From now on what a module's forward pass makes is held by the name it is given here; what is made outside of
-        them by "other", parameters' gradients by "gradients", and what else the backward pass makes by "backward"."""
+        """From now on what a module's forward pass makes is held by the name it is given here.
+
+        What is made outside of them is held by "other", parameters' gradients by "gradients", and what else
+        the backward pass makes by "backward".
+        """
         self.holder = "other"
         for name, module in modules.items():
             if module is None:
@@ -120,12 +126,15 @@ class Count:
         rows = sorted(((size, holder) for holder, size in self.at_peak.items() if size), reverse=True)
         return "\n".join(f"{size / GIB:7.2f} GiB  {holder}" for size, holder in [(self.peak, "peak"), *rows])
 
-    # ------------------------------------------------------------------------------------------ the backward pass
+    # ------------------------------------------------------------------------------ the backward pass
 
     def backward(self, outputs, gradients, retain_graph, create_graph, inputs, allow_unreachable=True,
                  accumulate_grad=True):
-        """What torch's engine does behind backward() and autograd.grad(): the graph's nodes, the latest made first, each
-        one's saved tensors freed after it. Returns the gradients at `inputs`, None where nothing arrives."""
+        """What torch's engine does behind backward() and autograd.grad().
+
+        The graph's nodes run, the latest made first, and each one's saved tensors are freed after it. Returns
+        the gradients at `inputs`, None where nothing arrives.
+        """
         with self.holding("backward"), torch.set_grad_enabled(create_graph):
             wanted = [get_gradient_edge(t)[:2] for t in inputs]
             found, roots = [None] * len(wanted), [get_gradient_edge(t)[:2] for t in outputs]
@@ -192,7 +201,8 @@ class Count:
             for saved in self.used:
                 saved.tensor = None
         results = results if isinstance(results, tuple) else (results,)
-        return results[:len(node.next_functions)]  # a Function's arguments that are no tensors come last and have no node
+        # A Function's arguments that are no tensors come last and have no node.
+        return results[:len(node.next_functions)]
 
     def unpack(self, saved):
         self.used.append(saved)
@@ -200,13 +210,15 @@ class Count:
 
 
 def training_peak(args, build_networks, make_batch, train_step, world_size=1):
-    """The Count of a training run's second step on each of `world_size` GPUs (the first has no optimiser states yet).
+    """The Count of a training run's second step on each of `world_size` GPUs.
+
+    (The first has no optimiser states yet.)
 
     Args:
         args: settings of train_repae_e.py; nothing is read from disk, all networks have random weights.
         build_networks, make_batch, train_step: that script's functions.
-    The blocks are counted uncompiled. DistributedDataParallel's buckets are there from the start to the end: with several
-    GPUs, all gradients are added to the peak as "buckets".
+    The blocks are counted uncompiled. DistributedDataParallel's buckets are there from the start to the end:
+    with several GPUs, all gradients are added to the peak as "buckets".
     """
     args = argparse.Namespace(**vars(args))
     args.batch_size, args.compile = args.batch_size // world_size, False
@@ -229,7 +241,8 @@ def training_peak(args, build_networks, make_batch, train_step, world_size=1):
             states = [state for optimizer in nets.opts.values() for state in optimizer.state.values()]
             count.hold("optimisers' states", [v for state in states for v in state.values()])
         if world_size > 1:
-            buckets = sum(p.numel() * p.element_size() for n in nets.trained for p in getattr(nets, n).parameters())
+            buckets = sum(p.numel() * p.element_size() for n in nets.trained
+                          for p in getattr(nets, n).parameters())
             count.peak += buckets
             count.at_peak["buckets"] = buckets
     return count
@@ -251,7 +264,8 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten._local_scalar_dense.default:
-            return 0.5 if args[0].is_floating_point() else 1  # any number: nothing that takes memory depends on one
+            # Any number: nothing that takes memory depends on one.
+            return 0.5 if args[0].is_floating_point() else 1
         results = function(*args, **(kwargs or {}))
         for result in results if isinstance(results, (tuple, list)) else (results,):
             if isinstance(result, torch.Tensor) and result.is_cuda:
@@ -272,7 +286,7 @@ def to_gpu(module, *args, **kwargs):
 
 
 def leads_to(ends, roots):
-    """{node: whether it leads to one of the nodes `ends` (further on, if it is one itself)} for those that do or are."""
+    """{node: whether it leads to one of the nodes `ends`, further on if it is one} for those that do or are."""
     state, stack = {}, list(roots)  # state: None while a node's followers are looked at
     while stack:
         node = stack[-1]
@@ -288,9 +302,10 @@ def leads_to(ends, roots):
 
 
 def attention(q, k, v, attn_mask=None, dropout_p=0.0, **more):
-    """scaled_dot_product_attention by a GPU's kernels: the memory-efficient one for float32 and wide heads, else flash."""
+    """scaled_dot_product_attention by a GPU's kernels: memory-efficient for float32 and wide heads, or flash."""
     if torch.is_autocast_enabled("cuda"):
         q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
     if q.dtype == torch.float32 or q.shape[-1] > 256:
-        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, torch.is_grad_enabled())[0]
+        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask,
+                                                                      torch.is_grad_enabled())[0]
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]

@@ -1,4 +1,4 @@
-"""The log of one training run: log.txt, metrics.jsonl, optional tensorboard or wandb, and the watch on a collapse."""
+"""The log of a training run: log.txt, metrics.jsonl, optional tensorboard or wandb; the watch on a collapse."""
 import contextlib
 import json
 import math
@@ -19,14 +19,14 @@ class Collapse(RuntimeError):
 class RunLog:
     """Sums metrics on the device, reads them every log_every steps, writes them and watches.
 
-    Files in `folder`: log.txt (what the terminal showed), metrics.jsonl (one object per logged step). Only the main
-    process writes; all processes take part in the sums.
+    Files in `folder`: log.txt (what the terminal showed), metrics.jsonl (one object per logged step). Only
+    the main process writes; all processes take part in the sums.
     """
 
     def __init__(self, folder, args, flops_per_image=None, peak_flops=None):
         self.folder, self.args, self.main = folder, args, distributed.is_main()
         self.flops_per_image, self.peak_flops = flops_per_image, peak_flops
-        # Sums since the last line, by the names of a step's metrics: a loss that sets in later has sums of its own.
+        # Sums since the last line, by the names of a step's metrics: a loss that sets in later has its own.
         self.sums, self.counted, self.timed = {}, 0, 0
         self.in_a_row = self.longest = self.first_bad = None
         self.largest_norms, self.any_good = {}, False
@@ -67,7 +67,8 @@ class RunLog:
         if self.in_a_row is None:
             self.in_a_row = self.longest = torch.zeros_like(skip)
             self.first_bad = torch.full_like(skip, -1.0)
-        # The first metric that is not finite, in the order of computation, is the one to look at: the rest follow from it.
+        # The first metric that is not finite, in the order of computation, is the one to look at: the rest
+        # follow from it.
         bad = ~values.isfinite()
         first = torch.where(bad.any(), bad.float().argmax().to(skip), -1.0)
         self.first_bad = torch.where((self.first_bad < 0) & (skip > 0), first, self.first_bad)
@@ -80,7 +81,7 @@ class RunLog:
         self.names = names
 
     def reduced(self):
-        """{names: sums over all processes [len(names) + 1]}; the last number counts steps that were not skipped."""
+        """{names: sums over all processes [len(names) + 1]}; the last number counts the steps not skipped."""
         return {names: distributed.all_reduce_sum(values.clone()) / distributed.world_size()
                 for names, values in self.sums.items()}
 
@@ -90,13 +91,16 @@ class RunLog:
                 "counted": self.counted}
 
     def load_state_dict(self, state, device):
-        """Go on where state_dict() was: the first line after a resume is the one that an undisturbed run writes."""
+        """Go on where state_dict() was: the first line after a resume is that of an undisturbed run."""
         self.counted = state["counted"]
         self.sums = {tuple(names): torch.tensor(values, dtype=torch.float64, device=device)
                      for names, values in state["sums"]}
 
     def write(self, step, batch_size, **extra):
-        """Read the sums (the one host synchronisation), write a line everywhere, raise Collapse if learning stopped."""
+        """Read the sums (the one host synchronisation) and write a line everywhere.
+
+        Raises Collapse if learning stopped.
+        """
         means, good = {}, 0
         for names, values in self.reduced().items():
             *sums, count = values.tolist()
@@ -109,8 +113,8 @@ class RunLog:
         seconds = (now - self.last) / self.timed
         steps, longest, first_bad = self.counted, int(self.longest), int(self.first_bad)
         rate = batch_size / seconds
-        line = {"step": step, **means, "skipped_steps": steps - good, "images_per_s": rate, "seconds_per_step": seconds,
-                "peak_memory_gib": peak_memory_gib(self.longest.device), **extra}
+        line = {"step": step, **means, "skipped_steps": steps - good, "images_per_s": rate,
+                "seconds_per_step": seconds, "peak_memory_gib": peak_memory_gib(self.longest.device), **extra}
         if first_bad >= 0:
             line["not_finite_first"] = self.names[first_bad]
         if self.peak_flops and self.flops_per_image:
@@ -127,23 +131,25 @@ class RunLog:
     def publish(self, step, line, means):
         """One line of figures to metrics.jsonl, the terminal and the optional writers."""
         with open(os.path.join(self.folder, "metrics.jsonl"), "a") as f:
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v
+                      for k, v in line.items()}
             f.write(json.dumps(finite) + "\n")
         for writer in self.writers:
             writer(line)
-        losses = "  ".join(f"{n} {v:.4g}" for n, v in means.items() if n.endswith("loss") or n.startswith("grad_norm"))
+        losses = "  ".join(f"{n} {v:.4g}" for n, v in means.items()
+                           if n.endswith("loss") or n.startswith("grad_norm"))
         mfu = f"  mfu {line['mfu']:.0%}" if "mfu" in line else ""
         skipped = f"  skipped {line['skipped_steps']}" if line["skipped_steps"] else ""
         if "not_finite_first" in line:
             skipped += f" (not finite first: {line['not_finite_first']})"
         left = time_text((self.args.max_train_steps - step) * line["seconds_per_step"])
         self.say(f"step {step}/{self.args.max_train_steps}  {line['images_per_s']:.1f} img/s  "
-                 f"{line['seconds_per_step']:.3g} s/step  {line['peak_memory_gib']:.2f} GiB{mfu}  {left} left{skipped}  "
-                 f"{losses}")
+                 f"{line['seconds_per_step']:.3g} s/step  {line['peak_memory_gib']:.2f} GiB{mfu}  "
+                 f"{left} left{skipped}  {losses}")
 
     def watch(self, step, longest, good, means, first_bad):
-        """Raise Collapse after 50 skipped steps in a row or a run of nothing else, or when the SiT's or VAE's gradient norm is 0 or falls to 1e-4
-        of the largest logged.
+        """Raise Collapse after 50 skipped steps in a row or a run of nothing else, or when the SiT's or VAE's
+        gradient norm is 0 or falls to 1e-4 of the largest logged.
 
         (The discriminator's may well be 0: the hinge loss is, where it is sure.)
         """
@@ -184,7 +190,8 @@ def open_writers(report_to, folder, args):
                 f.write(wandb.util.generate_id())
         with open(path) as f:
             run_id = f.read()
-        wandb.init(project="repa-e", name=os.path.basename(folder), dir=folder, config=vars(args), resume="allow", id=run_id)
+        wandb.init(project="repa-e", name=os.path.basename(folder), dir=folder, config=vars(args),
+                   resume="allow", id=run_id)
         return [lambda line: wandb.log(line, step=line["step"])]
     return []
 
