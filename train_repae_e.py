@@ -7,29 +7,33 @@
 
 Run the same command again and it continues from its newest checkpoint.
 
-From top to bottom: the flags, the networks, the step (train_step and the losses of its parts), the loop (main). The
-formulas are in models/losses.py; what both training scripts need around them, in models/runtime/trainer.py.
+From top to bottom: the flags, the networks, the step (train_step and the losses of its parts), the loop
+(main). The formulas are in models/losses.py; what both training scripts need around them, in
+models/runtime/trainer.py.
 """
 import os
 
 from models.runtime import cli
 
 # What a run cannot change when it is continued: the networks, the losses, and the order of the data.
-FIXED_IN_A_RUN = ("model", "vae", "resolution", "num_classes", "encoder", "encoder_depth", "qk_norm", "freeze_vae",
-                  "batch_size", "seed", "hflip", "path_type", "weighting", "proj_coeff", "vae_align_proj_coeff",
-                  "diffusion_to_vae", "learn_pos_embed", "bn_momentum", "cfg_prob", "reconstruction_weight",
-                  "reconstruction_loss", "perceptual_weight", "kl_weight", "disc_weight")
+FIXED_IN_A_RUN = (
+    "model", "vae", "resolution", "num_classes", "encoder", "encoder_depth", "qk_norm", "learn_pos_embed",
+    "freeze_vae", "bn_momentum", "cfg_prob", "batch_size", "seed", "hflip", "path_type", "weighting",
+    "proj_coeff", "vae_align_proj_coeff", "diffusion_to_vae",
+    "reconstruction_weight", "reconstruction_loss", "perceptual_weight", "kl_weight", "disc_weight")
 
 # One row per configuration; every value is an ordinary flag and can be overridden.
 PRESETS = {
     "sdvae": dict(model="SiT-XL/2", vae="f8d4", vae_ckpt="REPA-E/sdvae", disc_ckpt="REPA-E/sdvae"),
     "invae": dict(model="SiT-XL/1", vae="f16d32", vae_ckpt="REPA-E/invae", disc_ckpt="REPA-E/invae"),
     "vavae": dict(model="SiT-XL/1", vae="f16d32", vae_ckpt="REPA-E/vavae", disc_ckpt="REPA-E/vavae"),
-    "demo": dict(data_dir="shapes", resolution=32, num_classes=10, model="SiT-Ti/2", encoder="hog", encoder_depth=3,
-                 vae="f4d4", vae_ckpt="none", disc_ckpt="none", reconstruction_weight=5.0, perceptual_weight=0.0,
-                 disc_weight=0.0, batch_size=32, max_train_steps=400, learning_rate=1e-3, vae_learning_rate=1e-3,
-                 disc_learning_rate=1e-3, ema_decay=0.98, num_workers=0, log_every=25, cfg_scale=2.0,
-                 sampling_steps=200, checkpointing_steps=200, exp_name="demo"),
+    "demo": dict(data_dir="shapes", resolution=32, num_classes=10, num_workers=0, exp_name="demo",
+                 model="SiT-Ti/2", encoder="hog", encoder_depth=3,
+                 vae="f4d4", vae_ckpt="none", disc_ckpt="none",
+                 reconstruction_weight=5.0, perceptual_weight=0.0, disc_weight=0.0,
+                 batch_size=32, max_train_steps=400, ema_decay=0.98,
+                 learning_rate=1e-3, vae_learning_rate=1e-3, disc_learning_rate=1e-3,
+                 cfg_scale=2.0, log_every=25, sampling_steps=200, checkpointing_steps=200),
 }
 
 
@@ -40,30 +44,34 @@ def make_parser():
     flag = cli.flag
     flag(data, "--num-classes", 1000, "classes of the label table; at least as many as the data has", above=0)
 
-    flag(model, "--model", "SiT-XL/2", "diffusion transformer: SiT-{XL,L,B,S,Ti}/{1,2,4,8}", choices=cli.SITS,
-         metavar="NAME")
-    flag(model, "--encoder-depth", 8, "block, from 1, whose tokens are aligned (8 for L and XL, 4 is usual for B)",
-         above=0)
+    flag(model, "--model", "SiT-XL/2", "diffusion transformer: SiT-{XL,L,B,S,Ti}/{1,2,4,8}",
+         choices=cli.SITS, metavar="NAME")
+    flag(model, "--encoder-depth", 8,
+         "block, from 1, whose tokens are aligned (8 for L and XL, 4 is usual for B)", above=0)
     flag(model, "--qk-norm", False, "layer norm on queries and keys")
     flag(model, "--bn-momentum", 0.1, "momentum of the latent batch norm", most=1.0)
     flag(model, "--learn-pos-embed", False, "train the position table, as the reference does by accident")
     flag(model, "--cfg-prob", 0.1, "probability of dropping a label, for classifier-free guidance", most=1.0)
-    flag(model, "--vae-ckpt", "auto", "VAE weights: a path, a hub name, none, or auto (f8d4: REPA-E/sdvae, else none)")
+    flag(model, "--vae-ckpt", "auto",
+         "VAE weights: a path, a hub name, none, or auto (f8d4: REPA-E/sdvae, else none)")
 
     flag(losses, "--proj-coeff", 0.5, "alignment weight in the SiT update")
     flag(losses, "--vae-align-proj-coeff", 1.5, "alignment weight in the VAE update")
     flag(losses, "--freeze-vae", False, "train the SiT only (REPA; with --proj-coeff 0 vanilla SiT)")
-    flag(losses, "--diffusion-to-vae", False, "ablation: the diffusion loss reaches the VAE (it collapses the latents)")
+    flag(losses, "--diffusion-to-vae", False,
+         "ablation: the diffusion loss reaches the VAE (it collapses the latents)")
     flag(losses, "--path-type", "linear", "interpolant", choices=["linear", "cosine"])
     flag(losses, "--weighting", "uniform", "how training times are drawn", choices=["uniform", "lognormal"])
 
     flag(optim, "--vae-learning-rate", 1e-4, "of the VAE, constant", above=0.0)
 
     flag(run, "--cfg-scale", 4.0, "guidance of the picture grids (50 Euler steps)", least=1.0)
-    flag(run, "--eval-steps", 0, "steps between online scores (fid_online ..., 50 Euler steps, unguided); 0 for none")
+    flag(run, "--eval-steps", 0,
+         "steps between online scores (fid_online ..., 50 Euler steps, unguided); 0 for none")
     flag(run, "--eval-ref", None, "reference of the online scores, as for evaluate_fid.py")
     flag(run, "--eval-samples", 10000, "samples of an online score", above=0)
-    flag(run, "--inception-weights", None, "pt_inception-2015-12-05-6726825d.pth, if it cannot be downloaded")
+    flag(run, "--inception-weights", None,
+         "pt_inception-2015-12-05-6726825d.pth, if it cannot be downloaded")
     parser.set_defaults(vae="f8d4")
     return parser
 
@@ -72,7 +80,8 @@ def parse_args(argv=None):
     """Settings from the command line: explicit flags, over --preset, over the paper's defaults."""
     args = cli.parse(make_parser(), argv, PRESETS)
     if args.exp_name is None:
-        args.exp_name = f"{args.model.replace('/', '-')}-{args.vae}{'-frozen' if args.freeze_vae else ''}".lower()
+        frozen = "-frozen" if args.freeze_vae else ""
+        args.exp_name = f"{args.model.replace('/', '-')}-{args.vae}{frozen}".lower()
     for name in ("vae_ckpt", "disc_ckpt"):
         if getattr(args, name) == "auto":
             setattr(args, name, "REPA-E/sdvae" if args.vae == "f8d4" else "none")
@@ -90,8 +99,8 @@ import torch
 from torch.func import functional_call
 
 from models.encoders import check_encoders, load_encoders
-from models.losses import (denoising_loss, discriminator_loss, noisy_latents, proj_loss, reconstruction_losses,
-                           sample_time, wide)
+from models.losses import (denoising_loss, discriminator_loss, noisy_latents, proj_loss,
+                           reconstruction_losses, sample_time, wide)
 from models.runtime import distributed, online, signals, trainer, vae_files, weights
 from models.runtime.flops import matmul_rate, step_flops
 from models.runtime.runlog import RunLog
@@ -100,11 +109,12 @@ from models.sit import SiT_models
 from models.vae import Posterior, VAE_models
 
 
-# --------------------------------------------------------------------------------------------------- the networks
+# -------------------------------------------------------------------------------------------- the networks
 
 def check_settings(args, world_size, continued):
-    """All that can be checked before something heavy is built. Returns (dataset, VAE state or None, stats or None).
+    """All that can be checked before something heavy is built.
 
+    Returns (dataset, VAE state or None, stats or None).
     A run that is `continued` has the weights of its VAE and discriminator in its checkpoint.
     """
     trainer.check_settings(args, world_size)
@@ -120,8 +130,8 @@ def check_settings(args, world_size, continued):
         vae = VAE_models[args.vae]()
         multiple = vae.downsample * int(args.model.split("/")[1])
         if args.resolution % multiple:
-            raise ValueError(f"--resolution {args.resolution} is not divisible by {multiple}, the factor of {args.vae} "
-                             f"times the patch of {args.model}")
+            raise ValueError(f"--resolution {args.resolution} is not divisible by {multiple}, the factor of "
+                             f"{args.vae} times the patch of {args.model}")
         build_sit(args, vae, encoders=[])
     if args.eval_steps and (args.eval_ref is None or not os.path.exists(args.eval_ref)):
         raise FileNotFoundError(f"--eval-steps needs a reference: --eval-ref {args.eval_ref} does not exist")
@@ -131,16 +141,16 @@ def check_settings(args, world_size, continued):
         check_encoders(args.encoder, args.encoder_ckpt, args.resolution)
     dataset = trainer.open_data(args)
     if dataset.num_classes > args.num_classes:
-        raise ValueError(f"--num-classes {args.num_classes} is below the {dataset.num_classes} classes found in "
-                         f"{args.data_dir}")
+        raise ValueError(f"--num-classes {args.num_classes} is below the {dataset.num_classes} classes "
+                         f"found in {args.data_dir}")
     state = stats = None
     if args.vae_ckpt != "none" and (args.freeze_vae or not continued):
         _, state, stats = vae_files.open_vae(args.vae_ckpt, args.vae, args.latents_stats)
     elif args.latents_stats is not None:
         stats = vae_files.load_stats_file(args.latents_stats)
         if stats[0].numel() != vae.latent_channels:
-            raise ValueError(f"{args.latents_stats}: statistics of {stats[0].numel()} channels, but {args.vae} has "
-                             f"{vae.latent_channels}")
+            raise ValueError(f"{args.latents_stats}: statistics of {stats[0].numel()} channels, "
+                             f"but {args.vae} has {vae.latent_channels}")
     if has_disc and not continued:
         weights.discriminator(args.disc_ckpt, args.vae)
     return dataset, state, stats
@@ -151,10 +161,11 @@ def uses_encoders(args):
 
 
 def build_sit(args, vae, encoders):
-    """A SiT of the settings: its latents are those of `vae`, and it has a projector for each of `encoders`."""
+    """A SiT of the settings: its latents are those of `vae`; a projector for each of `encoders`."""
     return SiT_models[args.model](
-        input_size=args.resolution // vae.downsample, in_channels=vae.latent_channels, num_classes=args.num_classes,
-        class_dropout_prob=args.cfg_prob, encoder_depth=args.encoder_depth, z_dims=[e.embed_dim for e in encoders],
+        input_size=args.resolution // vae.downsample, in_channels=vae.latent_channels,
+        num_classes=args.num_classes, class_dropout_prob=args.cfg_prob,
+        encoder_depth=args.encoder_depth, z_dims=[e.embed_dim for e in encoders],
         qk_norm=args.qk_norm, bn_momentum=args.bn_momentum, learn_pos_embed=args.learn_pos_embed)
 
 
@@ -182,20 +193,20 @@ def build_networks(args, device, vae_state, continued=False):
 
 @torch.no_grad()
 def set_latents_stats(nets, args, dataset, stats):
-    """Start bn's running statistics from `stats`, or measure them with the VAE as it is on the run's first batches."""
+    """Start bn's running statistics from `stats`, or measure them with the VAE on the run's first batches."""
     bn = nets.sit.bn
     if stats is not None:
         scale, bias = stats
         mean, variance = bias.flatten(), scale.flatten() ** -2.0
     else:
-        batches = 40 if args.freeze_vae else 2  # a trained VAE moves on, and bn follows it within some 20 steps
+        batches = 40 if args.freeze_vae else 2  # a VAE that learns moves on, and bn follows in some 20 steps
         mean, variance = trainer.measure_latents(args, nets.vae, dataset, nets.device, batches)
     bn.running_mean.copy_(mean)
     bn.running_var.copy_(variance)
     nets.ema.load_state_dict(nets.sit.state_dict())
 
 
-# --------------------------------------------------------------------------------------------------- the step
+# ------------------------------------------------------------------------------------------------ the step
 
 def make_batch(nets, args, step, images, labels):
     """The step's inputs for train_step, from uint8 images [b, 3, R, R] and labels [b] of this process."""
@@ -208,28 +219,31 @@ def make_batch(nets, args, step, images, labels):
     images, labels = (v.to(device, non_blocking=True) for v in (images, labels))
     with torch.no_grad(), nets.autocast():
         zs = [encoder(images) for encoder in nets.encoders]
-    return SimpleNamespace(images=images.float() / 127.5 - 1, labels=labels, zs=zs, eps=eps[mine], noise=noise[mine],
-                           t=t[mine], labels_dropped=torch.where(dropped[mine], nets.sit.num_classes, labels))
+    labels_dropped = torch.where(dropped[mine], nets.sit.num_classes, labels)
+    return SimpleNamespace(images=images.float() / 127.5 - 1, labels=labels, labels_dropped=labels_dropped,
+                           zs=zs, eps=eps[mine], noise=noise[mine], t=t[mine])
 
 
 def train_step(nets, args, batch, use_gan=True):
-    """One REPA-E step (paper, section 3). All gradients are taken at the weights before the step, then all are applied.
+    """One REPA-E step (paper, section 3).
+
+    All gradients are taken at the weights before the step, then all are applied.
 
     Args:
         nets: trainer.Networks, after trainer.prepare.
-        batch: namespace of this process's images [b, 3, R, R] in [-1, 1], labels [b], labels_dropped [b] (some of them
-            the null label), zs (list of encoder tokens [b, T', D_k]), eps and noise [b, C, h, w] ~ N(0, 1), t [b] in
-            [0, 1]. The VAE's and the SiT's update share t and noise.
+        batch: namespace of this process's images [b, 3, R, R] in [-1, 1], labels [b], labels_dropped [b]
+            (some of them the null label), zs (list of encoder tokens [b, T', D_k]), eps and noise
+            [b, C, h, w] ~ N(0, 1), t [b] in [0, 1]. The VAE's and the SiT's update share t and noise.
         use_gan: whether the VAE sees the discriminator yet.
-    Returns (metrics: dict of scalar tensors, skip: 1.0 if one of them was not finite: then no weight and no batch norm
-    statistic has changed; the EMA goes on averaging).
+    Returns (metrics: dict of scalar tensors, skip: 1.0 if one of them was not finite: then no weight and no
+    batch norm statistic has changed; the EMA goes on averaging).
     """
     before = [buffer.clone() for buffer in nets.statistics]
     parts = trainer.micro_batches(batch, args.gradient_accumulation_steps)
     metrics = {}
 
     if args.freeze_vae:
-        with torch.no_grad():  # in float32: the latents do not change any more, so they may as well be exact
+        with torch.no_grad():  # in float32: these latents never change, so they may as well be exact
             z = torch.cat([nets.vae.encode(part.images).sample(part.eps) for part in parts])
     else:
         # 1) VAE forward: posterior, latents z, reconstruction.
@@ -238,13 +252,15 @@ def train_step(nets, args, batch, use_gan=True):
         if nets.disc is not None and use_gan:
             trainer.gan_gradient(nets, parts, recon, args.disc_weight)
         metrics |= trainer.backward(nets, parts, lambda part: vae_losses(nets, args, part), "vae_loss", "vae")
-        # 3) The discriminator's gradient, on the same reconstructions. The whole batch at once, for its batch norms.
+        # 3) The discriminator's gradient, on the same reconstructions; the whole batch at once, for its
+        #    batch norms.
         if nets.disc is not None:
             whole = SimpleNamespace(images=batch.images, recon=recon)
             metrics |= trainer.backward(nets, [whole], lambda part: disc_losses(nets, part), "d_loss", "disc")
 
-    # 4) The SiT's gradient, on z without its history: z was detached above, and this is the paper's stop-gradient.
-    #    bn takes the statistics of the whole batch, and its running ones follow; a frozen VAE's stay as they are.
+    # 4) The SiT's gradient, on z without its history: z was detached above, and this is the paper's
+    #    stop-gradient. bn takes the statistics of the whole batch, and its running ones follow; a frozen
+    #    VAE's stay as they are.
     with nets.autocast():
         u = nets.sit.normalize(z) if args.freeze_vae else nets.sit.bn(z)
     for part, u_part in zip(parts, u.chunk(len(parts))):
@@ -256,41 +272,42 @@ def train_step(nets, args, batch, use_gan=True):
 
 
 def vae_losses(nets, args, part):
-    """Part 2: the losses of the VAE on a micro-batch, as scalars by name; "vae_loss" is what the VAE minimises.
+    """Part 2: the losses of the VAE on a micro-batch, as scalars by name; "vae_loss" is what it minimises.
 
-    Gradient reaches the VAE. Not the SiT and its projector, whose weights enter detached; not the discriminator, of
-    which only the gradient at the reconstruction was taken; not the encoder.
+    Gradient reaches the VAE. Not the SiT and its projector, whose weights enter detached; not the
+    discriminator, of which only the gradient at the reconstruction was taken; not the encoder.
     """
     moments, z, recon = trainer.vae_outputs(nets, part)     # [b, 2C, h, w], [b, C, h, w], [b, 3, R, R]
     losses = reconstruction_losses(part.images, recon, Posterior(moments), nets.lpips,
                                    args.reconstruction_weight, args.perceptual_weight, args.kl_weight,
-                                   args.reconstruction_loss)                                                     # (5)
+                                   args.reconstruction_loss)                                         # (5)
     total = sum(losses.values())
     if hasattr(part, "gan_loss"):
         losses["gan_loss"] = part.gan_loss
-        losses["weighted_gan_loss"] = trainer.gan_share(part, recon)                                             # (6)
+        losses["weighted_gan_loss"] = trainer.gan_share(part, recon)                                 # (6)
         total = total + losses["weighted_gan_loss"]
 
     aligned = part.zs and args.vae_align_proj_coeff
     if aligned or args.diffusion_to_vae:
-        # The SiT is seen as in evaluation: running batch norm statistics, with gradient through them, no dropped label.
-        u_t, v = noisy_latents(nets.sit.normalize(z), part.noise, part.t, args.path_type)                   # (1), (2)
+        # The SiT is seen as in evaluation: running batch norm statistics, with gradient through them, and no
+        # dropped label.
+        u_t, v = noisy_latents(nets.sit.normalize(z), part.noise, part.t, args.path_type)       # (1), (2)
         frozen = {name: p.detach() for name, p in nets.sit.named_parameters()}
-        velocity, zs_tilde = functional_call(nets.sit, frozen, (u_t, part.t, part.labels),
-                                             {"align_only": not args.diffusion_to_vae})     # zs_tilde [b, T, D_k]
+        velocity, zs_tilde = functional_call(                                          # zs_tilde [b, T, D_k]
+            nets.sit, frozen, (u_t, part.t, part.labels), {"align_only": not args.diffusion_to_vae})
         if aligned:
-            losses["vae_align_loss"] = proj_loss(part.zs, zs_tilde)                                              # (4)
+            losses["vae_align_loss"] = proj_loss(part.zs, zs_tilde)                                  # (4)
             total = total + args.vae_align_proj_coeff * losses["vae_align_loss"]
         if args.diffusion_to_vae:
-            # Left out otherwise: reaching the VAE, this loss makes latents that are easy to denoise and say nothing
-            # (paper, table 1).
-            losses["vae_denoising_loss"] = denoising_loss(velocity, v).mean()                                    # (3)
+            # Left out otherwise: reaching the VAE, this loss makes latents that are easy to denoise and say
+            # nothing (paper, table 1).
+            losses["vae_denoising_loss"] = denoising_loss(velocity, v).mean()                        # (3)
             total = total + losses["vae_denoising_loss"]
     return losses | {"vae_loss": total}
 
 
 def disc_losses(nets, part):
-    """Part 3: the discriminator's loss (7). Gradient reaches the discriminator alone. In float32, as in the reference."""
+    """Part 3: the discriminator's loss (7). Gradient reaches it alone. In float32, as in the reference."""
     with nets.autocast(False):
         d_loss, real, fake = discriminator_loss(nets.ddp["disc"], part.images, wide(part.recon))
     return {"d_loss": d_loss, "logits_real": real, "logits_fake": fake}
@@ -301,26 +318,30 @@ def sit_losses(nets, args, part):
 
     Gradient reaches both. Not the VAE: part.u has no history.
     """
-    u_t, v = noisy_latents(part.u, part.noise, part.t, args.path_type)                                      # (1), (2)
+    u_t, v = noisy_latents(part.u, part.noise, part.t, args.path_type)                          # (1), (2)
     velocity, zs_tilde = nets.ddp["sit"](u_t, part.t, part.labels_dropped)
-    losses = {"denoising_loss": denoising_loss(velocity, v).mean()}                                              # (3)
+    losses = {"denoising_loss": denoising_loss(velocity, v).mean()}                                  # (3)
     total = losses["denoising_loss"]
     if part.zs:
-        losses["proj_loss"] = proj_loss(part.zs, zs_tilde)                                                       # (4)
+        losses["proj_loss"] = proj_loss(part.zs, zs_tilde)                                           # (4)
         total = total + args.proj_coeff * losses["proj_loss"]
     return losses | {"sit_loss": total}
 
 
-# --------------------------------------------------------------------------------------------------- the loop
+# ------------------------------------------------------------------------------------------------ the loop
 
 def set_up(args, folder, device):
-    """Everything before the first step, what can fail first. Returns a namespace: nets, dataset, start (the step to go on
-    from), kept (what every checkpoint repeats), log (the log's state), path (of the checkpoint); None after a --dry-run."""
+    """Everything before the first step, what can fail first.
+
+    Returns a namespace: nets, dataset, start (the step to go on from), kept (what every checkpoint repeats),
+    log (the log's state), path (of the checkpoint); None after a --dry-run.
+    """
     with distributed.main_first():  # it downloads, the others find the files
         path, state = trainer.find_checkpoint(args, folder)
         if state is not None:
             trainer.check_resume(args, path, state, FIXED_IN_A_RUN)
-        dataset, vae_state, stats = check_settings(args, distributed.world_size(), continued=state is not None)
+        dataset, vae_state, stats = check_settings(args, distributed.world_size(),
+                                                   continued=state is not None)
     kept = {"data": trainer.check_data(args, dataset, state)}
     if args.freeze_vae:
         kept["vae_digest"] = weights.state_digest(vae_state)
@@ -336,8 +357,8 @@ def set_up(args, folder, device):
     trainer.check_same_start(start, device)
     if state is None:
         set_latents_stats(nets, args, dataset, stats)
-    return SimpleNamespace(nets=nets, dataset=dataset, start=start, kept=kept, log=(state or {}).get("log"), path=path,
-                           lock=lock)
+    return SimpleNamespace(nets=nets, dataset=dataset, start=start, kept=kept, log=(state or {}).get("log"),
+                           path=path, lock=lock)
 
 
 def main(argv=None):
@@ -361,8 +382,9 @@ def main(argv=None):
     if run.log is not None:
         log.load_state_dict(run.log, device)
     trainer.write_args(args, folder)
-    log.say(f"{args.model} ({sum(p.numel() for p in nets.sit.parameters()) / 1e6:.1f} M) with {args.vae}, {len(dataset)} "
-            f"images of {dataset.num_classes} classes, {world_size} x {device.type}, from step {start}"
+    parameters = sum(p.numel() for p in nets.sit.parameters())
+    log.say(f"{args.model} ({parameters / 1e6:.1f} M) with {args.vae}, {len(dataset)} images of "
+            f"{dataset.num_classes} classes, {world_size} x {device.type}, from step {start}"
             + (f" of {run.path}" if run.path else ""))
 
     loader = trainer.data_loader(args, dataset, device, start, args.num_workers)
