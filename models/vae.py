@@ -238,7 +238,7 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if quant else nn.Identity()
 
     def save_memory(self):
-        """Keep only the blocks' inputs for the backward pass, compute the rest again: 15 % more arithmetic."""
+        """Keep only the blocks' inputs for the backward pass, make the rest again: 15 % more arithmetic."""
         self.encoder.grad_checkpoint = self.decoder.grad_checkpoint = True
 
     def moments(self, x):

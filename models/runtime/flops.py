@@ -28,7 +28,7 @@ def matmul_rate(device, dtype):
 
 
 def forward_flops(build, *shapes):
-    """FLOPs of a forward pass of the module that build() makes, on inputs of `shapes`; nothing is computed."""
+    """FLOPs of a forward pass of the module that build() makes on inputs of `shapes`; nothing is computed."""
     with torch.device("meta"), torch.no_grad():
         module, inputs = build(), [torch.zeros(shape) for shape in shapes]
         with FlopCounterMode(display=False) as counter:
@@ -39,8 +39,8 @@ def forward_flops(build, *shapes):
 def step_flops(args, nets, build_sit):
     """FLOPs of one REPA-E step per image, without recomputation.
 
-    A backward pass costs twice the forward pass, or as much as it where no weight gradient is needed (VGG, and
-    the SiT of the VAE update, which stops at its alignment depth). `build_sit` makes a SiT like nets.sit.
+    A backward pass costs twice the forward pass, or as much as it where no weight gradient is needed (VGG,
+    and the SiT of the VAE update, which stops at its alignment depth). `build_sit` makes a SiT like nets.sit.
     """
     image = (1, 3, args.resolution, args.resolution)
     latents = (1, nets.sit.in_channels, nets.sit.input_size, nets.sit.input_size)

@@ -286,7 +286,7 @@ def to_gpu(module, *args, **kwargs):
 
 
 def leads_to(ends, roots):
-    """{node: whether it leads to one of the nodes `ends`, further on if it is one} for those that do or are."""
+    """{node: whether it leads to one of `ends` (further on, if it is one)} for the nodes that do or are."""
     state, stack = {}, list(roots)  # state: None while a node's followers are looked at
     while stack:
         node = stack[-1]
@@ -302,7 +302,7 @@ def leads_to(ends, roots):
 
 
 def attention(q, k, v, attn_mask=None, dropout_p=0.0, **more):
-    """scaled_dot_product_attention by a GPU's kernels: memory-efficient for float32 and wide heads, or flash."""
+    """scaled_dot_product_attention by a GPU's kernels: flash, or efficient for float32 and wide heads."""
     if torch.is_autocast_enabled("cuda"):
         q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
     if q.dtype == torch.float32 or q.shape[-1] > 256:

@@ -1,4 +1,4 @@
-"""The log of a training run: log.txt, metrics.jsonl, optional tensorboard or wandb; the watch on a collapse."""
+"""The log of a training run: log.txt, metrics.jsonl, tensorboard or wandb by flag, and the watch on a collapse."""
 import contextlib
 import json
 import math
