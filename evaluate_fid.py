@@ -105,9 +105,7 @@ CODE = ("evaluate_fid.py", "models/metrics.py", "models/inception.py", "models/e
 # ---------------------------------------------------------------- what can be wrong, before any work
 
 def check_args(args):
-    """Raise a one-line error for settings that contradict each other and for outputs that cannot be
-    written.
-    """
+    """Raise a one-line error for settings that contradict each other, or outputs that cannot be written."""
     if unknown := set(args.metrics) - set(METRICS):
         raise ValueError(f"--metrics {','.join(sorted(unknown))}: unknown, known are {', '.join(METRICS)}")
     if bool(args.save_ref) == bool(args.samples):
@@ -127,9 +125,7 @@ def check_args(args):
 
 
 def check_inputs(args, inputs):
-    """Raise a one-line error for inputs that do not allow what is asked for; sets images.used and
-    images.labels.
-    """
+    """Raise a one-line error for inputs too poor for the task; set images.used and images.labels."""
     for images in inputs:
         images.used = min(images.count, args.limit or images.count)
         for name in ("sigma", "sigma_s"):
@@ -169,8 +165,7 @@ def load_networks(args, inputs, device):
 # ---------------------------------------------------------------- the work
 
 def save_reference(path, images, statistics, count):
-    """Write arr_0 (`count` images, evenly spaced), mu, sigma, mu_s, sigma_s: the layout of the suite's
-    references.
+    """Write `count` evenly spaced images and mu, sigma, mu_s, sigma_s: the layout of the suite's references.
 
     `protocol` says of how many images the statistics are; arr_1, where the input has it, keeps their labels.
     """
@@ -245,9 +240,7 @@ def report(args, ref, samples, result, about, device):
 
 
 def proof(args, ref, samples, about, device):
-    """What one must know to trust or repeat the figures: inputs, weights, settings, versions, precision,
-    seeds.
-    """
+    """What makes the figures repeatable: inputs, weights, settings, versions, precision, seeds."""
     inputs = {which: {"path": images.path, "images": images.count, "used": images.used,
                       "size": list(images.size), "sha256": images.digest, "converted": images.converted,
                       "protocol": images.protocol,
@@ -270,9 +263,7 @@ def proof(args, ref, samples, about, device):
 
 
 def run(args):
-    """The whole program after the flags; raises ValueError or OSError with one line for what a user can
-    mend.
-    """
+    """The program after the flags; raises ValueError or OSError, one line, for what a user can mend."""
     _, _, device = distributed.init()
     check_args(args)
     inputs = [open_input(path, args.resolution) for path in (args.ref, args.samples) if path]

@@ -102,8 +102,7 @@ class Stopped(Exception):
 # ---------------------------------------------------------------- settings
 
 def check_args(args):
-    """Raises ValueError or OSError for what no checkpoint can make right; fills in args.ckpt, first and
-    end."""
+    """Raise ValueError or OSError for what no checkpoint can make right; fill in args.ckpt, first and end."""
     samplers.check_guidance(args.cfg_scale, args.guidance_low, args.guidance_high)
     if args.mode == "sde" and (args.heun or args.dopri5):
         raise ValueError("--heun and --dopri5 solve the ODE; give --mode ode with them")
@@ -148,8 +147,7 @@ def solver_name(args):
 
 
 def default_npz(args, settings):
-    """<sample-dir>/<run, checkpoint, the settings that people vary>.npz; the protocol inside tells the
-    rest."""
+    """<sample-dir>/<run, checkpoint, usual settings>.npz; the protocol inside tells the rest."""
     step = os.path.splitext(os.path.basename(args.ckpt))[0]
     guidance = f"cfg{args.cfg_scale:g}"
     if args.cfg_scale > 1:
@@ -163,8 +161,7 @@ def default_npz(args, settings):
 
 
 def make_protocol(args, sit, vae, settings, vae_source):
-    """What the samples depend on, as a dict, for the .npz, its shards and the JSON. No paths: they differ by
-    machine."""
+    """What the samples depend on, for the .npz, its shards and the JSON. No paths: they differ by machine."""
     code = hashlib.sha256()
     for name in ("sample_ddp.py", "models/samplers.py", "models/sit.py", "models/vae.py"):
         code.update(files.sha256(os.path.join(os.path.dirname(os.path.abspath(__file__)), name)).encode())
@@ -185,8 +182,7 @@ def make_protocol(args, sit, vae, settings, vae_source):
 
 
 def prepare(args):
-    """Everything that can be wrong is found here, before anything is computed: ValueError or OSError, one
-    line.
+    """Find everything that can be wrong before anything is computed: ValueError or OSError, one line.
 
     Returns the job: namespace(args, sit, vae, npz, stem (npz without its ending), shards (folder), protocol,
     ranges: [(first, end)] of the samples that are missing, keep_shards, lock, rank, world_size, device).
@@ -236,8 +232,7 @@ def check_model(args, sit, settings):
 
 
 def find_missing(job, protocol):
-    """[(first, end)] of the samples that neither the .npz nor a sound shard has; ValueError if they are
-    others'."""
+    """[(first, end)] of samples in neither the .npz nor a sound shard; ValueError if they are others'."""
     for folder in (os.path.dirname(os.path.abspath(job.npz)), job.stem):
         files.remove_leftovers(folder)  # of runs that were killed
     if os.path.exists(job.npz):
@@ -274,8 +269,7 @@ def integrate(args, velocity, noise, path_type):
 
 
 def make_sampler(job, asked):
-    """Function (first, number) -> samples first .. first + number - 1, a numpy array uint8 [number, H, W,
-    3]."""
+    """Function (first, number) -> that many samples from `first` on, a numpy uint8 [number, H, W, 3]."""
     args, device = job.args, job.device
     sit, vae = job.sit.to(device), job.vae.to(device)
     scale, bias = sit.latents_stats()
@@ -332,8 +326,10 @@ def cpu_sampler(sample, threads):
 
 
 def sample_missing(job, asked):
-    """Sample what is missing into shards, each process its part. Returns how it went, for the JSON; Stopped
-    if a signal came first."""
+    """Each process samples its part of what is missing, into shards.
+
+    Returns how it went, for the JSON; Stopped if a signal came first.
+    """
     args, begin = job.args, time.time()
     sample, size = make_sampler(job, asked), args.pproc_batch_size
     if job.device.type == "cpu":
@@ -444,8 +440,7 @@ def main(argv=None):
 
 
 def carry_out(job, asked):
-    """Samples and files, unless a signal comes first. Returns what a user has to be told, as an exception, or
-    None."""
+    """Samples and files, unless a signal comes first. Returns what to tell the user, an exception or None."""
     try:
         try:
             run = sample_missing(job, asked) if job.ranges else None

@@ -1,5 +1,4 @@
-"""Frozen vision encoders: their patch tokens are the target of the alignment loss (REPA, arXiv 2410.06940,
-section 3).
+"""Frozen vision encoders, whose patch tokens the alignment loss aims at (REPA, arXiv 2410.06940).
 
 Needs torch and timm (and what timm brings: safetensors, huggingface_hub); imports nothing of this project, so
 it can be lifted out alone.
@@ -87,8 +86,7 @@ class TimmEncoder(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def probe(self):
-        """Runs one blank image through, so that a network that gives no tokens is noticed before training
-        starts."""
+        """Run one blank image through: a network that gives no tokens is noticed before training starts."""
         with FlopCounterMode(display=False) as counter:
             tokens = self(torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=self.mean.device))
         self.flops = counter.get_total_flops()
@@ -110,8 +108,7 @@ class TimmEncoder(nn.Module):
         return self.tokens((x - self.mean) / self.std).float()
 
     def tokens(self, x):
-        """Normalised images [B, 3, size, size] -> [B, T, D]: patch tokens alone, or a feature map laid out
-        row by row."""
+        """Normalised images [B, 3, size, size] -> patch tokens [B, T, D], or a feature map row by row."""
         if not self.last_norm:
             return self.model.forward_intermediates(  # of the last 1 block
                 x, indices=1, norm=False, output_fmt="NLC", intermediates_only=True)[0]
@@ -201,8 +198,7 @@ def _one_line(what, remedy):
 
 
 def _reach(url):
-    """Raises OSError soon when there is no way to the server; huggingface_hub alone retries for most of a
-    minute."""
+    """Raise OSError soon where no server answers; huggingface_hub alone retries for most of a minute."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise OSError("not in the local cache, and HF_HUB_OFFLINE is set")
     try:
@@ -216,8 +212,7 @@ def _reach(url):
 
 
 def _fetch(name, cfg):
-    """State dict of the pretrained weights of a named encoder, out of timm's or torch.hub's cache, or
-    downloaded there."""
+    """Pretrained state dict of a named encoder: from timm's or torch.hub's cache, or downloaded there."""
     with _one_line(f"weights of encoder {name}", "give them with --encoder-ckpt PATH, or take --encoder hog"):
         url = cfg.url if cfg else None
         if name.lower().startswith("mocov3-"):
@@ -313,8 +308,7 @@ def _fitting(model, state, what):
 # ---------------------------------------------------------------- by name
 
 def _resolve(name):
-    """--encoder name -> (timm name, its pretrained_cfg). Raises ValueError, with near matches, for an unknown
-    one."""
+    """--encoder name -> (timm name, its pretrained_cfg); ValueError with near matches for an unknown one."""
     known = ENCODERS.get(name.lower(), name)
     try:
         if not timm.is_model(known):
@@ -331,8 +325,7 @@ def _resolve(name):
 
 
 def _create(name, size, device="cpu"):
-    """The encoder of that name for images of `size` pixels, with random weights; on "meta" nothing is
-    computed or stored."""
+    """That encoder for images of `size` pixels, with random weights (none on "meta", at no cost)."""
     timm_name, cfg = _resolve(name)
     # A network with a table of positions is built for its size; a convolutional one takes any, without being
     # told.
@@ -349,8 +342,7 @@ def _create(name, size, device="cpu"):
 
 
 def _outline(name, resolution, state=None, what=None):
-    """(encoder without weights, on the meta device; `state` in its names and shapes, or None): what fits, at
-    no cost.
+    """(encoder on the meta device, `state` in its names and shapes or None): what fits, at no cost.
 
     A network that cannot be had at the size that suits `resolution`, or whose positions timm cannot resample
     to it, is taken at the size it was trained on. `what` names the state's source in an error.
@@ -418,8 +410,7 @@ def load_encoders(names, ckpts=None, resolution=256, device="cpu"):
 
 
 def check_encoders(names, ckpts=None, resolution=None):
-    """Raise what load_encoders would raise for names, files and, with `resolution`, shapes; nothing is
-    downloaded.
+    """Raise what load_encoders would for names, files and, with `resolution`, shapes; downloads nothing.
 
     With `resolution`: a list of the encoders without weights (meta device): name, embed_dim, grid and flops
     are there.

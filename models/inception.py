@@ -39,9 +39,7 @@ def resize_tf1(images, size=SIDE):
 
 
 def check_images(images):
-    """Raise a one-line ValueError for a tensor that is not [N, H, W, 3] in 0..255, such as NCHW or floats in
-    [0, 1].
-    """
+    """Raise a one-line ValueError unless images are [N, H, W, 3] in 0..255."""
     if images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
         nchw = images.ndim == 4 and images.shape[1] == 3
         hint = "; it looks like NCHW, which .permute(0, 2, 3, 1) turns" if nchw else ""
@@ -65,9 +63,7 @@ class BatchNorm(nn.Module):
 
 
 class Conv(nn.Module):
-    """Convolution, batch norm (eps 0.001) and ReLU; the batch norm is folded into the convolution when it
-    runs.
-    """
+    """Convolution, batch norm (eps 0.001) and ReLU, run as one convolution and ReLU."""
 
     def __init__(self, cin, cout, kernel, stride=1, padding=0):
         super().__init__()
@@ -155,9 +151,7 @@ class InceptionD(nn.Module):
 
 
 class InceptionE(nn.Module):
-    """Mixed_7b and 7c at 8x8; `pool` is the 3x3 pooling in front of branch_pool (average in 7b, maximum in
-    7c).
-    """
+    """Mixed_7b and 7c at 8x8; `pool`: the 3x3 pooling of branch_pool (average in 7b, maximum in 7c)."""
 
     def __init__(self, cin, pool):
         super().__init__()

@@ -32,9 +32,7 @@ def _no_progress(done, total):
 
 
 def _rows(x, what="features", least=2):
-    """x as a detached tensor [N, D] of floats, N at least `least` and all finite, or a one-line
-    ValueError.
-    """
+    """x as a detached tensor [N, D] of finite floats, N at least `least`, or a one-line ValueError."""
     x = x.detach() if torch.is_tensor(x) else torch.from_numpy(np.asarray(x))
     if x.ndim != 2 or not x.is_floating_point():
         raise ValueError(f"{what} are [N, D] floats, a row per image, not {x.dtype} of shape {list(x.shape)}")
@@ -100,9 +98,7 @@ def _set_float32():
 # ---------------------------------------------------------------- Frechet distance (FID, sFID, FDD)
 
 class Moments:
-    """Running mean and covariance of float32 rows [n, dim], added in order; memory does not grow with their
-    number.
-    """
+    """Running mean and covariance of float32 rows [n, dim], added in order, in constant memory."""
 
     def __init__(self, dim, device="cpu"):
         self.n, self.pending = 0, []
@@ -136,9 +132,7 @@ class Moments:
 
 
 def feature_statistics(features):
-    """features [N, D] -> (mu [D] float32, sigma [D, D] float64, divisor N - 1), with ADM's float32 mean; N >=
-    2.
-    """
+    """(mu [D] float32, sigma [D, D] float64, divisor N - 1) of features [N, D], N >= 2, as in ADM."""
     features = np.ascontiguousarray(_rows(features).cpu().float().numpy())
     moments = Moments(features.shape[1])
     for start in range(0, len(features), 4096):
@@ -147,14 +141,13 @@ def feature_statistics(features):
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)); mu [D], sigma [D, D]. 1 = samples, 2 =
-    reference.
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)); mu [D], sigma [D, D].
 
-    The trace of the root is the sum of the roots of the eigenvalues of r' sigma2 r with r r' = sigma1, in
-    float64: no matrix square root, so rank-deficient covariances (fewer samples than dimensions) are fine.
-    The mean term keeps the type of mu, float32 in ADM. May come out as -1e-14 for equal sets. Raises
-    ValueError for shapes that differ, for non-finite input, and for a sigma that is no covariance as far as
-    the computation meets it (see check_covariance).
+    1 are the samples, 2 the reference. The trace of the root is the sum of the roots of the eigenvalues of
+    r' sigma2 r with r r' = sigma1, in float64: no matrix square root, so rank-deficient covariances (fewer samples than
+    dimensions) are fine. The mean term keeps the type of mu, float32 in ADM. May come out as -1e-14 for
+    equal sets. Raises ValueError for shapes that differ, for non-finite input, and for a sigma that is no
+    covariance as far as the computation meets it (see check_covariance).
     """
     mu1, sigma1, mu2, sigma2 = (x.detach().cpu().numpy() if torch.is_tensor(x) else np.asarray(x)
                                 for x in (mu1, sigma1, mu2, sigma2))
@@ -258,8 +251,7 @@ def frechet_infinity(samples, mu_ref, sigma_ref, splits=10, seed=2020, device="c
 # ---------------------------------------------------------------- Inception Score
 
 def inception_score_splits(logits, split_size=5000, exact=False):
-    """exp(mean KL(p(y|x) || p(y))) of each chunk of `split_size` consecutive rows, a list; logits [N,
-    classes].
+    """exp(mean KL(p(y|x) || p(y))) of each chunk of `split_size` rows, a list; logits [N, classes].
 
     The last, shorter chunk counts like the others (ADM). Float32 as in ADM, where a probability that
     underflows gives nan; exact=True computes in float64 from the log-softmax and stays finite.
@@ -279,18 +271,14 @@ def inception_score_splits(logits, split_size=5000, exact=False):
 
 
 def inception_score(logits, split_size=5000, exact=False):
-    """ADM's one figure: the mean of inception_score_splits; logits [N, classes] in file order, without the
-    bias.
-    """
+    """ADM's one figure: the mean of inception_score_splits; logits [N, classes], in file order, no bias."""
     return float(np.mean(np.asarray(inception_score_splits(logits, split_size, exact), np.float64)))
 
 
 # ---------------------------------------------------------------- precision and recall
 
 def half_norms(x):
-    """Squared norms of x [N, D] in float16 -> [N] float16, added up as TensorFlow's CPU kernel does, bit for
-    bit.
-    """
+    """Squared norms [N] float16 of x [N, D] float16, added up as TensorFlow's CPU kernel does it, exactly."""
     def add_up(squares):
         if squares.shape[1] > 1024:
             middle = squares.shape[1] // 2
@@ -305,8 +293,7 @@ def half_norms(x):
 
 
 def _map_distances(u, v, exact, reduce):
-    """[reduce(D, first row) for strips of rows of the squared distances D(u, v)]; u [N, D] and v [M, D] are
-    one block.
+    """[reduce(D, first row) of strips of rows of the squared distances D(u, v)]; u [N, D]; v [M, D] is whole.
 
     D = max(|u|^2 - 2 u.v + |v|^2, 0), evaluated wholly in float16 unless that leaves a non-finite entry in
     the block (after the maximum, so that a product that overflows gives distance 0): then all of it is done
@@ -331,9 +318,7 @@ def _map_distances(u, v, exact, reduce):
 
 
 def manifold_radii(features, k=3, exact=False, block=(10000, 10000), progress=lambda pairs: None):
-    """Squared distance of each row of features [N, D] to its k-th neighbour in the same set -> [N]
-    float32.
-    """
+    """Squared distance of each row of features [N, D] to its k-th neighbour in the set, [N] float32."""
     radii = []
     for rows in features.split(block[0]):
         nearest = features.new_empty(len(rows), 0)
@@ -349,8 +334,7 @@ def manifold_radii(features, k=3, exact=False, block=(10000, 10000), progress=la
 
 def precision_recall(ref, samples, k=3, exact=False, block=(10000, 10000), device="cpu",
                      progress=_no_progress):
-    """Improved precision and recall: ref [N, D], samples [M, D] features, N and M above k -> (precision,
-    recall).
+    """(precision, recall), improved: of features ref [N, D] and samples [M, D], N and M above k.
 
     precision = share of samples within the k-nearest-neighbour radius of some reference point, recall the
     reverse. Distances are in float16 with a float32 fallback per block of `block` rows and columns, as in
@@ -390,8 +374,7 @@ def precision_recall(ref, samples, k=3, exact=False, block=(10000, 10000), devic
 
 def kernel_distances(ref, samples, subsets=100, subset_size=1000, seed=2020, device="cpu",
                      progress=_no_progress):
-    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 of each of `subsets` random pairs of subsets, an
-    array.
+    """Unbiased squared MMD, kernel (x.y / D + 1)^3, of each of `subsets` random pairs of subsets: an array.
 
     ref [N, D], samples [M, D]; sets smaller than `subset_size` are used whole. Subsets, their order and the
     defaults are torch-fidelity's. KID is the mean; its published +- is the standard deviation (divisor
@@ -421,8 +404,7 @@ def kernel_distance(ref, samples, subsets=100, subset_size=1000, seed=2020, devi
 
 
 def clip_distance(ref, samples, device="cpu", progress=_no_progress):
-    """CMMD: 1000 times the squared MMD of CLIP embeddings ref [N, D], samples [M, D], brought to unit length
-    here.
+    """CMMD: 1000 times the squared MMD of CLIP embeddings ref [N, D] and samples [M, D], normalised here.
 
     Jayasumana et al. 2024 (arXiv 2401.09603): kernel exp(-|x - y|^2 / (2 * 10^2)), the biased estimate (means
     over all pairs, the diagonal included), and no Gaussian assumption. Published figures use ViT-L/14 at 336
@@ -457,9 +439,7 @@ def _pairs(a, b):
 
 
 def psnr(a, b):
-    """Peak signal-to-noise ratio in dB of each pair, [B]; a, b [B, 3, H, W] in [0, 255]. Infinite for equal
-    images.
-    """
+    """Peak signal-to-noise ratio in dB, [B], of pairs a, b [B, 3, H, W] in [0, 255]; inf for equal ones."""
     a, b = _pairs(a, b)
     return 10 * torch.log10(255 ** 2 / (a - b).square().mean((1, 2, 3)))
 
@@ -493,8 +473,7 @@ def ssim(a, b):
 # ---------------------------------------------------------------- latents
 
 def latent_moments(posterior):
-    """Mean and mean square of latents z ~ posterior per channel, [2, C] float64: the statistics of a batch
-    norm on z.
+    """Mean and mean square of z ~ posterior per channel, [2, C] float64: what a batch norm on z sees.
 
     `posterior` has mean and std [B, C, h, w]. The spread of the posterior counts: E z^2 = mean^2 + std^2.
     """
@@ -503,8 +482,7 @@ def latent_moments(posterior):
 
 
 def spatial_variance(z):
-    """Variance of latents z [B, C, h, w] over the positions of an image, mean over channels: [B]. 0 for a
-    flat latent.
+    """Variance of z [B, C, h, w] over the positions of an image, mean over channels: [B]; 0 if flat.
 
     The paper reports 17.06 for SD-VAE, 18.02 after REPA-E and 0.02 where the diffusion loss reaches the VAE.
     """
@@ -512,8 +490,8 @@ def spatial_variance(z):
 
 
 def total_variation(z):
-    """[B]: sum over positions of |z[i+1, j] - z[i, j]| + |z[i, j+1] - z[i, j]|, mean over channels; z [B, C,
-    h, w].
+    """Total variation [B] of latents z [B, C, h, w]: |z[i+1, j] - z[i, j]| + |z[i, j+1] - z[i, j]|,
+    summed over positions, mean over channels.
 
     It grows with the number of positions: compare equal sizes. The paper gives its figures (SD-VAE 6,627,
     after REPA-E 5,516, by the diffusion loss 90) without a formula; the mean over channels is our reading,
@@ -524,11 +502,10 @@ def total_variation(z):
 
 
 def principal_colors(z):
-    """First three principal components of latents z [N, C, h, w], over all positions of all N, as colours [N,
-    3, h, w].
+    """Latents z [N, C, h, w] as colours [N, 3, h, w]: their first three principal components.
 
-    Each component is stretched so that its 1st to 99th percentile fill [0, 1]; its sign makes the largest
-    loading positive.
+    The components are of all positions of all images. Each is stretched so that its 1st to 99th percentile
+    fill [0, 1]; its sign makes the largest loading positive.
     """
     x = z.double().permute(0, 2, 3, 1).flatten(0, 2)                     # [N h w, C]
     x = x - x.mean(0)
@@ -547,17 +524,14 @@ def _nearest(kernel, k):
 
 
 def _unbiased_hsic(kernel_a, kernel_b):
-    """Unbiased Hilbert-Schmidt independence criterion (Song et al. 2012, eq. 5) of two kernels with zero
-    diagonals.
-    """
+    """Unbiased HSIC (Song et al. 2012, eq. 5) of two kernels [N, N] with zero diagonals."""
     n = len(kernel_a)
     total = (kernel_a * kernel_b.T).sum() + kernel_a.sum() * kernel_b.sum() / ((n - 1) * (n - 2))
     return (total - 2 * (kernel_a.sum(0) @ kernel_b.sum(1)) / (n - 2)) / (n * (n - 3))
 
 
 def cknna(a, b, k=10):
-    """Centred kernel nearest-neighbour alignment of features a [N, D] and b [N, D'] of the same N images, a
-    float.
+    """Centred kernel nearest-neighbour alignment of features a [N, D], b [N, D'] of the same images, a float.
 
     Huh et al. 2024 (arXiv 2405.07987): a kernel alignment that looks only at pairs which are among the k
     nearest neighbours in both; rows are brought to unit length, kernels are inner products. 1 for equal

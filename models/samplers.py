@@ -215,8 +215,7 @@ def _dopri5_piece(velocity, x, start, stop, rtol, atol, max_steps):
 
 
 def _dopri5_step(velocity, x, t, h, k_first, broadcast):
-    """One attempt from t [B] to t + h: (x of order 5, velocity there, estimate of the error), all shaped as
-    x."""
+    """One attempt from t [B] to t + h: (x of order 5, velocity there, error estimate), shaped as x."""
     k = [k_first]
     for c, row in zip(_DOPRI_C, _DOPRI_A, strict=True):
         x_new = x + broadcast(h) * sum(a * kj for a, kj in zip(row, k) if a)
@@ -270,8 +269,7 @@ def sample_labels(seed, indices, num_classes, mode="random", classes=None):
 # ---------------------------------------------------------------- latents to images
 
 def decode(vae_decode, x, latents_scale, latents_bias, chunk=16):
-    """Images [B, 3, H, W] from normalised latents x [B, C, h, w]: vae_decode(x / latents_scale +
-    latents_bias).
+    """Images [B, 3, H, W] of normalised latents x [B, C, h, w]: vae_decode(x / latents_scale + latents_bias).
 
     latents_scale = 1/sqrt(running variance) and latents_bias = running mean of the latent batch norm, [C] or
     [1, C, 1, 1]; `chunk` samples at a time, so that the decoder's memory stays flat.

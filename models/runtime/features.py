@@ -50,9 +50,7 @@ def load_inception(path=None, device="cpu"):
 
 
 def find_inception():
-    """Path of the FID Inception weights: of a copy in torch hub's folder that has the right digest, else
-    downloaded.
-    """
+    """Path of the FID Inception weights: a copy of the right digest in torch hub's folder, or downloaded."""
     own = files.cache_path(os.path.basename(WEIGHTS_URL))
     # The names that pytorch-fid and torch-fidelity give the same file.
     for name in ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth"):
@@ -66,8 +64,9 @@ def find_inception():
 
 
 def inception_features(net):
-    """-> function: uint8 [b, H, W, 3] -> {"": pool [b, 2048], "_s": spatial [b, 2023]}; keys: suffixes of mu,
-    sigma.
+    """-> function: uint8 [b, H, W, 3] -> {"": pool [b, 2048], "_s": spatial [b, 2023]}.
+
+    Its keys are the suffixes of mu and sigma.
     """
     return lambda images: dict(zip(("", "_s"), net(images)))
 
@@ -121,9 +120,7 @@ def clip_features(ckpt=None, device="cpu", name=CLIP):
 
 
 def hog_features(resolution, device="cpu"):
-    """-> function: uint8 [b, H, W, 3] -> {"_hog": [b, 436]}: oriented gradients, averaged over image
-    quarters.
-    """
+    """-> function: uint8 [b, H, W, 3] -> {"_hog": [b, 436]}: histograms of gradients, by image quarter."""
     from models.encoders import build_encoder
     hog = build_encoder("hog", resolution, device=device)
 
@@ -135,9 +132,7 @@ def hog_features(resolution, device="cpu"):
 
 
 def fitting_batch_size(device):
-    """Images per batch that fit: 32 on CPU, up to 256 on a GPU (about 50 MB each); the same in all
-    processes.
-    """
+    """Images per batch that fit: 32 on CPU, up to 256 on a GPU (50 MB each); equal in all processes."""
     if torch.device(device).type != "cuda":
         return 32
     size = torch.tensor(max(1, min(256, int(torch.cuda.mem_get_info(device)[0] * 0.7 / 50e6))), device=device)
@@ -149,8 +144,7 @@ def fitting_batch_size(device):
 # ---------------------------------------------------------------- features kept in pieces on disk
 
 def load_pieces(folder):
-    """Yields features by suffix of the files FIRST-END.npz in `folder` that follow each other from row 0 and
-    are sound.
+    """Yields features by suffix of the sound files FIRST-END.npz in `folder`, in order from row 0.
 
     The digest of each is checked (zip's CRC-32). What does not continue them is removed: it will be made
     again.
@@ -199,9 +193,7 @@ def prefetch(batches):
 
 
 def _gather(rows, device):
-    """rows [b, D] of all processes, any b -> (list of them in process 0, [] elsewhere; whether there were any
-    rows).
-    """
+    """rows [b, D] of all processes, any b -> (list of them in process 0, else []; whether there were any)."""
     if distributed.world_size() == 1:
         return [rows.cpu()], len(rows) > 0
     shapes = torch.zeros(distributed.world_size(), 2, dtype=torch.long, device=device)
@@ -216,9 +208,7 @@ def _gather(rows, device):
 
 
 class Rows:
-    """Features taken in row after row: running statistics of all, rows of those that are kept, pieces on
-    disk.
-    """
+    """Features taken in row after row: running statistics of all, some rows kept, pieces on disk."""
 
     def __init__(self, device, keep, skip, folder=None):
         self.device, self.keep, self.skip, self.folder = device, keep, skip, folder
@@ -316,8 +306,7 @@ def cached_features(images, networks, device, batch_size, keep=True, folder=None
 
 def score(samples, ref, net=None, exact_is=False, exact_pr=False, extras=(), kid=(100, 1000), seed=2020,
           device="cpu", labels=None, progress=lambda name: lambda done, total: None):
-    """Every figure that two dicts of features allow, by name; features as extract returns, or stored
-    statistics.
+    """Every figure that two dicts of features, from extract or stored statistics, allow, by name.
 
     net: for the Inception Score; extras: of EXTRAS; kid: (subsets, images in each); labels: classes of the
     samples and of the reference's images, for fid_per_class. progress(name) gives a function of (done,
@@ -352,9 +341,7 @@ def score(samples, ref, net=None, exact_is=False, exact_pr=False, extras=(), kid
 
 
 def per_class(samples, ref, sample_labels, ref_labels, progress):
-    """{class: FID of its samples and its reference images}; classes with fewer than two on a side are left
-    out.
-    """
+    """{class: FID of its samples and reference images}; a class with fewer than two on a side is left out."""
     classes, found = np.intersect1d(sample_labels, ref_labels), {}
     for k, label in enumerate(classes.tolist()):
         sides = samples[sample_labels == label], ref[ref_labels == label]
@@ -365,8 +352,7 @@ def per_class(samples, ref, sample_labels, ref_labels, progress):
 
 
 def load_reference(path, net, device="cpu", batch_size=None, pool=True):
-    """Features of a reference for score_samples. With pool=False and statistics in the file no image of it is
-    touched.
+    """Features of a reference for score_samples; with statistics and pool=False no image of it is read.
 
     Every process must call this; the others than the first get only what the file itself stores.
     """
@@ -380,8 +366,9 @@ def load_reference(path, net, device="cpu", batch_size=None, pool=True):
 
 
 def score_samples(batches, ref, net, device="cpu", exact=False):
-    """Score images as they are made: {"inception_score", "fid", "sfid", "precision", "recall"} in process 0,
-    else {}.
+    """{"inception_score", "fid", "sfid", "precision", "recall"} of images as they are made.
+
+    In process 0; {} in the others.
 
     batches: this process's uint8 batches [b, H, W, 3]; ref: from load_reference (precision and recall need
     its pool features); net: from load_inception. The functions are the command line's, so both score the same
@@ -395,8 +382,7 @@ def score_samples(batches, ref, net, device="cpu", exact=False):
 # ---------------------------------------------------------------- what the user sees meanwhile
 
 def progress_line(what, total=None, unit="images", first=0):
-    """-> function of (done, total): one line on stderr, rewritten, with the rate and the time left; process 0
-    only.
+    """-> function of (done, total): a line on stderr, rewritten, with rate and time left; process 0 only.
 
     first: how many were done before, in an earlier run.
     """
@@ -419,9 +405,7 @@ def progress_line(what, total=None, unit="images", first=0):
 
 @contextlib.contextmanager
 def stopped_in_one_line(remedy):
-    """Context in which SIGTERM and Ctrl-C end the process in one line that closes with `remedy`; a second one
-    at once.
-    """
+    """Context in which SIGTERM and Ctrl-C end the process in one line with `remedy`; a second one at once."""
     def stop(number, frame):
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, signal.SIG_DFL)

@@ -1,5 +1,4 @@
-"""A folder of shards: samples that wait for their .npz, so that a stopped run goes on and machines share the
-work.
+"""Shards: samples that wait for their .npz, so that stopped runs go on and machines share the work.
 
 A shard 00000064-00000128.npz holds the samples 64 .. 127 and the protocol they were drawn by; being a .npz it
 has a digest (zip's CRC-32). One run at a time works in a folder. Its processes share nothing but the folder.
@@ -55,8 +54,7 @@ def cut(ranges, size):
 
 
 def shard_rows(folder, number):
-    """Yields samples 0 .. number - 1, in order, as uint8 arrays [k, H, W, 3]; images.InputError for a damaged
-    shard."""
+    """Yields samples 0 .. number - 1, in order, as uint8 [k, H, W, 3]; InputError for a damaged shard."""
     done = 0
     for first, end in list_shards(folder):
         if first <= done < min(end, number):

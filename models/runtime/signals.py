@@ -17,8 +17,7 @@ from types import SimpleNamespace
 
 @contextlib.contextmanager
 def watch():
-    """Context whose value has `by`, the first signal that asked for the end (None so far), and `at`, its
-    time.
+    """Context whose value has `by`, the first signal that asked for the end (or None), and `at`, its time.
 
     Nothing is interrupted: the work looks when it can stop. Outside the main thread, where Python allows no
     handlers, nothing is watched.
