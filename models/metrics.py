@@ -144,10 +144,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)); mu [D], sigma [D, D].
 
     1 are the samples, 2 the reference. The trace of the root is the sum of the roots of the eigenvalues of
-    r' sigma2 r with r r' = sigma1, in float64: no matrix square root, so rank-deficient covariances (fewer samples than
-    dimensions) are fine. The mean term keeps the type of mu, float32 in ADM. May come out as -1e-14 for
-    equal sets. Raises ValueError for shapes that differ, for non-finite input, and for a sigma that is no
-    covariance as far as the computation meets it (see check_covariance).
+    r' sigma2 r with r r' = sigma1, in float64: no matrix square root, so rank-deficient covariances (fewer
+    samples than dimensions) are fine. The mean term keeps the type of mu, float32 in ADM. May come out as
+    -1e-14 for equal sets. Raises ValueError for shapes that differ, for non-finite input, and for a sigma
+    that is no covariance as far as the computation meets it (see check_covariance).
     """
     mu1, sigma1, mu2, sigma2 = (x.detach().cpu().numpy() if torch.is_tensor(x) else np.asarray(x)
                                 for x in (mu1, sigma1, mu2, sigma2))

@@ -47,6 +47,11 @@ def test_files_of_models_import_alone(tmp_path):
     subprocess.run([sys.executable, "-I", "-c", code, str(tmp_path), *arguments], check=True, cwd=tmp_path)
 
 
+@pytest.mark.parametrize("path", [*PAPER, *RUNTIME, *(ROOT / f"{s}.py" for s in SCRIPTS)], ids=lambda p: p.name)
+def test_lines_end_at_110_columns(path):
+    assert not [line for line in path.read_text().splitlines() if len(line) > 110]
+
+
 @pytest.mark.parametrize("path", [*RUNTIME, *(ROOT / f"{s}.py" for s in SCRIPTS)], ids=lambda p: p.name)
 def test_nothing_imports_a_script(path):
     assert not set(SCRIPTS) & {name.split(".")[0] for name in imported(path)}
