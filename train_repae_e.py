@@ -18,8 +18,9 @@ from models.runtime import cli
 # What a run cannot change when it is continued: the networks, the losses, and the order of the data.
 FIXED_IN_A_RUN = (
     "model", "vae", "resolution", "num_classes", "encoder", "encoder_depth", "qk_norm", "learn_pos_embed",
-    "freeze_vae", "bn_momentum", "cfg_prob", "batch_size", "seed", "hflip", "path_type", "weighting",
-    "proj_coeff", "vae_align_proj_coeff", "diffusion_to_vae",
+    "projector", "freeze_vae", "bn_momentum", "fixed_latents_stats", "cfg_prob", "batch_size", "seed",
+    "hflip", "path_type", "weighting", "proj_coeff", "vae_align_proj_coeff", "spatial_norm",
+    "diffusion_to_vae",
     "reconstruction_weight", "reconstruction_loss", "perceptual_weight", "kl_weight", "disc_weight")
 
 # One row per configuration; every value is an ordinary flag and can be overridden.
@@ -48,8 +49,13 @@ def make_parser():
          choices=cli.SITS, metavar="NAME")
     flag(model, "--encoder-depth", 8,
          "block, from 1, whose tokens are aligned (8 for L and XL, 4 is usual for B)", above=0)
+    flag(model, "--projector", "mlp",
+         "alignment head: REPA's MLP, or one 3x3 convolution (iREPA, arXiv 2512.10794)",
+         choices=["mlp", "conv"])
     flag(model, "--qk-norm", False, "layer norm on queries and keys")
     flag(model, "--bn-momentum", 0.1, "momentum of the latent batch norm", most=1.0)
+    flag(model, "--fixed-latents-stats", False,
+         "ablation: the latents keep the scale they start with; no batch norm (a frozen VAE's always do)")
     flag(model, "--learn-pos-embed", False, "train the position table, as the reference does by accident")
     flag(model, "--cfg-prob", 0.1, "probability of dropping a label, for classifier-free guidance", most=1.0)
     flag(model, "--vae-ckpt", "auto",
@@ -57,6 +63,10 @@ def make_parser():
 
     flag(losses, "--proj-coeff", 0.5, "alignment weight in the SiT update")
     flag(losses, "--vae-align-proj-coeff", 1.5, "alignment weight in the VAE update")
+    flag(losses, "--proj-until", None, type=int, above=0, help="last step with alignment, in both updates "
+         "(HASTE, arXiv 2505.16792); default: all have it")
+    flag(losses, "--spatial-norm", None, type=float, above=0.0, most=1.0, help="normalise the encoder's "
+         "tokens over space, with this share of their mean removed (iREPA: 0.6 to 1); default: as they are")
     flag(losses, "--freeze-vae", False, "train the SiT only (REPA; with --proj-coeff 0 vanilla SiT)")
     flag(losses, "--diffusion-to-vae", False,
          "ablation: the diffusion loss reaches the VAE (it collapses the latents)")
@@ -100,7 +110,7 @@ from torch.func import functional_call
 
 from models.encoders import check_encoders, load_encoders
 from models.losses import (denoising_loss, discriminator_loss, noisy_latents, proj_loss,
-                           reconstruction_losses, sample_time, wide)
+                           reconstruction_losses, sample_time, spatial_norm, wide)
 from models.runtime import distributed, online, signals, trainer, vae_files, weights
 from models.runtime.flops import matmul_rate, step_flops
 from models.runtime.runlog import RunLog
@@ -122,6 +132,9 @@ def check_settings(args, world_size, continued):
         raise ValueError("--freeze-vae and --diffusion-to-vae exclude each other")
     if args.freeze_vae and args.vae_ckpt == "none":
         raise ValueError("--freeze-vae would train on a random VAE; name its weights with --vae-ckpt")
+    if args.fixed_latents_stats and args.vae_ckpt == "none" and args.latents_stats is None:
+        raise ValueError("--fixed-latents-stats would keep the scale of a random VAE; name its weights with "
+                         "--vae-ckpt, or a scale with --latents-stats")
     has_disc = args.disc_weight > 0 and not args.freeze_vae
     if has_disc and args.resolution < 32:
         raise ValueError(f"--resolution {args.resolution} is below 32, the least the discriminator takes; "
@@ -165,7 +178,7 @@ def build_sit(args, vae, encoders):
     return SiT_models[args.model](
         input_size=args.resolution // vae.downsample, in_channels=vae.latent_channels,
         num_classes=args.num_classes, class_dropout_prob=args.cfg_prob,
-        encoder_depth=args.encoder_depth, z_dims=[e.embed_dim for e in encoders],
+        encoder_depth=args.encoder_depth, z_dims=[e.embed_dim for e in encoders], projector=args.projector,
         qk_norm=args.qk_norm, bn_momentum=args.bn_momentum, learn_pos_embed=args.learn_pos_embed)
 
 
@@ -199,11 +212,23 @@ def set_latents_stats(nets, args, dataset, stats):
         scale, bias = stats
         mean, variance = bias.flatten(), scale.flatten() ** -2.0
     else:
-        batches = 40 if args.freeze_vae else 2  # a VAE that learns moves on, and bn follows in some 20 steps
+        # Where bn follows the latents, within some 20 steps, its start matters little.
+        batches = 40 if args.freeze_vae or args.fixed_latents_stats else 2
         mean, variance = trainer.measure_latents(args, nets.vae, dataset, nets.device, batches)
     bn.running_mean.copy_(mean)
     bn.running_var.copy_(variance)
     nets.ema.load_state_dict(nets.sit.state_dict())
+
+
+def end_alignment(nets):
+    """After step --proj-until: no update aligns any more, nor pays for it (HASTE, arXiv 2505.16792).
+
+    The encoders go. The projectors stay in the checkpoints, as they are.
+    """
+    nets.encoders = []
+    nets.sit.encoder_depth = None
+    nets.sit.projectors.requires_grad_(False)
+    nets.ddp["sit"] = trainer.wrap_ddp(nets.sit, nets.device)   # anew: it would wait for their gradients
 
 
 # ------------------------------------------------------------------------------------------------ the step
@@ -219,6 +244,8 @@ def make_batch(nets, args, step, images, labels):
     images, labels = (v.to(device, non_blocking=True) for v in (images, labels))
     with torch.no_grad(), nets.autocast():
         zs = [encoder(images) for encoder in nets.encoders]
+    if args.spatial_norm is not None:
+        zs = [spatial_norm(z, args.spatial_norm) for z in zs]
     labels_dropped = torch.where(dropped[mine], nets.sit.num_classes, labels)
     return SimpleNamespace(images=images.float() / 127.5 - 1, labels=labels, labels_dropped=labels_dropped,
                            zs=zs, eps=eps[mine], noise=noise[mine], t=t[mine])
@@ -262,7 +289,8 @@ def train_step(nets, args, batch, use_gan=True):
     #    stop-gradient. bn takes the statistics of the whole batch, and its running ones follow; a frozen
     #    VAE's stay as they are.
     with nets.autocast():
-        u = nets.sit.normalize(z) if args.freeze_vae else nets.sit.bn(z)
+        fixed = args.freeze_vae or args.fixed_latents_stats
+        u = nets.sit.normalize(z) if fixed else nets.sit.bn(z)
     for part, u_part in zip(parts, u.chunk(len(parts))):
         part.u = u_part
     metrics |= trainer.backward(nets, parts, lambda part: sit_losses(nets, args, part), "sit_loss", "sit")
@@ -376,8 +404,8 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         cli.fail(error)
 
-    flops = step_flops(args, nets, lambda: build_sit(args, nets.vae, nets.encoders))
-    log = RunLog(folder, args, flops, matmul_rate(device, nets.dtype))
+    def flops(): return step_flops(args, nets, lambda: build_sit(args, nets.vae, nets.encoders))
+    log = RunLog(folder, args, flops(), matmul_rate(device, nets.dtype))
     log.rewind(start)
     if run.log is not None:
         log.load_state_dict(run.log, device)
@@ -391,6 +419,10 @@ def main(argv=None):
     step, skipped_files, last_good = start, 0, run.path
     with trainer.guarded(log, lambda: last_good), signals.watch() as asked:
         for step in range(start + 1, args.max_train_steps + 1):
+            if args.proj_until is not None and step > args.proj_until and nets.encoders:
+                end_alignment(nets)
+                log.flops_per_image = flops()
+                log.say(f"step {step}: no alignment from here on")
             images, labels, skipped = next(loader)
             skipped_files += int(skipped.sum())
             batch = make_batch(nets, args, step, images, labels)

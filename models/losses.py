@@ -36,7 +36,7 @@ def wide(x):
 # ---------------------------------------------------------------- diffusion: (1), (2), (3)
 
 def interpolant(t, path_type="linear"):
-    """(alpha, sigma, alpha', sigma') at times t of any shape: the path's coefficients, their derivatives in t.
+    """(alpha, sigma, alpha', sigma') at times t, any shape: the path's coefficients, their derivatives in t.
 
     "linear": 1 - t and t; "cosine": cos(pi t / 2) and sin(pi t / 2) (SiT, arXiv 2401.08740, section 2).
     Raises ValueError for another path_type.
@@ -99,8 +99,8 @@ def resize_tokens(tokens, count):
 def spatial_norm(tokens, gamma=1.0):
     """Tokens [B, T, D] with mean 0 and spread 1 over T, per image and channel.
 
-    (f - gamma mean_T f) / (std_T f + 1e-6) (iREPA, arXiv 2512.10794): what tells one place from another stays, and
-    what the whole image is goes.
+    (f - gamma mean_T f) / (std_T f + 1e-6), gamma 0.6 to 1 (iREPA, arXiv 2512.10794): what tells one place
+    from another stays, what the whole image is goes.
     """
     tokens = wide(tokens)
     return (tokens - gamma * tokens.mean(1, keepdim=True)) / (tokens.std(1, keepdim=True) + 1e-6)

@@ -34,6 +34,24 @@ def build_projector(hidden_size, projector_dim, z_dim):
                          nn.Linear(projector_dim, z_dim))
 
 
+PROJECTORS = ("mlp", "conv")
+
+
+class ConvProjector(nn.Conv2d):
+    """One 3x3 convolution on the token grid, SiT tokens [B, T, hidden_size] to [B, T, z_dim].
+
+    iREPA's (arXiv 2512.10794) in place of REPA's MLP: a token is aligned together with its neighbours.
+    """
+
+    def __init__(self, hidden_size, z_dim):
+        super().__init__(hidden_size, z_dim, kernel_size=3, padding=1)
+
+    def forward(self, tokens):
+        side = math.isqrt(tokens.shape[1])
+        grid = tokens.transpose(1, 2).unflatten(2, (side, side))           # [B, D, h, w]
+        return super().forward(grid).flatten(2).transpose(1, 2)
+
+
 def modulate(x, shift, scale):
     """x [B, T, D] scaled and shifted per sample; shift, scale [B, D]."""
     return x * (1 + scale[:, None]) + shift[:, None]
@@ -110,8 +128,10 @@ class SiT(nn.Module):
         input_size: height and width of the latents, a multiple of patch_size.
         class_dropout_prob: above 0, the label table has a null row, index num_classes. Replacing labels by it
             with that probability in training is the caller's business: nothing here is random.
-        encoder_depth: the block, counted from 1, whose output tokens go to the projectors.
+        encoder_depth: the block, counted from 1, whose output tokens go to the projectors. Set the attribute
+            to None and nothing is projected any more.
         z_dims: width of each target encoder, one projector each; () for none.
+        projector: their kind, "mlp" (build_projector) or "conv" (ConvProjector).
         learn_pos_embed: train the position table, as the reference does by accident; else it is a buffer.
     """
 
@@ -120,7 +140,7 @@ class SiT(nn.Module):
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, encoder_depth=8, z_dims=(768,),
-                 projector_dim=2048, qk_norm=False, bn_momentum=0.1, learn_pos_embed=False):
+                 projector_dim=2048, projector="mlp", qk_norm=False, bn_momentum=0.1, learn_pos_embed=False):
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"latents of {input_size}x{input_size} cannot be cut into patches of "
@@ -128,6 +148,8 @@ class SiT(nn.Module):
         if not 1 <= encoder_depth <= depth:
             raise ValueError(f"encoder depth {encoder_depth} is not a block of this SiT, which has 1 to "
                              f"{depth}")
+        if projector not in PROJECTORS:
+            raise ValueError(f"unknown projector {projector!r}: use {' or '.join(PROJECTORS)}")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.num_classes, self.encoder_depth = num_classes, encoder_depth
         table = pos_embed_2d(hidden_size, input_size // patch_size)
@@ -140,8 +162,9 @@ class SiT(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         self.blocks = nn.ModuleList([SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm)
                                      for _ in range(depth)])
-        self.projectors = nn.ModuleList([build_projector(hidden_size, projector_dim, z_dim)
-                                         for z_dim in z_dims])
+        self.projectors = nn.ModuleList([
+            ConvProjector(hidden_size, z_dim) if projector == "conv" else
+            build_projector(hidden_size, projector_dim, z_dim) for z_dim in z_dims])
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
         # No affine part: a learnt scale would let the VAE's latents and the noise level drift apart.
         self.bn = nn.BatchNorm2d(in_channels, eps=1e-4, momentum=bn_momentum, affine=False)

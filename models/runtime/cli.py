@@ -18,7 +18,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def make_parser(doc):
-    """ArgumentParser described by a script's docstring; a mistake in the flags ends in one line, exit code 2."""
+    """ArgumentParser described by a script's docstring; a mistake ends in one line and exit code 2."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.error = lambda message: fail(message)
     return parser

@@ -58,7 +58,7 @@ def step_flops(args, nets, build_sit):
     if args.freeze_vae:
         return flops + forward_flops(lambda: VAE_models[args.vae]().encoder, image)
     flops += 3 * forward_flops(VAE_models[args.vae], image)
-    if args.vae_align_proj_coeff:
+    if args.vae_align_proj_coeff and nets.encoders:
         flops += 2 * forward_flops(lambda: Network(True), latents, (1,))
     if nets.lpips is not None:  # two images forward, one of them backward
         flops += 3 / 2 * forward_flops(LPIPS, image, image)
