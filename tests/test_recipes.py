@@ -1,9 +1,9 @@
-"""Flags that are later work's or the paper's ablations: their mathematics, what they train, what they leave in a file."""
-
+"""Later work's flags and the paper's ablations: their mathematics, what they train, what a file keeps of them."""
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
-from test_train import assert_same, final_state, metrics, run, tiny_batch, tiny_nets
+from test_train import TINY, assert_same, final_state, metrics, run, tiny_batch, tiny_nets
 
 import train_repae_e as train
 from models.encoders import HOG
@@ -44,7 +44,8 @@ def test_spatial_norm_removes_the_mean_over_tokens_and_scales_their_spread_to_on
     tokens = torch.randn(2, 16, 5, generator=torch.Generator().manual_seed(0)) * 3 + 7
     close(spatial_norm(tokens).mean(1), torch.zeros(2, 5))
     close(spatial_norm(tokens).std(1), torch.ones(2, 5))
-    close(spatial_norm(tokens, 0.6), (tokens - 0.6 * tokens.mean(1, keepdim=True)) / tokens.std(1, keepdim=True))
+    mean, std = tokens.mean(1, keepdim=True), tokens.std(1, keepdim=True)
+    close(spatial_norm(tokens, 0.6), (tokens - 0.6 * mean) / std)
     assert spatial_norm(torch.ones(1, 4, 2, dtype=torch.bfloat16)).isfinite().all()    # no spread at all
 
 
@@ -73,26 +74,40 @@ def vae_file(tmp_path_factory):
 def encoded(monkeypatch):
     """The batches that the encoder has seen."""
     seen, forward = [], HOG.forward
-    monkeypatch.setattr(HOG, "forward", lambda self, images: (seen.append(len(images)), forward(self, images))[1])
+
+    def watched(self, images):
+        seen.append(len(images))
+        return forward(self, images)
+    monkeypatch.setattr(HOG, "forward", watched)
     return seen
 
 
 def test_alignment_ends_after_its_last_step(tmp_path, encoded):
-    """No encoder, no loss, no projector and no SiT in the VAE's update from then on; the rest goes on learning. A run
-    that is continued there gives the same bits."""
-    flags = ("--projector", "conv", "--proj-until", "2", "--max-train-steps", "4", "--checkpointing-steps", "1")
-    folder = run(tmp_path / "whole", *flags)
-    assert encoded == [4, 4]
-    aligned = [{"proj_loss", "vae_align_loss"} & set(line) for line in metrics(folder)]
-    assert [len(names) for names in aligned] == [2, 2, 0, 0]
-    second, fourth = (final_state(folder, step)["model"] for step in (2, 4))
-    same = {name for name in second if torch.equal(second[name], fourth[name])}
-    assert same == {name for name in second if name.startswith(("projectors.", "pos_embed"))}
-    begun = run(tmp_path / "continued", *flags[:-4], "--max-train-steps", "3", *flags[-2:])
-    assert final_state(begun, 3)["steps"] == 3
-    run(tmp_path / "continued", *flags)
-    for key in ("model", "ema", "vae", "opt", "opt_vae"):
-        assert_same(final_state(folder, 4)[key], final_state(begun, 4)[key], key)
+    """From then on no encoder, no loss, no projector, no SiT in the VAE's update; the rest goes on learning.
+
+    Two processes do the same as one, and so does a run that is continued there, to the bit.
+    """
+    flags = ("--projector", "conv", "--proj-until", "1", "--disc-weight", "0", "--max-train-steps", "3",
+             "--checkpointing-steps", "1", "--learning-rate", "1e-4", "--vae-learning-rate", "1e-4")
+    folder = run(tmp_path, *flags)
+    assert encoded == [4]
+    lines = metrics(folder)
+    assert [len({"proj_loss", "vae_align_loss"} & set(line)) for line in lines] == [2, 0, 0]
+    first, third = (final_state(folder, step) for step in (1, 3))
+    for key, still in (("model", ("projectors.", "pos_embed")), ("vae", ())):
+        same = {name for name, value in first[key].items() if torch.equal(value, third[key][name])}
+        assert same == {name for name in first[key] if name.startswith(still)}
+
+    (folder / "checkpoints" / "0000003.pt").unlink()
+    run(tmp_path, *flags)
+    assert_same(third, final_state(folder, 3))
+
+    both = [*TINY, *flags, "--output-dir", tmp_path / "two"]
+    processes.run_two("train_repae_e", both, tmp_path / "log")
+    for one, line in zip(lines, metrics(tmp_path / "two" / "demo"), strict=True):
+        for name in one:
+            if name.endswith("loss"):
+                assert line[name] == pytest.approx(one[name], abs=1e-5), (one["step"], name)
 
 
 def test_what_alignment_cost_is_no_longer_counted():
@@ -114,7 +129,8 @@ def test_a_fixed_scale_is_the_checkpoints_own(tmp_path, vae_file):
     """The VAE learns, the scale stays that of its file: what a sampler, an export and a second stage find."""
     folder = run(tmp_path, "--fixed-latents-stats", "--vae-ckpt", str(vae_file), "--max-train-steps", "2")
     state = final_state(folder, 2)
-    assert not torch.equal(state["vae"]["encoder.conv_in.weight"], files.load(vae_file)["encoder.conv_in.weight"])
+    name = "encoder.conv_in.weight"
+    assert not torch.equal(state["vae"][name], files.load(vae_file)[name])
     scale, bias = vae_files.load_stats_file(str(vae_file.with_name("vae-latents-stats.pt")))
     path = folder / "checkpoints" / "0000002.pt"
     sit, _, settings, _ = weights.load(str(path))
