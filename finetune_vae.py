@@ -13,15 +13,24 @@ From top to bottom: the flags, the networks, the step, the loop (train), export.
 models/runtime/vae_report.py, the formulas in models/losses.py, the plumbing in models/runtime/trainer.py.
 """
 import os
+import textwrap
 
 from models.runtime import cli
 
 # What a run cannot change when it is continued.
 FIXED_IN_A_RUN = ("ckpt", "vae", "train_encoder", "resolution", "batch_size", "seed", "hflip", "encoder",
                   "reconstruction_weight", "reconstruction_loss", "perceptual_weight", "kl_weight",
-                  "disc_weight", "adaptive_disc_weight", "lecam_weight", "vae_align_proj_coeff")
+                  "disc_weight", "disc_ckpt", "adaptive_disc_weight", "lecam_weight", "vae_align_proj_coeff")
 # Images behind latent statistics that did not come with the VAE: 4 million positions at 256 px, f8.
 STATS_IMAGES = 4096
+# The modes beside training: their own flags, and those of training that they read too. Others are refused.
+MODES = {
+    "eval": (("eval", "metrics", "limit", "inception_weights", "model_ckpt"),
+             ("data_dir", "resolution", "vae", "encoder", "encoder_ckpt", "mixed_precision", "seed", "preset",
+              "output_dir", "exp_name", "dry_run")),
+    "export": (("export", "format", "force"),
+               ("ckpt", "vae", "latents_stats", "resolution", "preset", "dry_run")),
+}
 PRESETS = {
     "demo": dict(data_dir="shapes", resolution=32, ckpt="exps/demo/checkpoints/0000400.pt",
                  perceptual_weight=0.0, disc_weight=0.0, batch_size=32, max_train_steps=300,
@@ -46,7 +55,7 @@ def make_parser():
     flag(losses, "--vae-align-proj-coeff", 0.0,
          "weight of aligning projected latents with --encoder's tokens")
 
-    measuring = parser.add_argument_group("measuring, instead of training")
+    measuring = parser.add_argument_group("measuring, instead of training", f"with {flags(MODES['eval'][1])}")
     flag(measuring, "--eval", None,
          "VAEs to measure side by side on any folder, .zip or .npz of held-out images",
          nargs="+", metavar="VAE")
@@ -58,7 +67,8 @@ def make_parser():
     flag(measuring, "--model-ckpt", None,
          "training checkpoint of the SiT that CKNNA compares; default: each VAE's own")
 
-    exporting = parser.add_argument_group("exporting, instead of training")
+    exporting = parser.add_argument_group("exporting, instead of training",
+                                          f"with {flags(MODES['export'][1])}")
     flag(exporting, "--export", None, "write the VAE of --ckpt into this new folder")
     flag(exporting, "--format", "diffusers", "of the export", choices=["diffusers", "compvis"])
     flag(exporting, "--force", False, "let --export replace an earlier export")
@@ -67,11 +77,28 @@ def make_parser():
     return parser
 
 
+def flags(names):
+    return textwrap.fill(", ".join(f"--{name.replace('_', '-')}" for name in names), 100)
+
+
+def check_mode(args, given):
+    """End in one line if the command line states flags (names `given`) that its mode would ignore."""
+    mode = next((name for name in MODES if getattr(args, name) is not None), None)
+    if mode is not None:
+        if ignored := given - set().union(*MODES[mode]):
+            cli.fail(f"--{mode} does not read {flags(sorted(ignored))}; leave that out")
+    for other, (own, _) in MODES.items():
+        if other != mode and (ignored := given & set(own)):
+            cli.fail(f"only --{other} reads {flags(sorted(ignored))}; leave that out")
+
+
 def parse_args(argv=None):
     """Settings from the command line: explicit flags, over --preset, over the defaults."""
-    args = cli.parse(make_parser(), argv, PRESETS)
-    if args.exp_name is None:
-        args.exp_name = "vae-eval" if args.eval else "vae-all" if args.train_encoder else "vae-decoder"
+    parser = make_parser()
+    args = cli.parse(parser, argv, PRESETS)
+    check_mode(args, cli.given(parser, argv))
+    if args.exp_name is None and not args.eval:     # evaluations are numbered: vae_report.run_folder
+        args.exp_name = "vae-all" if args.train_encoder else "vae-decoder"
     if args.data_dir is None:
         args.data_dir = "data/imagenet/val" if args.eval else "data/imagenet/train"
     return args
@@ -310,16 +337,14 @@ def set_up(args, folder, device):
             if "vae_ema" not in state:
                 raise ValueError(f"{path}: holds no vae_ema; it is no checkpoint of this kind of run")
             args.vae = args.vae or vae_files.vae_name(state["vae_ema"])
-            args.disc_ckpt = state["args"]["disc_ckpt"]
+            args.disc_ckpt = state["args"]["disc_ckpt"] if args.disc_ckpt == "auto" else args.disc_ckpt
             args.disc_start = state["args"]["disc_start"] if args.disc_start is None else args.disc_start
             trainer.check_resume(args, path, state, FIXED_IN_A_RUN)
         dataset, vae_state, stats = check_settings(args, distributed.world_size(), state)
     kept = {"data": trainer.check_data(args, dataset, state)}
-    if args.dry_run:
-        return None
     with distributed.main_first():
         nets = build_networks(args, device, vae_state, "none" if state else args.disc_ckpt)
-    lock = trainer.claim_folder(folder)
+    lock = trainer.claim_folder(folder, args.dry_run)
     trainer.prepare(nets, args)
     start = 0
     if state is not None:
@@ -327,6 +352,8 @@ def set_up(args, folder, device):
         nets.lecam_means.copy_(state["lecam_means"])
         stats = state["latents_scale"], state["latents_bias"]
     trainer.check_same_start(start, device)
+    if args.dry_run:
+        return None
     if state is None and stats is None and not args.train_encoder:
         stats = measure_stats(args, nets.vae, dataset, device)
     return SimpleNamespace(nets=nets, dataset=dataset, stats=stats, start=start, kept=kept,
@@ -357,11 +384,11 @@ def train(args):
             + (f" of {run.path}" if run.path else ""))
 
     loader = trainer.data_loader(args, dataset, device, start, args.num_workers)
-    step, skipped_files, last_good = start, 0, run.path
+    step, last_good = start, run.path
     with trainer.guarded(log, lambda: last_good), signals.watch() as asked:
         for step in range(start + 1, args.max_train_steps + 1):
             images, _, skipped = next(loader)
-            skipped_files += int(skipped.sum())
+            log.skipped_files += int(skipped.sum())
             batch = make_batch(nets, args, step, images)
             log.add(*train_step(nets, args, batch, use_gan=step > args.disc_start))
 
@@ -369,7 +396,7 @@ def train(args):
             final = step == args.max_train_steps
             def due(every): return every > 0 and step % every == 0
             if due(args.log_every) or final:
-                log.write(step, args.batch_size, skipped_files=skipped_files)
+                log.write(step, args.batch_size)
             if due(args.sampling_steps) and rank == 0:
                 with log.paused():
                     picture = os.path.join(folder, "reconstructions", f"{step:07d}.png")
@@ -401,8 +428,7 @@ def export(args):
     scalars = vae_files.source_config(args.ckpt)
     disc = weights.discriminator_state(args.ckpt, name) if args.format == "compvis" else None
     if args.dry_run:
-        vae_files.diffusers_config(state, stats, source=scalars) if args.format == "diffusers" else None
-        files.check_writable(os.path.join(args.export, "config.json"))
+        vae_files.check_export(args.export, state, stats, args.format, args.force)
         return print("settings are sound")
     written = vae_files.export_vae(args.export, state, stats, args.format, args.resolution, args.force,
                                    source=scalars, discriminator=disc)

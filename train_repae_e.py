@@ -21,7 +21,8 @@ FIXED_IN_A_RUN = (
     "projector", "freeze_vae", "bn_momentum", "fixed_latents_stats", "cfg_prob", "batch_size", "seed",
     "hflip", "path_type", "weighting", "proj_coeff", "vae_align_proj_coeff", "spatial_norm",
     "diffusion_to_vae",
-    "reconstruction_weight", "reconstruction_loss", "perceptual_weight", "kl_weight", "disc_weight")
+    "reconstruction_weight", "reconstruction_loss", "perceptual_weight", "kl_weight", "disc_weight",
+    "disc_ckpt")
 
 # One row per configuration; every value is an ordinary flag and can be overridden.
 PRESETS = {
@@ -136,9 +137,6 @@ def check_settings(args, world_size, continued):
         raise ValueError("--fixed-latents-stats would keep the scale of a random VAE; name its weights with "
                          "--vae-ckpt, or a scale with --latents-stats")
     has_disc = args.disc_weight > 0 and not args.freeze_vae
-    if has_disc and args.resolution < 32:
-        raise ValueError(f"--resolution {args.resolution} is below 32, the least the discriminator takes; "
-                         "pass --disc-weight 0")
     with torch.device("meta"):
         vae = VAE_models[args.vae]()
         multiple = vae.downsample * int(args.model.split("/")[1])
@@ -362,12 +360,14 @@ def set_up(args, folder, device):
     """Everything before the first step, what can fail first.
 
     Returns a namespace: nets, dataset, start (the step to go on from), kept (what every checkpoint repeats),
-    log (the log's state), path (of the checkpoint); None after a --dry-run.
+    log (the log's state), path (of the checkpoint), score (of --eval-steps); None after a --dry-run.
     """
     with distributed.main_first():  # it downloads, the others find the files
         path, state = trainer.find_checkpoint(args, folder)
         if state is not None:
-            trainer.check_resume(args, path, state, FIXED_IN_A_RUN)
+            # A frozen VAE may lie elsewhere now: its digest is compared below.
+            fixed = FIXED_IN_A_RUN if args.freeze_vae else (*FIXED_IN_A_RUN, "vae_ckpt")
+            trainer.check_resume(args, path, state, fixed)
         dataset, vae_state, stats = check_settings(args, distributed.world_size(),
                                                    continued=state is not None)
     kept = {"data": trainer.check_data(args, dataset, state)}
@@ -375,18 +375,19 @@ def set_up(args, folder, device):
         kept["vae_digest"] = weights.state_digest(vae_state)
         if state is not None and state.get("vae_digest", kept["vae_digest"]) != kept["vae_digest"]:
             raise ValueError(f"{path}: was trained on another VAE than {args.vae_ckpt} now is; name that one")
-    if args.dry_run:
-        return None
     with distributed.main_first():
         nets = build_networks(args, device, vae_state, continued=state is not None)
-    lock = trainer.claim_folder(folder)
+    lock = trainer.claim_folder(folder, args.dry_run)
     trainer.prepare(nets, args)
     start = 0 if state is None else trainer.restore(nets, path, state)
     trainer.check_same_start(start, device)
+    score = online.make_scorer(nets, args) if args.eval_steps else None
+    if args.dry_run:
+        return None
     if state is None:
         set_latents_stats(nets, args, dataset, stats)
     return SimpleNamespace(nets=nets, dataset=dataset, start=start, kept=kept, log=(state or {}).get("log"),
-                           path=path, lock=lock)
+                           path=path, lock=lock, score=score)
 
 
 def main(argv=None):
@@ -399,8 +400,7 @@ def main(argv=None):
         run = set_up(args, folder, device)
         if run is None:
             return print("settings are sound") if rank == 0 else None
-        nets, dataset, start = run.nets, run.dataset, run.start
-        score = online.make_scorer(nets, args) if args.eval_steps else None
+        nets, dataset, start, score = run.nets, run.dataset, run.start, run.score
     except (ValueError, OSError) as error:
         cli.fail(error)
 
@@ -416,7 +416,7 @@ def main(argv=None):
             + (f" of {run.path}" if run.path else ""))
 
     loader = trainer.data_loader(args, dataset, device, start, args.num_workers)
-    step, skipped_files, last_good = start, 0, run.path
+    step, last_good = start, run.path
     with trainer.guarded(log, lambda: last_good), signals.watch() as asked:
         for step in range(start + 1, args.max_train_steps + 1):
             if args.proj_until is not None and step > args.proj_until and nets.encoders:
@@ -424,7 +424,7 @@ def main(argv=None):
                 log.flops_per_image = flops()
                 log.say(f"step {step}: no alignment from here on")
             images, labels, skipped = next(loader)
-            skipped_files += int(skipped.sum())
+            log.skipped_files += int(skipped.sum())
             batch = make_batch(nets, args, step, images, labels)
             log.add(*train_step(nets, args, batch, use_gan=step > args.disc_start))
 
@@ -435,7 +435,7 @@ def main(argv=None):
                 with log.paused():
                     scores = score()
             if due(args.log_every) or due(args.eval_steps) or final:
-                log.write(step, args.batch_size, skipped_files=skipped_files, **scores)
+                log.write(step, args.batch_size, **scores)
             if due(args.sampling_steps) and rank == 0:
                 with log.paused():
                     online.save_grids(nets, args, step, folder, images)

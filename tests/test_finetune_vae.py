@@ -2,6 +2,9 @@
 import json
 import os
 import re
+import shutil
+import subprocess
+import sys
 import zipfile
 from types import SimpleNamespace
 
@@ -27,8 +30,9 @@ from models.vae import Posterior, VAE_models
 from models.runtime.images import round_to_uint8
 from models.runtime.vae_report import held_out_images, measure
 
-TINY = ["--preset", "demo", "--batch-size", "8", "--sampling-steps", "0", "--log-every", "1", "--checkpointing-steps", "2",
-        "--keep-checkpoints", "0", "--exp-name", "run"]
+TINY = ["--preset", "demo", "--batch-size", "8", "--sampling-steps", "0", "--log-every", "1",
+        "--checkpointing-steps", "2", "--keep-checkpoints", "0", "--exp-name", "run"]
+MEASURE = ["--preset", "demo", "--exp-name", "run"]
 GAN = ["--disc-weight", "0.1", "--disc-start", "0", "--adaptive-disc-weight", "--lecam-weight", "0.1"]
 STATS = torch.tensor([0.5, 1.0, 2.0, 4.0]).view(1, 4, 1, 1), torch.tensor([0.1, 0.2, 0.3, -0.4]).view(1, 4, 1, 1)
 
@@ -255,8 +259,8 @@ def test_bf16_step_stays_close_to_float32(start):
 def test_two_processes_equal_one(tmp_path, start, photos, first_stage):
     train = [*TINY, "--ckpt", start, *GAN, "--train-encoder", "--vae-align-proj-coeff", "0.5", "--max-train-steps", "2",
              "--learning-rate", "1e-4", "--disc-learning-rate", "1e-4", "--data-dir", str(photos.parent)]
-    measure = [*TINY, "--eval", start, "--metrics", "psnr,latents,cknna", "--model-ckpt", first_stage, "--limit", "20",
-               "--exp-name", "measured"]
+    measure = ["--preset", "demo", "--eval", start, "--metrics", "psnr,latents,cknna", "--limit", "20",
+               "--model-ckpt", first_stage, "--exp-name", "measured"]
     for flags in (train, measure):
         finetune.main([*flags, "--output-dir", str(tmp_path / "one")])
         processes.run_two("finetune_vae", [*flags, "--output-dir", tmp_path / "two"], tmp_path / "log")
@@ -384,7 +388,8 @@ def test_eval_measures_several_vaes(tmp_path, start, photos, monkeypatch, capsys
     torch.manual_seed(8)
     other = str(tmp_path / "other" / "other.pt")
     vae_files.export_vae(tmp_path / "other", VAE_models["f4d4"]().state_dict(), STATS, "compvis")
-    flags = [*TINY, "--output-dir", str(tmp_path), "--eval", start, other, "--metrics", "psnr,ssim,lpips,rfid,latents"]
+    flags = [*MEASURE, "--output-dir", str(tmp_path), "--eval", start, other,
+             "--metrics", "psnr,ssim,lpips,rfid,latents"]
     finetune.main([*flags, "--data-dir", f"{photos}.zip", "--resolution", "32"])
     out = capsys.readouterr().out
     result = json.loads((tmp_path / "run" / "metrics.json").read_text())
@@ -432,7 +437,8 @@ def test_measure_does_not_depend_on_batches(start):
 
 def test_cknna_of_a_training_checkpoint(tmp_path, start, first_stage):
     ckpt = first_stage
-    flags = [*TINY, "--output-dir", str(tmp_path), "--limit", "40", "--metrics", "psnr,cknna", "--eval", ckpt, start]
+    flags = [*MEASURE, "--output-dir", str(tmp_path), "--limit", "40", "--metrics", "psnr,cknna",
+             "--eval", ckpt, start]
     finetune.main(flags)
     figures = json.loads((tmp_path / "run" / "metrics.json").read_text())["vaes"]
     assert "cknna" not in figures[start]  # a VAE alone has no model
@@ -530,6 +536,9 @@ def test_every_flag_is_documented_and_read(capsys):
         assert name in flags
 
 
+ALIGNED = ["--ckpt", "{start}", "--train-encoder", "--vae-align-proj-coeff", "1"]
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--ckpt", "{tmp}/nothing.pt"], "nothing.pt"),
     (["--ckpt", "{start}", "--vae", "f8d4"], "f4d4, not --vae f8d4"),
@@ -543,6 +552,12 @@ def test_every_flag_is_documented_and_read(capsys):
     (["--ckpt", "{start}", "--data-dir", "{photos}/..", "--batch-size", "64"], "12 images are fewer than one batch"),
     (["--ckpt", "{start}", "--data-dir", "{tmp}/nowhere"], "nowhere"),
     (["--ckpt", "{start}", "--resolution", "30"], "--resolution 30"),
+    (["--ckpt", "{start}", "--resolution", "24", "--disc-weight", "1"], "--disc-weight 0"),
+    (["--ckpt", "{start}", "--resolution", "8", "--perceptual-weight", "1"], "--perceptual-weight 0"),
+    ([*ALIGNED, "--encoder", "test_vit"], "give them with --encoder-ckpt"),
+    ([*ALIGNED, "--encoder", "test_vit", "--encoder-ckpt", "{tmp}/two.pt"], "another architecture"),
+    ([*ALIGNED, "--encoder", "test_vit", "--encoder-ckpt", "{tmp}/no.pt"], "no.pt"),
+    ([*ALIGNED, "--encoder", "nonesuch"], "unknown encoder"),
     (["--ckpt", "{start}", "--batch-size", "0"], "--batch-size"),
     (["--ckpt", "{start}", "--resume", "{tmp}/odd.pt"], "odd.pt"),
     (["--ckpt", "{start}", "--report-to", "wandb"], "wandb"),
@@ -563,6 +578,16 @@ def test_every_flag_is_documented_and_read(capsys):
     (["--export", "{tmp}/unet", "--ckpt", "{start}"], "--force"),
     (["--export", "{tmp}", "--ckpt", "{start}", "--force"], "holds more than an export"),
     (["--export", "{tmp}/new", "--ckpt", "none"], "--ckpt"),
+    (["--export", "{tmp}/new", "--ckpt", "{tmp}/nan.pt", "--format", "compvis"], "encoder.conv_in.bias"),
+    (["--export", "{tmp}/odd.pt/new", "--ckpt", "{start}", "--format", "compvis"], "odd.pt/new"),
+    (["--eval", "{start}", "--metrics", "psnr", "--limit", "0"], "--limit"),
+    (["--eval", "{start}", "--metrics", "psnr", "--limit", "-3"], "--limit"),
+    (["--eval", "{start}", "--batch-size", "4", "--train-encoder"],
+     "--eval does not read --batch-size, --train-encoder"),
+    (["--eval", "{start}", "--export", "{tmp}/new"], "--eval does not read --export"),
+    (["--export", "{tmp}/new", "--ckpt", "{start}", "--limit", "3"], "--export does not read --limit"),
+    (["--ckpt", "{start}", "--metrics", "psnr"], "only --eval reads --metrics"),
+    (["--ckpt", "{start}", "--force"], "only --export reads --force"),
 ])
 def test_user_errors_are_one_line_and_exit_code_2(tmp_path, start, photos, capsys, monkeypatch, flags, words):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
@@ -571,30 +596,102 @@ def test_user_errors_are_one_line_and_exit_code_2(tmp_path, start, photos, capsy
     state = files.load(start)
     files.save(dict(state, **{"decoder.conv_in.weight": torch.zeros(64, 7, 3, 3)}), tmp_path / "odd.pt")
     files.save({k: v for k, v in state.items() if k != "encoder.conv_in.bias"}, tmp_path / "cut.pt")
+    torch.save(dict(state, **{"encoder.conv_in.bias": torch.full((64,), torch.nan)}), tmp_path / "nan.pt")
     files.save({"latents_scale": torch.ones(2), "latents_bias": torch.ones(2)}, tmp_path / "two.pt")
     np.savez(tmp_path / "small.npz", arr_0=np.zeros((4, 16, 16, 3), np.uint8))
     (tmp_path / "empty").mkdir(), (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     before = sorted(os.listdir(tmp_path))
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path / "out", "--max-train-steps", "1", *(f.format(tmp=tmp_path, start=start, photos=photos) for f in flags))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert words in error and error.startswith("error: ") and error.count("\n") == 1, error
-    assert sorted(set(os.listdir(tmp_path)) - {"hub"}) == before  # torchvision makes its cache folder
+    flags = [f.format(tmp=tmp_path, start=start, photos=photos) for f in flags]
+    mode = [*MEASURE, "--output-dir", str(tmp_path / "out")] if "--eval" in flags else \
+        ["--preset", "demo"] if "--export" in flags else \
+        [*TINY, "--output-dir", str(tmp_path / "out"), "--max-train-steps", "1"]
+    for dry_run in (["--dry-run"], []):  # it finds what the run itself would
+        with pytest.raises(SystemExit) as stop:
+            finetune.main([*mode, *flags, *dry_run])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert words in error and error.startswith("error: ") and error.count("\n") == 1, error
+        assert sorted(set(os.listdir(tmp_path)) - {"hub"}) == before  # torchvision makes its cache folder
 
 
 def no_network(*args, **kwargs):
     raise files.requests.ConnectionError("no network")  # a kind of OSError
 
 
-def test_resume_with_other_settings(tmp_path, start, capsys):
-    run(tmp_path, "--ckpt", start, "--max-train-steps", "1", "--batch-size", "4")
+def test_a_run_folder_takes_no_other_run(tmp_path, start, photos, capsys):
+    """The same command goes on, without remarks; another VAE, loss or data set is refused."""
+    flags = ["--ckpt", start, "--batch-size", "4", "--data-dir", str(photos.parent), *GAN]
+    folder = run(tmp_path, *flags, "--max-train-steps", "1")
+    capsys.readouterr()
+    run(tmp_path, *flags, "--max-train-steps", "1")
+    out = capsys.readouterr().out
+    assert "from step 1" in out and "changed" not in out
+    shutil.copytree(photos.parent, tmp_path / "larger")
+    shutil.copy(photos / "00.jpg", tmp_path / "larger" / "all" / "copy.jpg")
+    for more, words in ((["--train-encoder"], "--train-encoder False"), (["--disc-weight", "0.2"], "--disc-weight 0.1"),
+                        (["--ckpt", "other.pt"], "other.pt"), (["--disc-ckpt", "other.pt"], "--disc-ckpt none"),
+                        (["--data-dir", "shapes"], "classes of the data have changed"),
+                        (["--data-dir", str(tmp_path / "larger")], "other data than")):
+        with pytest.raises(SystemExit) as stop:
+            run(tmp_path, *flags, "--max-train-steps", "2", *more)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and words in error and error.count("\n") == 1, error
+    assert len(logged(folder)) == 1
+
+
+def test_the_first_line_after_a_resume(tmp_path, start):
+    """It averages over all steps since the line before, those before the stop included."""
+    flags = ["--ckpt", start, "--batch-size", "4", "--log-every", "2", *GAN]
+    whole = logged(run(tmp_path / "whole", *flags, "--max-train-steps", "4"))
+    for steps in ("1", "3", "4"):
+        folder = run(tmp_path / "parts", *flags, "--max-train-steps", steps)
+    parts = logged(folder)
+    assert [line["step"] for line in whole] == [2, 4] and [line["step"] for line in parts] == [1, 2, 3, 4]
+    for a, b in zip(whole, parts[1::2]):
+        same = {name: value for name, value in a.items() if "loss" in name or "norm" in name or "skipped" in name}
+        assert same == {name: b[name] for name in same} and len(same) > 8
+
+
+@pytest.mark.parametrize("flags", [
+    [*TINY, "--ckpt", "{start}", "--max-train-steps", "1"],
+    [*TINY, "--ckpt", "none", "--vae", "f4d4", "--train-encoder", "--vae-align-proj-coeff", "1", "--resolution", "40",
+     "--max-train-steps", "1"],
+    [*MEASURE, "--eval", "{start}", "--metrics", "psnr,cknna", "--model-ckpt", "{ckpt}", "--limit", "12"],
+    ["--export", "{tmp}/out", "--ckpt", "{start}", "--format", "compvis"],
+])
+def test_a_dry_run_writes_nothing_and_what_it_calls_sound_is(tmp_path, start, first_stage, flags, monkeypatch, capsys):
+    monkeypatch.setattr(finetune, "STATS_IMAGES", 40)
+    flags = [f.format(start=start, ckpt=first_stage, tmp=tmp_path) for f in flags]
+    flags += [] if "--export" in flags else ["--output-dir", str(tmp_path / "out")]
+    finetune.main([*flags, "--dry-run"])
+    assert capsys.readouterr().out == "settings are sound\n" and os.listdir(tmp_path) == []
+    finetune.main(flags)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_dry_run_looks_at_the_folder_that_is_there(tmp_path, start, capsys):
+    """Checkpoint, settings and lock; the folder stays as it was."""
+    flags = ["--ckpt", start, "--batch-size", "4"]
+    folder = run(tmp_path, *flags, "--max-train-steps", "1")
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+    capsys.readouterr()
+    run(tmp_path, *flags, "--max-train-steps", "1", "--dry-run")
+    assert capsys.readouterr().out == "settings are sound\n"
+    state = final_state(folder, 1)
+    del state["opt_vae"]["state"][0]["exp_avg"]
+    files.save(state, folder / "checkpoints" / "0000002.pt")
+    for more, words in ((["--dry-run"], "opt_vae"), (["--dry-run", "--learning-rate", "1", "--seed", "3"], "--seed 0")):
+        with pytest.raises(SystemExit) as stop:
+            run(tmp_path, *flags, *more)
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+    os.remove(folder / "checkpoints" / "0000002.pt")
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"} == before
+    held = subprocess.Popen([sys.executable, "-c", "import fcntl, sys; f = open(sys.argv[1], 'a'); "
+                             "fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()", folder / ".lock"],
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    held.stdout.readline()
     with pytest.raises(SystemExit) as stop:
-        run(tmp_path, "--ckpt", start, "--max-train-steps", "2", "--batch-size", "4", "--train-encoder")
-    assert stop.value.code == 2 and "--train-encoder False" in capsys.readouterr().err
-
-
-def test_dry_run_writes_nothing(tmp_path, start, capsys):
-    run(tmp_path / "out", "--ckpt", start, "--dry-run")
-    assert "sound" in capsys.readouterr().out and not (tmp_path / "out").exists()
+        run(tmp_path, *flags, "--max-train-steps", "1", "--dry-run")
+    held.communicate(b"")
+    assert stop.value.code == 2 and "another run is at work" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Reconstruction and latent metrics: closed forms, slow direct computations, and the packages people compare with."""
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -167,7 +168,7 @@ def settings(tmp_path, vaes, **more):
     return SimpleNamespace(**{"eval": vaes, "data_dir": "shapes", "resolution": 16, "limit": 8, "metrics": "psnr,rfid,latents",
                               "vae": None, "encoder": "hog", "encoder_ckpt": None, "model_ckpt": None, "seed": 0,
                               "inception_weights": None, "mixed_precision": "auto", "output_dir": str(tmp_path),
-                              "exp_name": "eval"} | more)
+                              "exp_name": "eval", "dry_run": False} | more)
 
 
 def test_a_stopped_comparison_goes_on_with_the_vaes_that_are_left(tmp_path, vae_paths, monkeypatch, capsys):
@@ -197,11 +198,28 @@ def test_a_stopped_comparison_goes_on_with_the_vaes_that_are_left(tmp_path, vae_
     assert "1 of 2 VAEs are measured already" in capsys.readouterr().out
     vae_report.evaluate(args)                                                # nothing is left to do
     assert len(measured) == 3 and json.loads(path.read_text()) == found
-    vae_report.evaluate(settings(tmp_path, vae_paths, limit=7))             # other settings: all of it again
-    assert len(measured) == 5 and json.loads(path.read_text())["images"] == 7
-    files.save(VAE_models["f4d4"]().state_dict(), vae_paths[0])              # other weights under the same name
-    vae_report.evaluate(settings(tmp_path, vae_paths, limit=7))
-    assert len(measured) == 6
+    with pytest.raises(SystemExit):                                          # another one does not fit in there
+        vae_report.evaluate(settings(tmp_path, vae_paths, limit=7))
+    assert "holds another evaluation (of other images)" in capsys.readouterr().err
+    assert json.loads(path.read_text()) == found
+
+
+def test_evaluations_are_numbered(tmp_path, vae_paths, monkeypatch, capsys):
+    """Without a name: the same command finds its folder again, another one gets the next."""
+    measure, measured = vae_report.measure, []
+    monkeypatch.setattr(vae_report, "measure", lambda vae, *rest: measured.append(vae) or measure(vae, *rest))
+    args = {"metrics": "psnr", "exp_name": None}
+    changed = tmp_path / "changed.pt"
+    shutil.copy(vae_paths[0], changed)
+    for vaes, limit, number, count in ((vae_paths, 8, 1, 2), (vae_paths, 7, 2, 4), (vae_paths, 8, 1, 4),
+                                       (vae_paths[:1], 8, 3, 5), ([str(changed)], 8, 4, 6)):
+        vae_report.evaluate(settings(tmp_path / "out", vaes, limit=limit, **args))
+        assert f"vae-eval-{number}/metrics.json" in capsys.readouterr().out and len(measured) == count
+    files.save(VAE_models["f4d4"]().state_dict(), changed)                   # other weights under the same name
+    vae_report.evaluate(settings(tmp_path / "out", [str(changed)], **args))
+    assert "vae-eval-5" in capsys.readouterr().out
+    vae_report.evaluate(settings(tmp_path / "out", vae_paths, limit=6, dry_run=True, **args))
+    assert len(list((tmp_path / "out").iterdir())) == 5
 
 
 def test_a_limit_takes_images_of_all_classes(tmp_path):

@@ -280,7 +280,7 @@ def test_collapse_stops_the_run_and_names_the_last_good_checkpoint(tmp_path, mon
 
 
 def test_vanishing_gradients_stop_the_run(tmp_path):
-    log = runlog.RunLog(tmp_path, SimpleNamespace(report_to="none", max_train_steps=10))
+    log = runlog.RunLog(tmp_path, SimpleNamespace(report_to="none", max_train_steps=10, log_every=1))
     log.add({"grad_norm_sit": torch.tensor(2.0)}, torch.tensor(0.0))
     log.write(1, 4)
     log.add({"grad_norm_sit": torch.tensor(1e-6)}, torch.tensor(0.0))
@@ -465,10 +465,35 @@ def test_an_old_run_is_neither_mixed_nor_overwritten(tmp_path, capsys):
     assert state["opt"]["param_groups"][0]["lr"] == 5e-5 and state["args"]["vae_ckpt"] == "none"
 
 
-def test_dry_run_builds_and_writes_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "build_networks", None)
+def test_a_dry_run_writes_nothing_and_what_it_calls_sound_is(tmp_path, capsys):
     run(tmp_path / "out", "--dry-run")
-    assert "sound" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    assert capsys.readouterr().out == "settings are sound\n" and not (tmp_path / "out").exists()
+    run(tmp_path / "out", "--max-train-steps", "1")
+    capsys.readouterr()
+    run(tmp_path / "out", "--max-train-steps", "1", "--dry-run")
+    assert capsys.readouterr().out == "settings are sound\n"
+    run(tmp_path / "out", "--max-train-steps", "1")
+    assert "changed since" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--encoder", "test_vit"], "give them with --encoder-ckpt"),
+    (["--encoder", "hog", "--resolution", "40", "--model", "SiT-Ti/8"], "--resolution 40"),
+    (["--perceptual-weight", "1"], "--perceptual-weight 0"),
+    (["--eval-steps", "1", "--eval-ref", __file__], "cannot be fetched"),
+    (["--resolution", "24"], "--disc-weight 0"),
+    (["--output-dir", f"{__file__}/out"], "test_train.py"),
+])
+def test_a_dry_run_finds_what_the_run_would(tmp_path, monkeypatch, capsys, flags, words):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(files.requests, "get", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    for dry_run in (["--dry-run"], []):
+        with pytest.raises(SystemExit) as stop:
+            run(tmp_path / "out", *flags, *dry_run)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and words in error and error.count("\n") == 1, error
+        assert not (tmp_path / "out").exists() or not dry_run
 
 
 def test_the_papers_command_says_what_is_missing(tmp_path, monkeypatch, capsys):

@@ -59,6 +59,13 @@ def number(kind, least=0, above=None, most=None):
     return convert
 
 
+def given(parser, argv=None):
+    """Names of the settings that the command line itself states, whatever their defaults are."""
+    unset = object()
+    stated = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args(argv)), unset))
+    return {name for name, value in vars(parser.parse_args(argv, stated)).items() if value is not unset}
+
+
 def fail(error, code=2):
     """End the process as a user's mistake ends: one line on stderr, exit code 2.
 

@@ -30,6 +30,7 @@ class RunLog:
         self.sums, self.counted, self.timed = {}, 0, 0
         self.in_a_row = self.longest = self.first_bad = None
         self.largest_norms, self.any_good = {}, False
+        self.skipped_files = 0      # of the whole run, for the script to count
         self.last = time.perf_counter()
         self.writers = []
         if self.main:
@@ -88,11 +89,11 @@ class RunLog:
     def state_dict(self):
         """What the next line is made of, for a checkpoint between two lines; all processes must call it."""
         return {"sums": [[list(names), values.tolist()] for names, values in self.reduced().items()],
-                "counted": self.counted}
+                "counted": self.counted, "skipped_files": self.skipped_files}
 
     def load_state_dict(self, state, device):
         """Go on where state_dict() was: the first line after a resume is that of an undisturbed run."""
-        self.counted = state["counted"]
+        self.counted, self.skipped_files = state["counted"], state.get("skipped_files", 0)
         self.sums = {tuple(names): torch.tensor(values, dtype=torch.float64, device=device)
                      for names, values in state["sums"]}
 
@@ -114,14 +115,17 @@ class RunLog:
         steps, longest, first_bad = self.counted, int(self.longest), int(self.first_bad)
         rate = batch_size / seconds
         line = {"step": step, **means, "skipped_steps": steps - good, "images_per_s": rate,
-                "seconds_per_step": seconds, "peak_memory_gib": peak_memory_gib(self.longest.device), **extra}
+                "seconds_per_step": seconds, "peak_memory_gib": peak_memory_gib(self.longest.device),
+                "skipped_files": self.skipped_files, **extra}
         if first_bad >= 0:
             line["not_finite_first"] = self.names[first_bad]
         if self.peak_flops and self.flops_per_image:
             reached = rate * self.flops_per_image / distributed.world_size()
             self.peak_flops = max(self.peak_flops, reached)  # a busy moment at the start measured it too low
             line["mfu"] = reached / self.peak_flops
-        self.sums, self.counted, self.timed, self.last = {}, 0, 0, now
+        if step % self.args.log_every == 0:
+            self.sums, self.counted = {}, 0     # after a run's last step they go on, should the run be continued
+        self.timed, self.last = 0, now
         self.longest, self.first_bad = torch.zeros_like(self.longest), torch.full_like(self.first_bad, -1.0)
         if self.main:
             self.publish(step, line, means)

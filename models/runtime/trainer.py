@@ -71,6 +71,12 @@ def check_settings(args, world_size):
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
         raise ValueError(f"--report-to {args.report_to}: the package is not installed; "
                          f"pip install {args.report_to}")
+    if getattr(args, "freeze_vae", False):
+        return
+    for name, weight, least in (("disc", args.disc_weight, 32), ("perceptual", args.perceptual_weight, 16)):
+        if weight > 0 and args.resolution < least:
+            raise ValueError(f"--resolution {args.resolution} is below {least}, the least that its network "
+                             f"takes; pass --{name}-weight 0")
 
 
 def open_data(args):
@@ -89,6 +95,10 @@ def check_data(args, dataset, state):
     found = identity(dataset)
     before = (state or {}).get("data")
     note = None if before is None else check_same_data(before, found, args.data_dir)
+    trained_on = state["args"]["data_dir"] if note else args.data_dir
+    if trained_on != args.data_dir and any(before[key] != found[key] for key in ("images", "labels")):
+        raise ValueError(f"{args.data_dir}: other data than {trained_on}, on which the run was trained; "
+                         "use another --exp-name to start anew")
     if note and distributed.is_main():
         print(note, flush=True)
     if args.data_dir == "shapes" or before == found:
@@ -441,8 +451,9 @@ def find_checkpoint(args, folder):
         except files.Damaged as error:
             note = f"passed over: {error}"
             print(note, flush=True)
-            with open(os.path.join(folder, "log.txt"), "a") as f:
-                f.write(note + "\n")
+            if not args.dry_run:
+                with open(os.path.join(folder, "log.txt"), "a") as f:
+                    f.write(note + "\n")
             continue
         check_finite(path, state)
         return path, state
@@ -468,7 +479,7 @@ def check_resume(args, path, state, fixed):
             raise ValueError(f"{path}: was trained with --{name.replace('_', '-')} {old[name]}, not "
                              f"{changed[name]}; use another --exp-name to start anew")
     told = [f"--{name.replace('_', '-')} {old[name]} -> {value}"
-            for name, value in changed.items() if name != "resume"]
+            for name, value in changed.items() if name not in ("resume", "dry_run")]
     if told and distributed.is_main():
         print(f"changed since {path}: {', '.join(told)}", flush=True)
 
@@ -502,11 +513,14 @@ def keep_newest(folder, count, milestones):
             os.remove(os.path.join(folder, f"{step:07d}.pt"))
 
 
-def claim_folder(folder):
-    """Lock the run folder for this process and remove what killed runs left half-written. By the main
-    process; raises OSError if another run is at work there."""
+def claim_folder(folder, dry_run=False):
+    """Lock the run folder for this process and remove what killed runs left half-written; a dry run only
+    looks whether it could. By the main process; raises OSError if another run is at work there."""
     if not distributed.is_main():
         return None
+    if dry_run:
+        files.check_writable(os.path.join(folder, "args.json"))
+        return files.lock(folder).close() if os.path.exists(os.path.join(folder, ".lock")) else None
     lock = files.lock(folder)
     for place in ("", "checkpoints", "samples", "reconstructions"):
         files.remove_leftovers(os.path.join(folder, place))

@@ -179,6 +179,23 @@ def _pipelines(config):
             f"(here {scalars}): give those latents in the VAE's own scale")
 
 
+def check_export(out, state, stats=None, format="diffusers", force=False):
+    """Raise the ValueError or OSError that `export_vae` would; nothing is written."""
+    compvis = f"{os.path.basename(os.path.abspath(out))}.pt"
+    ours = {"config.json", "diffusion_pytorch_model.safetensors", compvis,
+            _companion(compvis, "latents-stats"), _companion(compvis, "discriminator-ckpt")}
+    if os.path.lexists(out) and not force:
+        raise ValueError(f"{out}: exists; choose another folder, or pass --force to replace it")
+    if os.path.lexists(out) and not (os.path.isdir(out) and set(os.listdir(out)) <= ours):
+        raise ValueError(f"{out}: holds more than an export, so --force does not replace it; choose another "
+                         "folder")
+    if (bad := files.first_non_finite(state)) is not None:
+        raise ValueError(f"{out}: not written, because {bad} of the VAE holds NaN or infinity")
+    if format == "diffusers":
+        diffusers_config(state, stats)
+    files.check_writable(f"{os.path.abspath(out)}.tmp")     # beside it: it appears there by a rename
+
+
 def export_vae(out, state, stats=None, format="diffusers", sample_size=256, force=False, source=None,
                discriminator=None):
     """Write a VAE (state dict in CompVis names) and its statistics as a new folder `out`, whole or not at
@@ -197,17 +214,8 @@ def export_vae(out, state, stats=None, format="diffusers", sample_size=256, forc
         if left.startswith(f".{name}.") and left.endswith(".old"):
             os.rename(os.path.join(parent, left), out)
             break
+    check_export(out, state, stats, format, force)
     compvis = f"{name}.pt"
-    ours = {"config.json", "diffusion_pytorch_model.safetensors", compvis,
-            _companion(compvis, "latents-stats"), _companion(compvis, "discriminator-ckpt")}
-    if os.path.lexists(out) and not force:
-        raise ValueError(f"{out}: exists; choose another folder, or pass --force to replace it")
-    if os.path.lexists(out) and not (os.path.isdir(out) and set(os.listdir(out)) <= ours):
-        raise ValueError(f"{out}: holds more than an export, so --force does not replace it; choose another "
-                         "folder")
-    bad = files.first_non_finite(state)
-    if bad is not None:
-        raise ValueError(f"{out}: not written, because {bad} of the VAE holds NaN or infinity")
     temporary, old = files.temporary_name(out), files.temporary_name(out, "old")
     try:
         if format == "compvis":

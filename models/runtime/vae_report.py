@@ -6,6 +6,7 @@ reconstructions. The formulas are in models/metrics.py. Every process works on i
 a user can cause are ValueError or OSError with a message of one line.
 """
 import hashlib
+import itertools
 import math
 import os
 from functools import partial
@@ -183,9 +184,9 @@ def evaluate(args):
     """Measure the VAEs args.eval: a table on the terminal; metrics.json and images.png in the run folder.
 
     args: data_dir, resolution, limit, metrics, vae, encoder, encoder_ckpt, model_ckpt, inception_weights,
-    mixed_precision ("auto" is float32 here), seed, output_dir, exp_name. metrics.json is written after each
-    VAE; a run that was stopped goes on with those that are not in it. A user's mistake ends the process in
-    one line.
+    mixed_precision ("auto" is float32 here), seed, output_dir, exp_name (None: the next vae-eval-NUMBER),
+    dry_run. metrics.json is written after each VAE; the same command goes on with those that are not in it. A
+    user's mistake ends the process in one line.
     """
     try:
         with stopped_in_one_line("what is measured so far is in metrics.json; the same command goes on"):
@@ -200,9 +201,11 @@ def _evaluate(args):
         rank, world_size, device = distributed.init()
         with distributed.main_first():
             tools = prepare(args, device)
+            folder, results = run_folder(args, tools) if rank == 0 else (None, {})
     except (ValueError, OSError) as error:
         cli.fail(error)
-    results = finished(args, tools) if rank == 0 else {}
+    if args.dry_run:
+        return print("settings are sound") if rank == 0 else None
     done = torch.tensor([float(source in results) for source in tools.vaes], device=device)
     todo = [source for source, d in zip(tools.vaes, distributed.all_reduce_sum(done).tolist()) if not d]
     size, count = max(1, min(256, EVAL_PIXELS // args.resolution ** 2)), tools.images.count
@@ -224,9 +227,9 @@ def _evaluate(args):
         if sit:
             results[source]["cknna"] = tokens.cknna(device)
         if rank == 0:
-            write_results(args, tools, results)
+            write_results(folder, args, tools, results)
     if rank == 0:
-        report(args, tools, {source: results[source] for source in tools.vaes})
+        report(folder, args, tools, {source: results[source] for source in tools.vaes})
 
 
 def open_vae(source, resolution, name=None):
@@ -293,35 +296,45 @@ def prepare(args, device):
             raise ValueError(f"{args.data_dir}: cknna needs more than 10 images, not {tools.images.count}")
         tools.encoder = load_encoders(args.encoder, args.encoder_ckpt, args.resolution, device)[0]
     if distributed.is_main():
-        os.makedirs(os.path.join(args.output_dir, args.exp_name), exist_ok=True)
         digests = {source: [weights.state_digest(net) for net in (vae, tools.sits[source]) if net is not None]
                    for source, vae in tools.vaes.items()}
         tools.about = {"data_dir": args.data_dir, "images": tools.images.count, "resolution": args.resolution,
                        "identity": tools.images.identity, "metrics": sorted(wanted), "seed": args.seed,
                        "dtype": str(tools.dtype), "inception": getattr(tools.inception, "sha256", None),
-                       "encoder": [args.encoder, args.encoder_ckpt] if "cknna" in wanted else None}
-        tools.digests = digests
+                       "encoder": [args.encoder, args.encoder_ckpt] if "cknna" in wanted else None,
+                       "sha256": digests}
     return tools
 
 
 # ---------------------------------------------------------------- what is written
 
-def finished(args, tools):
-    """{source: figures} of the VAEs that metrics.json holds already, measured with the same weights and
-    settings.
+def run_folder(args, tools):
+    """(folder of this evaluation, {source: figures} of the VAEs that are measured there already).
+
+    Made here, with a metrics.json that says what is measured, but for a dry run. Without --exp-name: the
+    first of vae-eval-1, vae-eval-2 ... that is free, or that holds the same VAEs, images and settings. Raises
+    ValueError if --exp-name holds another evaluation.
     """
-    path = os.path.join(args.output_dir, args.exp_name, "metrics.json")
-    try:
-        content = files.load_json(path)
-        found, digests = content["vaes"], content["sha256"]
-        same = all(content[key] == value for key, value in tools.about.items())
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    done = {source: figures for source, figures in found.items()
-            if same and digests[source] == tools.digests.get(source)}
-    if done:
-        print(f"{path}: {len(done)} of {len(tools.vaes)} VAEs are measured already")
-    return done
+    names = [args.exp_name] if args.exp_name else (f"vae-eval-{number}" for number in itertools.count(1))
+    for name in names:
+        folder = os.path.join(args.output_dir, name)
+        path = os.path.join(folder, "metrics.json")
+        if not os.path.exists(path if args.exp_name else folder):
+            files.check_writable(path)
+            if not args.dry_run:
+                write_results(folder, args, tools, {})
+            return folder, {}
+        try:
+            content = files.load_json(path)
+        except (OSError, ValueError):
+            content = {}
+        other = [key for key, value in tools.about.items() if content.get(key) != value]
+        if not other:
+            done = content["vaes"]
+            if done:
+                print(f"{path}: {len(done)} of {len(tools.vaes)} VAEs are measured already")
+            return folder, done
+    raise ValueError(f"{folder} holds another evaluation (of other {other[0]}); use another --exp-name")
 
 
 def columns(tools):
@@ -343,7 +356,7 @@ def remarks(args, tools):
     return notes
 
 
-def write_results(args, tools, results):
+def write_results(folder, args, tools, results):
     """metrics.json with the VAEs measured so far; an infinite PSNR is null there."""
     single, lists = columns(tools)
     figures = {}
@@ -351,13 +364,13 @@ def write_results(args, tools, results):
         finite = {name: result[name] if math.isfinite(result[name] or 0) else None
                   for name in single if name in result}
         figures[source] = finite | {name: result[name] for name in lists}
-    content = {**tools.about, "notes": remarks(args, tools), "sha256": tools.digests, "vaes": figures}
-    files.save_json(content, os.path.join(args.output_dir, args.exp_name, "metrics.json"))
+    content = {**tools.about, "notes": remarks(args, tools), "vaes": figures}
+    files.save_json(content, os.path.join(folder, "metrics.json"))
 
 
-def report(args, tools, results):
+def report(folder, args, tools, results):
     """Print the table, write metrics.json (in the order of args.eval) and images.png."""
-    folder, (single, lists) = os.path.join(args.output_dir, args.exp_name), columns(tools)
+    single, lists = columns(tools)
     width = max(3, *map(len, results))
     print("".join([f"{'VAE':<{width}}", *(f"  {COLUMNS[name]:>16}" for name in single)]))
     for source, result in results.items():
@@ -367,6 +380,6 @@ def report(args, tools, results):
         for name in lists:
             print(f"{source} {name}: " + " ".join(f"{value:.4g}" for value in result[name]))
     print("\n".join(f"note: {note}" for note in remarks(args, tools)))
-    write_results(args, tools, results)
+    write_results(folder, args, tools, results)
     save_picture(os.path.join(folder, "images.png"), tools.images.shown, tools.vaes.values(), list(results))
     print(f"wrote {folder}/metrics.json and images.png")
