@@ -1,4 +1,4 @@
-"""The log of a training run: log.txt, metrics.jsonl, tensorboard or wandb by flag, and the watch on a collapse."""
+"""The log of a training run: log.txt, metrics.jsonl, tensorboard or wandb, and the watch on a collapse."""
 import contextlib
 import json
 import math
@@ -124,7 +124,7 @@ class RunLog:
             self.peak_flops = max(self.peak_flops, reached)  # a busy moment at the start measured it too low
             line["mfu"] = reached / self.peak_flops
         if step % self.args.log_every == 0:
-            self.sums, self.counted = {}, 0     # after a run's last step they go on, should the run be continued
+            self.sums, self.counted = {}, 0     # after a run's last step they go on, if it is continued
         self.timed, self.last = 0, now
         self.longest, self.first_bad = torch.zeros_like(self.longest), torch.full_like(self.first_bad, -1.0)
         if self.main:
