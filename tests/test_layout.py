@@ -55,3 +55,24 @@ def test_lines_end_at_110_columns(path):
 @pytest.mark.parametrize("path", [*RUNTIME, *(ROOT / f"{s}.py" for s in SCRIPTS)], ids=lambda p: p.name)
 def test_nothing_imports_a_script(path):
     assert not set(SCRIPTS) & {name.split(".")[0] for name in imported(path)}
+
+
+@pytest.mark.parametrize("command, words", [
+    (["train_repae_e.py"], ("data:", "losses:", "torchrun --nproc-per-node 8 train_repae_e.py")),
+    (["finetune_vae.py"], ("losses:", "measuring, instead of training:", "exporting, instead of training:",
+                           "finetune_vae.py --export out/e2e-vae")),
+    (["sample_ddp.py"], ("solver and guidance:", "sample_ddp.py --exp-path")),
+    (["evaluate_fid.py"], ("further metrics:", "evaluate_fid.py --save-ref")),
+    (["-m", "models.runtime.prepare"], ("--skip-corrupt", "models.runtime.prepare data/imagenet/train")),
+])
+def test_help_and_a_mistyped_flag_answer_without_torch(tmp_path, command, words):
+    """Its import takes seconds. Groups of flags and examples are on the page."""
+    (tmp_path / "torch.py").write_text("raise ImportError('torch is not to be imported')")
+
+    def answer(flag):
+        return subprocess.run([sys.executable, *command, flag], cwd=ROOT, env={"PYTHONPATH": str(tmp_path)},
+                              capture_output=True, text=True)
+    page = answer("--help")
+    assert page.returncode == 0 and page.stderr == "" and all(word in page.stdout for word in words)
+    wrong = answer("--no-such-flag")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1

@@ -12,10 +12,28 @@ over.
 Killed and started again it continues, and the bytes are the same. OUT is there when it is whole, and not
 before. Errors a user can cause end in one line, exit code 2.
 """
+import os
+
+from models.runtime.cli import fail, flag, make_parser
+
+
+def parse_args(argv=None):
+    parser = make_parser(__doc__)
+    parser.add_argument("source", help="folder or .zip of images")
+    parser.add_argument("out", help="the .zip to make")
+    flag(parser, "--resolution", 256, "side of the ADM centre crop in pixels", least=1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    flag(parser, "--num-workers", cores, "processes; 0 for this one alone")
+    flag(parser, "--skip-corrupt", False, "leave out and count files that are no images, instead of stopping")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_args()  # before torch is imported, which takes seconds: --help and a mistyped flag answer at once
+
 import fcntl
 import io
 import json
-import os
 import shutil
 import struct
 import zipfile
@@ -25,7 +43,6 @@ import PIL
 from torch.utils.data import DataLoader, Dataset
 
 from models.runtime import files
-from models.runtime.cli import fail, flag, make_parser
 from models.runtime.data import (ImageData, ImageError, center_crop, identity, open_image, progress,
                                  read_json, start_worker, worker_death)
 
@@ -202,14 +219,7 @@ def sync(file, journal, what, done, left_out):
 
 
 def main(argv=None):
-    parser = make_parser(__doc__)
-    parser.add_argument("source", help="folder or .zip of images")
-    parser.add_argument("out", help="the .zip to make")
-    flag(parser, "--resolution", 256, "side of the ADM centre crop in pixels", least=1)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    flag(parser, "--num-workers", cores, "processes; 0 for this one alone")
-    flag(parser, "--skip-corrupt", False, "leave out and count files that are no images, instead of stopping")
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     try:
         if not args.out.lower().endswith(".zip"):
             raise ValueError(f"{args.out}: is to be a .zip; give a name that ends so")
