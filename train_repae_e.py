@@ -61,6 +61,9 @@ def make_parser():
     flag(model, "--cfg-prob", 0.1, "probability of dropping a label, for classifier-free guidance", most=1.0)
     flag(model, "--vae-ckpt", "auto",
          "VAE weights: a path, a hub name, none, or auto (f8d4: REPA-E/sdvae, else none)")
+    flag(model, "--init-from", None,
+         "start at step 0 from this training checkpoint, ours or a released one: its averaged weights and, "
+         "unless flags name others, its VAE and discriminator")
 
     flag(losses, "--proj-coeff", 0.5, "alignment weight in the SiT update")
     flag(losses, "--vae-align-proj-coeff", 1.5, "alignment weight in the VAE update")
@@ -90,6 +93,14 @@ def make_parser():
 def parse_args(argv=None):
     """Settings from the command line: explicit flags, over --preset, over the paper's defaults."""
     args = cli.parse(make_parser(), argv, PRESETS)
+    source = args.init_from
+    if args.freeze_vae and args.resume not in ("auto", "none"):
+        source = args.resume    # holds no VAE, but leads to the one that it was trained on
+    if source is not None:      # before what a preset names, after what a flag names
+        own = {"vae_ckpt": source, "disc_ckpt": source}
+        parser = make_parser()
+        parser.set_defaults(**own)
+        args = cli.parse(parser, argv, {name: preset | own for name, preset in PRESETS.items()})
     if args.exp_name is None:
         frozen = "-frozen" if args.freeze_vae else ""
         args.exp_name = f"{args.model.replace('/', '-')}-{args.vae}{frozen}".lower()
@@ -143,7 +154,9 @@ def check_settings(args, world_size, continued):
         if args.resolution % multiple:
             raise ValueError(f"--resolution {args.resolution} is not divisible by {multiple}, the factor of "
                              f"{args.vae} times the patch of {args.model}")
-        build_sit(args, vae, encoders=[])
+        sit = build_sit(args, vae, encoders=[])
+    if args.init_from is not None and not continued:
+        weights.initial_sit(args.init_from, sit)
     if args.eval_steps and (args.eval_ref is None or not os.path.exists(args.eval_ref)):
         raise FileNotFoundError(f"--eval-steps needs a reference: --eval-ref {args.eval_ref} does not exist")
     if args.inception_weights is not None and not os.path.isfile(args.inception_weights):
@@ -189,6 +202,10 @@ def build_networks(args, device, vae_state, continued=False):
     if uses_encoders(args):
         nets.encoders = load_encoders(args.encoder, args.encoder_ckpt, args.resolution, device)
     nets.sit = build_sit(args, nets.vae, nets.encoders).to(device)
+    if args.init_from is not None and not continued:
+        state, anew = weights.initial_sit(args.init_from, nets.sit)
+        nets.sit.load_state_dict(state)
+        nets.notes.append(f"weights of {args.init_from}" + (", but new alignment heads" if anew else ""))
     nets.vae.to(device)
     if args.freeze_vae:
         nets.vae.requires_grad_(False)
@@ -379,7 +396,8 @@ def set_up(args, folder, device):
         nets = build_networks(args, device, vae_state, continued=state is not None)
     lock = trainer.claim_folder(folder, args.dry_run)
     trainer.prepare(nets, args)
-    start = 0 if state is None else trainer.restore(nets, path, state)
+    start = 0 if state is None else trainer.restore(nets, path, trainer.adopt(nets, path, state))
+    trainer.note_position_table(nets, path or args.init_from)
     trainer.check_same_start(start, device)
     score = online.make_scorer(nets, args) if args.eval_steps else None
     if args.dry_run:
@@ -414,6 +432,8 @@ def main(argv=None):
     log.say(f"{args.model} ({parameters / 1e6:.1f} M) with {args.vae}, {len(dataset)} images of "
             f"{dataset.num_classes} classes, {world_size} x {device.type}, from step {start}"
             + (f" of {run.path}" if run.path else ""))
+    for note in nets.notes:
+        log.say(note)
 
     loader = trainer.data_loader(args, dataset, device, start, args.num_workers)
     step, last_good = start, run.path

@@ -1,15 +1,11 @@
-"""models/runtime/weights.py: discriminators of every kind of file, optimiser states by name, digests."""
-import argparse
-import json
-from pathlib import Path
-
+"""models/runtime/weights.py: discriminators of every kind of file, digests, checkpoints."""
 import pytest
 import torch
 from fill import fill_
 
 from models.discriminator import Discriminator
 from models.runtime import files, vae_files, weights
-from models.sit import SiT, SiT_models
+from models.sit import SiT_models
 from models.vae import VAE_models
 
 
@@ -59,149 +55,6 @@ def test_digest_sees_every_bit():
     )
 
 
-# ---------------------------------------------------------------- optimiser states
-
-def moments(shapes, missing=()):
-    """The state dict of an AdamW after 5 steps, with moments that tell of their number."""
-    entries = {
-        i: {
-            "step": torch.tensor(5.0),
-            "exp_avg": torch.full(shape, i + 1.0),
-            "exp_avg_sq": torch.full(shape, i + 0.5),
-        }
-        for i, shape in enumerate(shapes)
-        if i not in missing
-    }
-    return {
-        "state": entries,
-        "param_groups": [
-            {
-                "lr": 3e-4,
-                "betas": (0.9, 0.999),
-                "eps": 1e-8,
-                "weight_decay": 0.0,
-                "amsgrad": False,
-                "params": list(range(len(shapes))),
-            }
-        ],
-    }
-
-
-def released_checkpoint(golden_json, sit, vae, disc):
-    """What the reference writes: names and order of golden/keys_checkpoint.json. Its position table is a
-    parameter, the first; its loss module's optimiser covers logvar, discriminator and LPIPS, with state for
-    the discriminator alone."""
-    keys = golden_json("keys_checkpoint")
-    model, vae, discriminator = (net.state_dict() for net in (sit, vae, disc))
-    sit_shapes = [v.shape for k, v in model.items() if not k.startswith("bn.")]
-    assert next(iter(model)) == "pos_embed" and keys["optimizer_state_dict"]["sit_note"].startswith(
-        "index 0 of opt is pos_embed"
-    )
-    disc_shapes = {f"discriminator.{k}": v.shape for k, v in discriminator.items()}
-    order, with_state = keys["opt_disc_parameter_order"], keys["opt_disc_indices_with_state"]
-    shapes = [disc_shapes.get(name, (3,)) for name in order]
-    return {"model": model, "ema": model, "vae": vae, "discriminator": discriminator, "steps": 400000,
-            "opt": moments(sit_shapes), "opt_vae": moments([v.shape for v in vae.values()]),
-            "opt_disc": moments(shapes, set(range(len(shapes))) - set(with_state)),
-            "args": argparse.Namespace(**keys["repae_args"])}
-
-
-def tiny_sit(**more):
-    return SiT(
-        depth=2,
-        hidden_size=48,
-        patch_size=2,
-        num_heads=4,
-        input_size=8,
-        num_classes=10,
-        encoder_depth=1,
-        z_dims=[16],
-        projector_dim=32,
-        **more,
-    )
-
-
-@pytest.mark.parametrize("learn", [False, True])
-def test_released_optimizers_go_over_by_name(golden_json, tmp_path, learn):
-    files.save(
-        released_checkpoint(golden_json, tiny_sit(), VAE_models["f4d4"](), Discriminator()),
-        tmp_path / "0400000.pt",
-    )
-    content = files.load(tmp_path / "0400000.pt")
-    networks = {
-        "opt": tiny_sit(learn_pos_embed=learn),
-        "opt_vae": VAE_models["f4d4"](),
-        "opt_disc": Discriminator(),
-    }
-    for key, network in networks.items():
-        names = [name for name, _ in network.named_parameters()]
-        in_file = weights.optimizer_names(content, key)
-        assert len(in_file) == len(content[key]["param_groups"][0]["params"])
-        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
-        state, anew = weights.map_optimizer_state(content[key], in_file, optimizer, names)
-        assert anew == []
-        files.check_optimizer_state(optimizer, state, key)
-        optimizer.load_state_dict(state)
-        assert optimizer.param_groups[0]["lr"] == 1e-4
-        for name, parameter in network.named_parameters():
-            index = in_file.index(name)
-            assert optimizer.state[parameter]["exp_avg"].unique().tolist() == [index + 1.0]
-            assert (
-                optimizer.state[parameter]["step"] == 5
-                and optimizer.state[parameter]["exp_avg"].shape == parameter.shape
-            )
-            if key == "opt_disc":
-                assert (
-                    golden_json("keys_checkpoint")["opt_disc_parameter_order"][index]
-                    == f"discriminator.{name}"
-                )
-        if key == "opt":
-            assert ("pos_embed" in names) == learn and in_file[0] == "pos_embed"
-        sum(p.square().sum() for p in network.parameters()).backward()
-        optimizer.step()
-
-
-def test_what_does_not_fit_starts_anew():
-    """Another head of another encoder, a table of another size, a new parameter; what had no state is not
-    named."""
-    network = tiny_sit(learn_pos_embed=True)
-    names = [name for name, _ in network.named_parameters()]
-    shapes = {name: p.shape for name, p in network.named_parameters()} | {
-        "pos_embed": (1, 64, 48),
-        "gone": (3,),
-    }
-    in_file = [name for name in shapes if name != "projectors.0.4.bias"]
-    state = moments([shapes[name] for name in in_file], missing=[in_file.index("final_layer.linear.bias")])
-    optimizer = torch.optim.AdamW(network.parameters())
-    mapped, anew = weights.map_optimizer_state(state, in_file, optimizer, names)
-    assert anew == ["pos_embed", "projectors.0.4.bias"]
-    assert set(mapped["state"]) == {
-        i for i, name in enumerate(names) if name not in (*anew, "final_layer.linear.bias")
-    }
-    optimizer.load_state_dict(mapped)
-    sum(p.square().sum() for p in network.parameters()).backward()
-    optimizer.step()
-    assert optimizer.state[network.pos_embed]["step"] == 1
-
-
-def test_own_checkpoints_keep_their_order():
-    """In ours the table is a buffer, unless --learn-pos-embed, and the discriminator has an optimiser of its
-    own."""
-    for learn in (False, True):
-        nets = {"model": tiny_sit(learn_pos_embed=learn), "discriminator": Discriminator()}
-        content = {name: net.state_dict() for name, net in nets.items()}
-        for key, name in (("opt", "model"), ("opt_disc", "discriminator")):
-            content[key] = moments([p.shape for p in nets[name].parameters()])
-            assert weights.optimizer_names(content, key) == [n for n, _ in nets[name].named_parameters()]
-    content["opt"]["param_groups"][0]["params"].pop()
-    content["opt"]["param_groups"][0]["params"].pop()
-    with pytest.raises(ValueError, match="parameters, but model has"):
-        weights.optimizer_names(content, "opt")
-    for broken in ({}, {"opt": None, "model": {}}, {"opt": {"param_groups": [{}]}, "model": {}}):
-        with pytest.raises(ValueError, match="no optimiser state"):
-            weights.optimizer_names(broken, "opt")
-
-
 # ---------------------------------------------------------------- whole checkpoints
 
 def checkpoint(path, **changes):
@@ -249,10 +102,3 @@ def test_broken_checkpoints(tmp_path, changes, words):
     with pytest.raises((ValueError, OSError)) as error:
         weights.load(checkpoint(tmp_path / "0000003.pt", **changes))
     assert words in str(error.value) and "\n" not in str(error.value) and "0000003.pt" in str(error.value)
-
-
-def test_golden_layout_is_what_the_tests_say():
-    keys = json.loads((Path(__file__).parent / "data" / "golden" / "keys_checkpoint.json").read_text())
-    assert keys["opt_disc_parameter_order"][1:14] == [
-        f"discriminator.{n}" for n, _ in Discriminator().named_parameters()
-    ]

@@ -4,11 +4,11 @@ In the order in which a script calls it: the networks of a run, its data, what `
 the five functions around the losses of one step (micro_batches, first_pass, gan_gradient, backward, update),
 checkpoints, and the end of a run. Errors a user can cause are ValueError or OSError, with one line each.
 """
-import argparse
 import contextlib
 import copy
 import importlib.util
 import json
+import math
 import os
 import sys
 import warnings
@@ -22,10 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models.losses import gan_loss, wide
 from models.metrics import latent_moments
-from models.runtime import cli, distributed, files
+from models.runtime import cli, distributed, files, weights
 from models.runtime.data import (EndlessSampler, ImageData, ImageError, ShapesData, check_images,
                                  check_same_data, identity, make_loader, share, worker_death)
 from models.runtime.runlog import Collapse
+from models.sit import pos_embed_2d
 from models.vae import ResnetBlock
 
 LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,6 +46,7 @@ class Networks:
     encoders: list = field(default_factory=list)
     trained: dict = field(default_factory=dict)     # name of each network that learns -> its learning rate
     averaged: str = "sit"           # name of the network whose weights `ema` averages
+    notes: list = field(default_factory=list)       # lines for the log on what was loaded, and what was not
 
     ema: nn.Module = None
     opts: dict = field(default_factory=dict)        # name -> AdamW
@@ -400,13 +402,54 @@ def restore(nets, path, state):
     named |= {WEIGHTS[name]: getattr(nets, name) for name in nets.trained}
     for key, net in named.items():
         if key not in state:
-            raise ValueError(f"{path}: holds no {key}; it is no checkpoint of this kind of run")
+            hint = "; its run froze the VAE: pass --freeze-vae, or start anew by --init-from" * (key == "vae")
+            raise ValueError(f"{path}: holds no {key}, it is no checkpoint of this kind of run{hint}")
         files.load_weights(net, state[key], f"{path} ({key})")
     for name, optimizer in nets.opts.items():
         load_optimizer(optimizer, state.get(OPTIMISERS[name], {}), f"{path} ({OPTIMISERS[name]})")
     if "loss_scale" in state:
         nets.loss_scale.load_state_dict(state["loss_scale"])
     return state["steps"]
+
+
+def adopt(nets, path, state):
+    """The content `state` of a checkpoint that the reference wrote, as `restore` takes it: its optimiser
+    states by name, in the order of this run's parameters. Ours comes back as it is.
+
+    What does not fit, alignment heads and moments, starts anew and is said in nets.notes.
+    """
+    if not is_released(state):
+        return state
+    mapped, heads = {}, []
+    for key in ("model", "ema"):
+        if isinstance(state.get(key), dict):
+            mapped[key], heads = weights.with_own_heads(state[key], nets.sit)
+    if heads:
+        nets.notes.append(f"{path}: its alignment heads are of another encoder; they start anew")
+    for name, optimizer in nets.opts.items():
+        key, net = OPTIMISERS[name], getattr(nets, name)
+        names = [n for n, p in net.named_parameters() if p.requires_grad]
+        mapped[key], anew = weights.optimizer_state(state, key, optimizer, names)
+        if anew:
+            which = f"all {len(anew)}" if len(anew) == len(names) else f"{len(anew)} of {len(names)}"
+            nets.notes.append(f"{path}: its {key} does not fit {which} weights of {name} (first: {anew[0]}); "
+                              "their moments start anew")
+    return state | mapped
+
+
+def note_position_table(nets, path):
+    """Say in nets.notes what becomes of a position table that was loaded from `path` and is not the
+    formula's, because it was trained: by --learn-pos-embed, or by the reference, by accident."""
+    table = nets.sit.pos_embed.detach().cpu()
+    if (table - pos_embed_2d(table.shape[2], math.isqrt(table.shape[1]))).abs().max() > 1e-4:
+        learns = nets.sit.pos_embed.requires_grad
+        fate = "goes on learning" if learns else "stays as it is (--learn-pos-embed would train it on)"
+        nets.notes.append(f"the position table of {path} was trained; it {fate}")
+
+
+def is_released(state):
+    """Whether a checkpoint is the reference's: it pickles an argparse.Namespace, where ours is a dict."""
+    return not isinstance(state.get("args"), dict)
 
 
 def load_optimizer(optimizer, state, path):
@@ -429,22 +472,35 @@ def load_optimizer(optimizer, state, path):
 def find_checkpoint(args, folder):
     """(path, state) to continue from by --resume, or (None, None).
 
+    A run that went on from --resume FILE continues from its own newest checkpoint when its command is given
+    again. Raises ValueError if the folder holds later checkpoints than the one asked for from another run,
+    which the next run would mix with its own, and for weights that are not finite.
+    """
+    if args.resume == "auto":
+        return newest_checkpoint(folder)
+    path, state = None, None
+    if args.resume != "none":
+        path, state = args.resume, files.load(args.resume)
+        check_finite(path, state)
+    last = max(files.checkpoint_steps(os.path.join(folder, "checkpoints")), default=0)
+    if last > (state or {}).get("steps", 0):
+        newest, own = newest_checkpoint(folder)
+        if state is not None and own is not None:
+            if files.training_args(own, newest).get("resume") == args.resume:
+                return newest, own
+        raise ValueError(f"{folder} holds a checkpoint of step {last}, beyond --resume {args.resume}; use "
+                         "another --exp-name or remove it")
+    return path, state
+
+
+def newest_checkpoint(folder):
+    """(path, state) of the newest sound checkpoint of a run folder, or (None, None).
+
     A file that is proved damaged is passed over, with a note; any other trouble with reading one stops the
-    run, which would else start anew and push the sound checkpoints out. Raises ValueError if the folder holds
-    later checkpoints than the one asked for, which the next run would mix with its own, and for weights that
-    are not finite.
+    run, which would else start anew and push the sound checkpoints out.
     """
     checkpoints = os.path.join(folder, "checkpoints")
-    steps = files.checkpoint_steps(checkpoints)
-    if args.resume != "auto":
-        path, state = (None, None) if args.resume == "none" else (args.resume, files.load(args.resume))
-        if state is not None:
-            check_finite(path, state)
-        if steps and steps[-1] > (state or {}).get("steps", 0):
-            raise ValueError(f"{folder} holds a checkpoint of step {steps[-1]}, beyond --resume "
-                             f"{args.resume}; use another --exp-name or remove it")
-        return path, state
-    for step in reversed(steps):
+    for step in reversed(files.checkpoint_steps(checkpoints)):
         path = os.path.join(checkpoints, f"{step:07d}.pt")
         try:
             state = files.load(path)
@@ -467,17 +523,26 @@ def check_finite(path, state):
                          "the one before")
 
 
+# What a run that goes on from a released checkpoint cannot change: what its weights were made for. The order of
+# its data is another one anyway, and its losses may change, which is said.
+FIXED_IN_RELEASED = ("model", "vae", "resolution", "num_classes", "encoder_depth", "qk_norm", "path_type")
+
+
 def check_resume(args, path, state, fixed):
     """Raise a one-line ValueError if this is no checkpoint, or its run differs in one of the settings
     `fixed`; other changed settings are printed."""
-    if not {"steps", "args"} <= set(state):
-        raise ValueError(f"{path}: is no training checkpoint (it has no steps and args)")
-    old = vars(state["args"]) if isinstance(state["args"], argparse.Namespace) else state["args"] or {}
+    if "steps" not in state:
+        raise ValueError(f"{path}: is no training checkpoint (it has no steps)")
+    old = files.training_args(state, path)
+    if is_released(state):
+        old["encoder"] = (old.get("enc_type") or args.encoder).lower()
+        fixed = FIXED_IN_RELEASED
     changed = {name: value for name, value in vars(args).items() if name in old and old[name] != value}
-    for name in fixed:
-        if name in changed:
-            raise ValueError(f"{path}: was trained with --{name.replace('_', '-')} {old[name]}, not "
-                             f"{changed[name]}; use another --exp-name to start anew")
+    wrong = [f"--{name.replace('_', '-')} {old[name]}, not {changed[name]}"
+             for name in fixed if name in changed]
+    if wrong:
+        raise ValueError(f"{path}: was trained with {'; '.join(wrong)}; pass what it was trained with, or "
+                         "start anew under another --exp-name")
     told = [f"--{name.replace('_', '-')} {old[name]} -> {value}"
             for name, value in changed.items() if name not in ("resume", "dry_run")]
     if told and distributed.is_main():

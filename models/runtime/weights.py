@@ -72,6 +72,29 @@ def build_sit(state, settings, path):
     return files.load_weights(sit.to_empty(device="cpu"), state, path).eval()
 
 
+def with_own_heads(state, sit):
+    """(SiT weights `state` for `sit`, names of its alignment heads that do not fit): those, which belong to an
+    encoder, stay sit's own."""
+    own = sit.state_dict()
+    state = {k: v for k, v in state.items() if not k.startswith("projectors.") or k in own}
+    anew = [k for k in own if k.startswith("projectors.")
+            and (not torch.is_tensor(state.get(k)) or state[k].shape != own[k].shape)]
+    return state | {k: own[k] for k in anew}, anew
+
+
+def initial_sit(path, sit):
+    """The averaged SiT weights of the training checkpoint `path`, ours or a released one, as `with_own_heads`
+    gives them. ValueError if anything does not fit, or is not finite."""
+    content = files.load(path)
+    if not isinstance(content.get("ema"), dict):
+        raise ValueError(f"{path}: checkpoint of another layout, it has no 'ema' weights")
+    state, anew = with_own_heads(content["ema"], sit)
+    files.check_state(sit, state, f"--init-from {path}")
+    if (name := files.first_non_finite(state)) is not None:
+        raise ValueError(f"--init-from {path}: {name} is not finite; use another checkpoint")
+    return state, anew
+
+
 def build_vae(content, settings, path, vae_ckpt=None):
     """(vae in eval mode, its source): `vae_ckpt`, else the checkpoint's own VAE, else the file its settings
     name."""
@@ -168,6 +191,15 @@ def discriminator_state(source, vae_name):
 # ---------------------------------------------------------------- optimiser states of other layouts
 
 BUFFERS = ("bn.running_mean", "bn.running_var", "num_batches_tracked", "running_mean", "running_var")
+
+
+def optimizer_state(content, key, optimizer, names):
+    """The optimiser state content[key] for `optimizer`, whose parameters have `names`: see
+    map_optimizer_state. One that is missing, or that no names can be found for, starts anew as a whole."""
+    try:
+        return map_optimizer_state(content[key], optimizer_names(content, key), optimizer, names)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return optimizer.state_dict(), names
 
 
 def optimizer_names(content, key):
