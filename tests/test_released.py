@@ -1,5 +1,5 @@
-"""Going on from what the reference wrote: its checkpoints resumed, started from, and sampled from; its optimiser
-states by name."""
+"""Going on from what the reference wrote: its checkpoints resumed, started from, and sampled from; its
+optimiser states by name."""
 import argparse
 import json
 
@@ -46,16 +46,19 @@ def released(path, args=TINY, frozen=False, width=HOG):
     with torch.no_grad():
         sit.pos_embed += 0 if frozen else 0.01
     model = sit.state_dict()
-    assert next(iter(model)) == "pos_embed" and "index 0 of opt is pos_embed" in KEYS["optimizer_state_dict"]["sit_note"]
+    assert next(iter(model)) == "pos_embed"
+    assert "index 0 of opt is pos_embed" in KEYS["optimizer_state_dict"]["sit_note"]
     shapes = [v.shape for k, v in model.items() if not k.startswith("bn.")]
-    content = {"model": model, "ema": {k: v * 1 for k, v in model.items()}, "opt": moments(shapes, [0] if frozen else []),
+    content = {"model": model, "ema": {k: v * 1 for k, v in model.items()},
+               "opt": moments(shapes, [0] if frozen else []),
                "args": argparse.Namespace(**args), "steps": STEP}
     if not frozen:
         sizes = {f"discriminator.{k}": v.shape for k, v in disc.state_dict().items()}
         sizes = [sizes.get(name, (3,)) for name in KEYS["opt_disc_parameter_order"]]
+        without = set(range(len(sizes))) - set(KEYS["opt_disc_indices_with_state"])
         content |= {"vae": vae.state_dict(), "discriminator": disc.state_dict(),
                     "opt_vae": moments([v.shape for v in vae.state_dict().values()]),
-                    "opt_disc": moments(sizes, set(range(len(sizes))) - set(KEYS["opt_disc_indices_with_state"]))}
+                    "opt_disc": moments(sizes, without)}
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, path)
     return content, vae
@@ -70,6 +73,11 @@ def run(folder, *flags, steps=STEP + 2):
     return state, (folder / "demo" / "log.txt").read_text()
 
 
+def steps_of(state, key):
+    """How often AdamW has stepped, over the weights of one optimiser state of a checkpoint."""
+    return {float(entry["step"]) for entry in state[key]["state"].values()}
+
+
 @pytest.mark.parametrize("learn", [False, True])
 def test_resumes_and_goes_on(tmp_path, capsys, learn):
     path = tmp_path / "release" / "0400000.pt"
@@ -81,8 +89,7 @@ def test_resumes_and_goes_on(tmp_path, capsys, learn):
     assert ("goes on learning" if learn else "stays as it is") in log
     assert "--batch-size 64 -> 4" in capsys.readouterr().out
     for key in ("opt", "opt_vae", "opt_disc"):
-        entries = state[key]["state"].values()
-        assert len(entries) > 10 and all(entry["step"] == 7 for entry in entries), key     # 5 there and 2 here
+        assert len(state[key]["state"]) > 10 and steps_of(state, key) == {7.0}, key     # 5 there and 2 here
     table, ema = content["model"]["pos_embed"], content["ema"]
     assert torch.equal(state["model"]["pos_embed"], table) != learn
     assert not torch.equal(state["ema"]["blocks.0.mlp.fc1.weight"], ema["blocks.0.mlp.fc1.weight"])
@@ -92,7 +99,8 @@ def test_resumes_and_goes_on(tmp_path, capsys, learn):
 
 
 def test_what_does_not_fit_is_named_once(tmp_path):
-    """Another encoder's alignment heads, and an optimiser of another network, start anew; the rest goes over."""
+    """Another encoder's alignment heads, and an optimiser of another network, start anew; the rest goes
+    over."""
     path = tmp_path / "0400000.pt"
     content, _ = released(path, width=64)
     content["opt_vae"]["param_groups"][0]["params"].pop()
@@ -101,8 +109,7 @@ def test_what_does_not_fit_is_named_once(tmp_path):
     assert log.count("alignment heads") == 1
     assert log.count("its opt does not fit 2 of 77 weights of sit (first: projectors.0.4.weight)") == 1
     assert log.count("its opt_vae does not fit all") == 1 and "opt_disc" not in log
-    steps = {key: {float(entry["step"]) for entry in state[key]["state"].values()} for key in ("opt", "opt_vae", "opt_disc")}
-    assert steps == {"opt": {2.0, 7.0}, "opt_vae": {2.0}, "opt_disc": {7.0}}
+    assert [steps_of(state, key) for key in ("opt", "opt_vae", "opt_disc")] == [{2.0, 7.0}, {2.0}, {7.0}]
 
 
 def test_sampling_is_unchanged(tmp_path):
@@ -121,8 +128,8 @@ def test_sampling_is_unchanged(tmp_path):
         files_to_sample.append(tmp_path / f"{name}.pt")
         files.save(trainer.checkpoint_state(nets, args, STEP), files_to_sample[-1])
     for file in files_to_sample:
-        sample_ddp.main([str(f) for f in ("--ckpt", file, "--npz", file.with_suffix(".npz"), "--num-fid-samples", 4,
-                                          "--num-steps", 2, "--cfg-scale", 2)])
+        sample_ddp.main(["--ckpt", str(file), "--npz", str(file.with_suffix(".npz")), "--num-fid-samples", "4",
+                         "--num-steps", "2", "--cfg-scale", "2"])
     images = [np.load(file.with_suffix(".npz"))["arr_0"] for file in files_to_sample]
     assert all(np.array_equal(images[0], other) for other in images[1:]) and images[0].std() > 1
 
@@ -138,11 +145,11 @@ def test_frozen_checkpoint_resumes_on_the_vae_that_it_names(tmp_path, capsys):
     assert "e2e-vavae-400k.pt" in error and "--vae-ckpt, for example REPA-E/e2e-vavae" in error
     place.parent.mkdir()
     files.save(vae.state_dict(), place)
-    stats = torch.full((1, 4, 1, 1), 0.5)
-    files.save({"latents_scale": stats, "latents_bias": stats}, place.with_name("e2e-vavae-400k-latents-stats.pt"))
+    stats = dict.fromkeys(("latents_scale", "latents_bias"), torch.full((1, 4, 1, 1), 0.5))
+    files.save(stats, place.with_name("e2e-vavae-400k-latents-stats.pt"))
     state, log = run(tmp_path, *flags)
     assert "position table" not in log and "anew" not in log
-    assert all(entry["step"] == 7 for entry in state["opt"]["state"].values())
+    assert steps_of(state, "opt") == {7.0}
     assert torch.equal(state["model"]["bn.running_var"], content["model"]["bn.running_var"])
     assert state["vae_digest"] == weights.state_digest(vae)
     with pytest.raises(SystemExit):
@@ -172,14 +179,16 @@ def test_init_from_takes_the_weights_alone(tmp_path, capsys):
     still = ["--learning-rate", 1e-12, "--vae-learning-rate", 1e-12, "--disc-learning-rate", 1e-12]
     state, log = run(tmp_path, "--init-from", path, *still, steps=1)
     assert f"weights of {path}\n" in log and "from step 0\n" in log
-    assert all(entry["step"] == 1 for key in ("opt", "opt_vae", "opt_disc") for entry in state[key]["state"].values())
+    assert [steps_of(state, key) for key in ("opt", "opt_vae", "opt_disc")] == [{1.0}] * 3
     for key, source in (("model", "ema"), ("ema", "ema"), ("vae", "vae"), ("discriminator", "discriminator")):
         for name, value in content[source].items():
             if value.is_floating_point() and "running" not in name:
                 torch.testing.assert_close(state[key][name], value, atol=1e-6, rtol=1e-5, msg=f"{key}.{name}")
-    torch.testing.assert_close(state["ema"]["bn.running_var"], content["ema"]["bn.running_var"], rtol=0.1, atol=0.01)
+    variances = (s["ema"]["bn.running_var"] for s in (state, content))
+    torch.testing.assert_close(*variances, rtol=0.1, atol=0.01)
     own = tmp_path / "demo" / "checkpoints" / "0000001.pt"
-    _, log = run(tmp_path / "second", "--init-from", own, "--proj-coeff", 0, "--vae-align-proj-coeff", 0, steps=1)
+    no_alignment = "--proj-coeff", 0, "--vae-align-proj-coeff", 0
+    _, log = run(tmp_path / "second", "--init-from", own, *no_alignment, steps=1)
     assert f"weights of {own}" in log
     # again: its own checkpoint comes first
     _, log = run(tmp_path, "--init-from", path, *still, steps=2)
@@ -196,15 +205,16 @@ def test_init_from_takes_the_weights_alone(tmp_path, capsys):
 # ---------------------------------------------------------------- optimiser states by name
 
 def tiny_sit(**more):
-    return SiT(depth=2, hidden_size=48, patch_size=2, num_heads=4, input_size=8, num_classes=10, encoder_depth=1,
-               z_dims=[16], projector_dim=32, **more)
+    return SiT(depth=2, hidden_size=48, patch_size=2, num_heads=4, input_size=8, num_classes=10,
+               encoder_depth=1, z_dims=[16], projector_dim=32, **more)
 
 
 @pytest.mark.parametrize("learn", [False, True])
 def test_moments_go_over_by_name(tmp_path, learn):
     released(tmp_path / "0400000.pt")
     content = files.load(tmp_path / "0400000.pt")
-    sit = SiT_models["SiT-Ti/4"](input_size=8, num_classes=10, encoder_depth=3, z_dims=[HOG], learn_pos_embed=learn)
+    sit = SiT_models["SiT-Ti/4"](input_size=8, num_classes=10, encoder_depth=3, z_dims=[HOG],
+                                 learn_pos_embed=learn)
     for key, network in {"opt": sit, "opt_vae": VAE_models["f4d4"](), "opt_disc": Discriminator()}.items():
         names = [name for name, _ in network.named_parameters()]
         in_file = weights.optimizer_names(content, key)
@@ -230,7 +240,8 @@ def test_what_does_not_fit_starts_anew():
     named."""
     network = tiny_sit(learn_pos_embed=True)
     names = [name for name, _ in network.named_parameters()]
-    shapes = {name: p.shape for name, p in network.named_parameters()} | {"pos_embed": (1, 64, 48), "gone": (3,)}
+    shapes = {name: p.shape for name, p in network.named_parameters()}
+    shapes |= {"pos_embed": (1, 64, 48), "gone": (3,)}
     in_file = [name for name in shapes if name != "projectors.0.4.bias"]
     state = moments([shapes[name] for name in in_file], missing=[in_file.index("final_layer.linear.bias")])
     optimizer = torch.optim.AdamW(network.parameters())

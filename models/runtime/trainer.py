@@ -477,14 +477,14 @@ def find_checkpoint(args, folder):
     which the next run would mix with its own, and for weights that are not finite.
     """
     if args.resume == "auto":
-        return newest_checkpoint(folder)
+        return newest_checkpoint(args, folder)
     path, state = None, None
     if args.resume != "none":
         path, state = args.resume, files.load(args.resume)
         check_finite(path, state)
     last = max(files.checkpoint_steps(os.path.join(folder, "checkpoints")), default=0)
     if last > (state or {}).get("steps", 0):
-        newest, own = newest_checkpoint(folder)
+        newest, own = newest_checkpoint(args, folder)
         if state is not None and own is not None:
             if files.training_args(own, newest).get("resume") == args.resume:
                 return newest, own
@@ -493,7 +493,7 @@ def find_checkpoint(args, folder):
     return path, state
 
 
-def newest_checkpoint(folder):
+def newest_checkpoint(args, folder):
     """(path, state) of the newest sound checkpoint of a run folder, or (None, None).
 
     A file that is proved damaged is passed over, with a note; any other trouble with reading one stops the
@@ -523,8 +523,8 @@ def check_finite(path, state):
                          "the one before")
 
 
-# What a run that goes on from a released checkpoint cannot change: what its weights were made for. The order of
-# its data is another one anyway, and its losses may change, which is said.
+# What a run that goes on from a released checkpoint cannot change: what its weights were made for. The order
+# of its data is another one anyway, and its losses may change, which is said.
 FIXED_IN_RELEASED = ("model", "vae", "resolution", "num_classes", "encoder_depth", "qk_norm", "path_type")
 
 

@@ -73,10 +73,11 @@ def build_sit(state, settings, path):
 
 
 def with_own_heads(state, sit):
-    """(SiT weights `state` for `sit`, names of its alignment heads that do not fit): those, which belong to an
-    encoder, stay sit's own."""
+    """(SiT weights `state` for `sit`, names of the alignment heads that do not fit).
+
+    Those, which belong to an encoder, stay sit's own."""
     own = sit.state_dict()
-    state = {k: v for k, v in state.items() if not k.startswith("projectors.") or k in own}
+    state = {k: v for k, v in state.items() if k in own or not str(k).startswith("projectors.")}
     anew = [k for k in own if k.startswith("projectors.")
             and (not torch.is_tensor(state.get(k)) or state[k].shape != own[k].shape)]
     return state | {k: own[k] for k in anew}, anew
