@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT
 from fill import fill_
 from PIL import Image
+from safetensors.torch import save_file
 
 import finetune_vae as finetune
 import sample_ddp
@@ -295,16 +296,20 @@ def test_killed_and_resumed_gives_the_same_bits(tmp_path, start):
 
 
 def test_run_folder_and_checkpoint_layout(tmp_path, start, close):
-    folder = run(tmp_path, "--ckpt", start, "--max-train-steps", "2", "--sampling-steps", "2", "--batch-size", "4", *GAN)
+    folder = run(tmp_path, "--ckpt", start, "--max-train-steps", "2", "--sampling-steps", "2", "--batch-size", "4",
+                 *GAN, "--disc-start", "1")
     assert sorted(p.name for p in folder.iterdir()) == [".lock", "args.json", "checkpoints", "log.txt", "metrics.jsonl", "reconstructions"]
     with Image.open(folder / "reconstructions" / "0000002.png") as image:
         assert image.format == "PNG" and min(image.size) > 3 * 64
     names = ("reconstruction_loss weighted_gan_loss gan_loss disc_weight vae_loss grad_norm_vae d_loss logits_real logits_fake "
              "grad_norm_disc step images_per_s peak_memory_gib seconds_per_step mfu skipped_steps skipped_files")
     assert set(names.split()) <= set(logged(folder)[-1]) and 0 < logged(folder)[-1]["mfu"] < 2
+    # What does not act is not logged: KL (the encoder is frozen), LPIPS (weight 0), the GAN before --disc-start.
+    first = {"kl_loss", "perceptual_loss", "vae_align_loss", "gan_loss", "weighted_gan_loss", "disc_weight"}
+    assert not first & set(logged(folder)[0])
     state = final_state(folder, 2)
     assert list(state) == ["vae", "vae_ema", "opt_vae", "discriminator", "opt_disc", "latents_scale", "latents_bias", "lecam_means",
-                           "data", "log", "loss_scale", "args", "steps"]
+                           "data", "source_config", "log", "loss_scale", "args", "steps"]
     assert json.loads((folder / "args.json").read_text()) == state["args"] and state["args"]["vae"] == "f4d4"
     loaded, stats = vae_files.load_vae_file(str(folder / "checkpoints" / "0000002.pt"))
     assert_same(loaded, state["vae_ema"])
@@ -350,8 +355,17 @@ def test_refined_vae_in_the_other_scripts(tmp_path, first_stage):
     sample_ddp.main(["--ckpt", ckpt, "--vae-ckpt", refined, "--num-fid-samples", "4", "--num-steps", "2", "--npz", str(tmp_path / "x.npz")])
     with np.load(tmp_path / "x.npz") as samples:
         assert samples["arr_0"].shape == (4, 32, 32, 3) and samples["arr_0"].std() > 1  # it refuses what is not finite
-    stage_one.main(["--preset", "demo", "--batch-size", "2", "--sampling-steps", "0", "--output-dir", str(tmp_path), "--freeze-vae",
-                    "--vae-ckpt", refined, "--max-train-steps", "1", "--exp-name", "frozen"])
+    stage_one.main(["--preset", "demo", "--batch-size", "2", "--sampling-steps", "0", "--max-train-steps", "1",
+                    "--output-dir", str(tmp_path), "--freeze-vae", "--vae-ckpt", refined, "--exp-name", "frozen"])
+    frozen = str(tmp_path / "frozen" / "checkpoints" / "0000001.pt")  # leads to its VAE in every mode
+    again = run(tmp_path / "again", "--ckpt", frozen, "--max-train-steps", "1", "--batch-size", "2")
+    assert_same(vae_files.load_vae_file(str(again / "checkpoints" / "0000001.pt"))[1], vae_files.load_vae_file(frozen)[1])
+    finetune.main([*MEASURE, "--eval", frozen, refined, "--output-dir", str(tmp_path), "--exp-name", "m", "--limit", "4",
+                   "--metrics", "psnr"])
+    one, two = json.loads((tmp_path / "m" / "metrics.json").read_text())["vaes"].values()
+    assert one == two
+    finetune.main(["--ckpt", frozen, "--export", str(tmp_path / "export"), "--format", "compvis"])
+    assert_same(dict(files.load(tmp_path / "export" / "export.pt")), vae_files.load_vae_file(refined)[0])
     sit = files.load(tmp_path / "frozen" / "checkpoints" / "0000001.pt")["model"]
     torch.testing.assert_close(sit["bn.running_mean"], after[1].flatten())
     torch.testing.assert_close(sit["bn.running_var"], after[0].flatten() ** -2)
@@ -461,6 +475,24 @@ def test_cknna_of_a_training_checkpoint(tmp_path, start, first_stage):
 
 
 # ------------------------------------------------------------------------------------------------------- export
+
+def test_a_refinement_keeps_the_numbers_of_its_source(tmp_path, start):
+    """Of a diffusers folder, in its checkpoints, so that an export needs the folder no more."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text('{"_class_name": "AutoencoderKL", "scaling_factor": 0.5, "shift_factor": null}')
+    save_file(vae_files.to_diffusers(files.load(start)), source / "diffusion_pytorch_model.safetensors")
+    numbers = {"scaling_factor": 0.5, "shift_factor": 0.0, "force_upcast": True}
+    flags = ["--ckpt", str(source), "--batch-size", "2"]
+    run(tmp_path / "decoder", *flags, "--max-train-steps", "1")
+    shutil.move(source, tmp_path / "gone")
+    path = run(tmp_path / "decoder", *flags, "--max-train-steps", "2") / "checkpoints" / "0000002.pt"
+    assert vae_files.source_config(str(path)) == numbers
+    again = run(tmp_path / "again", "--ckpt", str(path), "--batch-size", "2", "--max-train-steps", "1")
+    assert vae_files.source_config(str(again / "checkpoints" / "0000001.pt")) == numbers
+    whole = run(tmp_path / "whole", "--ckpt", str(path), "--batch-size", "2", "--max-train-steps", "1", "--train-encoder")
+    assert vae_files.source_config(str(whole / "checkpoints" / "0000001.pt")) == {"force_upcast": True}
+
 
 def test_export_from_a_training_checkpoint(tmp_path, close):
     """To a diffusers folder, which the package loads and decodes alike where it is installed, and back; the real f8d4."""

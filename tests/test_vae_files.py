@@ -238,7 +238,7 @@ def test_export_keeps_the_numbers_that_pipelines_read(tmp_path, close, slim):
         }
         for encoder in (False, True):
             files.save(
-                refined | {"args": {"ckpt": str(source), "train_encoder": encoder}},
+                refined | {"args": {}, "source_config": vae_files.source_config(str(source), encoder)},
                 tmp_path / f"{kind}{encoder}.pt",
             )
         for start in (source, tmp_path / f"{kind}False.pt"):

@@ -173,10 +173,8 @@ def _pipelines(config):
     if "latents_mean" not in config:
         return f"its config has {scalars}, which is all that diffusers' pipelines read"
     return ("its config has latents_mean and latents_std per channel, which Stable Diffusion XL's pipeline "
-            "reads; DiT's and "
-            "Stable Diffusion's read scaling_factor alone, Stable Diffusion 3's and Flux's scaling_factor "
-            "and shift_factor "
-            f"(here {scalars}): give those latents in the VAE's own scale")
+            "reads; DiT's and Stable Diffusion's read scaling_factor alone, Stable Diffusion 3's and Flux's "
+            f"scaling_factor and shift_factor (here {scalars}): give those latents in the VAE's own scale")
 
 
 def check_export(out, state, stats=None, format="diffusers", force=False):
@@ -219,14 +217,14 @@ def export_vae(out, state, stats=None, format="diffusers", sample_size=256, forc
     temporary, old = files.temporary_name(out), files.temporary_name(out, "old")
     try:
         if format == "compvis":
-            target, wrote = os.path.join(temporary, compvis), compvis
+            target = os.path.join(temporary, compvis)
             files.save(state, target)
             if stats is not None:
                 content = {"latents_scale": stats[0], "latents_bias": stats[1]}
                 files.save(content, _companion(target, "latents-stats"))
             if discriminator is not None:
                 files.save(discriminator, _companion(target, "discriminator-ckpt"))
-                wrote += " and its discriminator"
+            wrote = ", ".join(sorted(os.listdir(temporary)))
         else:
             config = diffusers_config(state, stats, sample_size, source)
             tensors = {k: v.contiguous() for k, v in to_diffusers(state).items()}
@@ -317,8 +315,8 @@ def open_vae(source, name=None, stats_file=None):
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     if name not in (None, found):
-        raise ValueError(f"{source}: weights of another architecture, a VAE of type {found}, not --vae "
-                         f"{name}")
+        raise ValueError(f"{source}: weights of another architecture, a VAE of type {found}, "
+                         f"not --vae {name}")
     with torch.device("meta"):
         files.check_state(VAE_models[found](), state, source)
     stats = load_stats_file(stats_file) if stats_file else stats
@@ -351,8 +349,7 @@ def _path_of(source):
     is_file_name = source.endswith((".pt", ".pth", ".ckpt", ".safetensors"))
     if is_file_name or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
         raise FileNotFoundError(f"{source}: no such VAE; give a .pt file, a diffusers folder or a hub name "
-                                "such as "
-                                "REPA-E/e2e-vavae")
+                                "such as REPA-E/e2e-vavae")
     if source not in RELEASED:
         files.hub_file(source, "diffusion_pytorch_model.safetensors")
         return os.path.dirname(files.hub_file(source, "config.json"))
@@ -394,10 +391,11 @@ def _frozen_vae(content, path, followed):
     args name."""
     settings = files.training_args(content, path)
     source = settings.get("vae_ckpt")
+    remedy = "name the VAE itself, with --vae-ckpt or in place of this checkpoint"
     if not isinstance(source, str) or source in ("none", "auto"):
-        raise ValueError(f"{path}: holds no VAE and names none; give one with --vae-ckpt")
+        raise ValueError(f"{path}: holds no VAE and names none; {remedy}")
     if source in followed:
-        raise ValueError(f"{path}: names {source} as its VAE, which leads back here; give the VAE itself")
+        raise ValueError(f"{path}: names {source} as its VAE, which leads back here; {remedy}")
     try:
         found = _path_of(source)
         if os.path.isdir(found):
@@ -406,8 +404,7 @@ def _frozen_vae(content, path, followed):
     except OSError as error:
         hub = {file: repo for repo, file in RELEASED.items()}.get(os.path.basename(source))
         raise FileNotFoundError(f"{path}: trained on a frozen {settings.get('vae')} VAE, {source}, which is "
-                                "not here; give it "
-                                f"with --vae-ckpt{f', for example {hub}' if hub else ''}") from error
+                                f"not here; {remedy}{f', for example {hub}' if hub else ''}") from error
 
 
 def _own_names(state, path):
@@ -479,37 +476,38 @@ def _load_folder(folder):
     raise FileNotFoundError(f"{folder}: no diffusion_pytorch_model.safetensors")
 
 
-def source_config(source):
+def source_config(source, trained=False):
     """The scaling_factor, shift_factor and force_upcast (and latents_mean, if any) that a VAE came with in
     diffusers; {} if it did not, or if that can no longer be told. For `export_vae`.
 
-    A VAE that finetune_vae.py refined with a frozen encoder has the latents of the one it began as, and so
-    its numbers; of one whose encoder was trained only force_upcast, which is about the range of activations,
-    is kept.
+    finetune_vae.py keeps them with its checkpoints: a VAE refined with a frozen encoder has the latents of
+    the one it began as, and so its numbers. `trained`: its encoder was trained since; then only force_upcast
+    is kept, which is about the range of activations.
     """
-    path, trained = source, False
-    for _ in range(10):  # a chain of refinements
-        path = _path_of(path) if isinstance(path, str) else None
-        config = path and os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
-        if config and os.path.isfile(config) and (os.path.isdir(path) or _has_diffusers_names(path)):
-            config = _diffusers_json(config)
-            found = _scalars(config)
-            if trained:
-                return {"force_upcast": found["force_upcast"]}
-            return found | ({} if config.get("latents_mean") is None else {"latents_mean": True})
-        content = files.load(path, verify=False) if path and os.path.isfile(path) else {}
-        if not {"vae", "ema"} & set(content):
-            return {}
-        try:
-            args = files.training_args(content, path)
-        except (OSError, ValueError):
-            return {}
-        refined = "vae_ema" in content
-        trained = trained or (bool(args.get("train_encoder")) if refined else "vae" in content)
-        path = args.get("ckpt" if refined else "vae_ckpt")
-        if not isinstance(path, str) or not os.path.exists(path):
-            return {}
-    return {}
+    path = _path_of(source)
+    is_folder = os.path.isdir(path)
+    config = os.path.join(path if is_folder else os.path.dirname(path), "config.json")
+    found = {}
+    if os.path.isfile(config) and (is_folder or _has_diffusers_names(path)):
+        config = _diffusers_json(config)
+        found = _scalars(config) | ({} if config.get("latents_mean") is None else {"latents_mean": True})
+    elif not is_folder:
+        content = files.load(path, verify=False)
+        if "vae_ema" in content:
+            found = content.get("source_config", {})
+        elif "ema" in content:
+            found = _config_of_stage_one(content, path)
+    return {key: value for key, value in found.items() if key == "force_upcast" or not trained}
+
+
+def _config_of_stage_one(content, path):
+    """`source_config` of a checkpoint of train_repae_e.py: that of the VAE it began with, if still there."""
+    try:
+        before = files.training_args(content, path).get("vae_ckpt")
+    except (OSError, ValueError):
+        return {}
+    here = isinstance(before, str) and os.path.exists(before)
+    return source_config(before, trained="vae" in content) if here else {}
 
 
 def _has_diffusers_names(path):
