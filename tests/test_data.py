@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import time
 import traceback
@@ -24,8 +25,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models.runtime import data as data_module
-from models.runtime.data import (EndlessSampler, ImageData, ImageError, ShapesData, center_crop, check_images,
-                                 check_same_data, find_images, identity, make_loader, open_image, share,
+from models.runtime.data import (H5_ANSWER, EndlessSampler, ImageData, ImageError, ShapesData, center_crop,
+                                 check_images, check_same_data, find_images, identity, make_loader, open_image, share,
                                  worker_death)
 
 
@@ -392,7 +393,26 @@ def test_hdf5_is_answered(tmp_path):
     (tmp_path / "images.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
     with pytest.raises(ValueError) as error:
         ImageData(tmp_path / "images.h5", 16)
-    one_line(error, "images.h5", "HDF5", "models.runtime.prepare")
+    one_line(error, "images.h5", "HDF5", "pip install h5py && python -c")
+    with pytest.raises(ValueError) as error:    # its --data-dir is the folder
+        ImageData(tmp_path, 16)
+    one_line(error, "HDF5", H5_ANSWER)
+
+
+def test_hdf5_becomes_a_zip(tmp_path):
+    """The line that the message and the README give makes a .zip with images and labels."""
+    h5py = pytest.importorskip("h5py", reason="only this converter needs h5py")
+    line = H5_ANSWER.split("python -c ")[1].strip('"')
+    assert line in (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    with h5py.File(tmp_path / "images.h5", "w") as file:
+        for k in range(4):
+            buffer = io.BytesIO()
+            Image.new("RGB", (16, 16), (60 * k, 0, 0)).save(buffer, "PNG")
+            file[f"00000/img0000000{k}.png"] = np.frombuffer(buffer.getvalue(), np.uint8)
+        file["dataset.json"] = json.dumps({"labels": [[f"00000/img0000000{k}.png", k % 2] for k in range(4)]})
+    subprocess.run([sys.executable, "-c", line], cwd=tmp_path, check=True)
+    data = ImageData(tmp_path / "images.zip", 16)
+    assert [(int(data[k][0][0, 0, 0]), data[k][1]) for k in range(4)] == [(0, 0), (60, 1), (120, 0), (180, 1)]
 
 
 # ---------------------------------------------------------------- looking at the files at the start

@@ -12,6 +12,45 @@ import time
 SITS = [f"SiT-{size}/{patch}" for size in ("XL", "L", "B", "S", "Ti") for patch in (1, 2, 4, 8)]
 VAES = ["f8d4", "f16d32", "f8d16", "f4d4"]
 
+# Flags of the reference's scripts that have another name here, or none: what a command that uses one is told.
+# The README's page for those who come from there has the same words (a test compares).
+REFERENCE_FLAGS = {
+    "--enc-type": "use --encoder, which knows the same names",
+    "--disc-pretrained-ckpt": "use --disc-ckpt",
+    "--loss-cfg-path": "use --reconstruction-loss, --reconstruction-weight, --perceptual-weight, "
+                       "--kl-weight, --disc-weight and --disc-start; their defaults are those of its "
+                       "l1_lpips_kl_gan.yaml",
+    "--epochs": "use --max-train-steps; an epoch of ImageNet has 5,004 steps of 256 images",
+    "--resume-step": "use --resume, by default from the run folder's newest checkpoint",
+    "--continue-train-exp-dir": "use --resume FILE to go on from a checkpoint, --init-from FILE to start "
+                                "from its weights",
+    "--wandb-history-path": "leave it out, a resumed run goes on in its own curves",
+    "--logging-dir": "leave it out, logs lie in the run folder, OUTPUT_DIR/EXP_NAME",
+    "--prediction": "leave it out, the networks predict velocity",
+    "--fused-attn": "leave it out, attention is always torch's scaled_dot_product_attention",
+    "--allow-tf32": "leave it out, training uses TF32 wherever it computes in float32",
+    "--vae-latents-name": "use --latents-stats for the statistics; images are read and encoded as they are",
+    "--tf32": "leave it out, --mixed-precision no means float32 without TF32, all others allow it",
+    "--legacy": "leave it out, checkpoints of every released kind load as they are",
+    "--projector-embed-dims": "leave it out, sampling needs no alignment heads",
+    "--model": "leave it out, the checkpoint says it",
+    "--num-classes": "leave it out, the checkpoint says it",
+    "--encoder-depth": "leave it out, sampling needs no alignment heads",
+    "--resolution": "leave it out, the checkpoint says it",
+    "--qk-norm": "leave it out, the checkpoint says it",
+    "--vae": "leave it out, the checkpoint says it; --vae-ckpt decodes with another one",
+    "--vae-arch": "use --vae",
+    "--vae-ckpt-path": "use --vae-ckpt",
+    "--imagenet-path": "use --data-dir with the photos themselves, or with the .zip that python -m "
+                       "models.runtime.prepare FOLDER OUT.zip makes of them",
+    "--exp-path": "use --ckpt FILE with --export FOLDER --format compvis",
+    "--train-steps": "name the checkpoint file itself",
+    "--pproc-batch-size": "use --batch-size",
+    "--no-compile": "leave it out, it is off unless --compile is given",
+    "--no-qk-norm": "leave it out, it is off unless --qk-norm is given",
+    "--no-heun": "leave it out, it is off unless --heun is given",
+}
+
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows each flag's default, and the script's docstring as it was written."""
@@ -20,8 +59,18 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def make_parser(doc):
     """ArgumentParser described by a script's docstring; a mistake ends in one line and exit code 2."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.error = lambda message: fail(message)
+    parser.error = lambda message: fail(explain(message))
     return parser
+
+
+def explain(message):
+    """argparse's message; for unknown flags that the reference's scripts have, what to do here instead."""
+    unknown = "unrecognized arguments: "
+    names = [word.split("=")[0] for word in message.removeprefix(unknown).split()]
+    names = [name if name in REFERENCE_FLAGS else name.replace("--no-", "--", 1) for name in names]
+    answers = [f"{name} is the reference's: {REFERENCE_FLAGS[name]}"
+               for name in names if name in REFERENCE_FLAGS]
+    return "; ".join(answers) if answers and message.startswith(unknown) else message
 
 
 def flag(group, name, default, help, *, least=0, above=None, most=None, type=None, **more):

@@ -32,6 +32,11 @@ from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 EXPECTED = "put class folders of images there (n01440764/x.JPEG ...) or pass --data-dir"
+# For those who come with the reference's HDF5 file: image files by name, and dataset.json in EDM2's layout.
+H5_ANSWER = (
+    "HDF5 is not read here; give the photos, or make a .zip of it where it lies: pip install h5py && python "
+    "-c \"import h5py, zipfile; z = zipfile.ZipFile('images.zip', 'w'); h5py.File('images.h5').visititems("
+    "lambda n, d: z.writestr(n, bytes(d[()])) if hasattr(d, 'shape') else None)\"")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 # What is decoded, within Pillow; an .eps, under any name, it would hand to Ghostscript, an interpreter.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "TGA", "JPEG2000")
@@ -165,8 +170,7 @@ def _listing(path):
     elif not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such folder or .zip; {EXPECTED}")
     elif path.lower().endswith((".h5", ".hdf5")):
-        raise ValueError(f"{path}: HDF5 is not read here; give the images it was made from, a folder or "
-                         ".zip, or a fast .zip made of them: python -m models.runtime.prepare FOLDER OUT.zip")
+        raise ValueError(f"{path}: {H5_ANSWER}")
     elif not path.lower().endswith(".zip"):
         raise ValueError(f"{path}: neither a folder nor a .zip; {EXPECTED}")
     else:
@@ -175,7 +179,8 @@ def _listing(path):
     depth = _shared_folders(names) if names else 0
     names = sorted(name for name in names if name.count("/") > depth or name.lower().endswith(EXTENSIONS))
     if not names:
-        raise ValueError(f"{path}: holds no images; {EXPECTED}")
+        h5 = os.path.isdir(path) and os.path.exists(os.path.join(path, "images.h5"))
+        raise ValueError(f"{path}: {H5_ANSWER}" if h5 else f"{path}: holds no images; {EXPECTED}")
     return names, folders, depth
 
 
