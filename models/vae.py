@@ -2,7 +2,7 @@
 CompVis.
 
 f8d4 is SD-VAE, f16d32 is IN-VAE and VA-VAE, f8d16 the 16-channel kind of FLUX and SD-3.5 (no quant
-convolutions), f4d4 a tiny one for 32-pixel images. Needs only torch.
+convolutions), f4d4 and f4d16 tiny ones for small images. Needs only torch.
 """
 import torch
 import torch.nn as nn
@@ -266,4 +266,5 @@ VAE_models = {
     "f16d32": lambda: AutoencoderKL(32, multipliers=(1, 1, 2, 2, 4), attention_levels=(4,)),
     "f8d16": lambda: AutoencoderKL(16, multipliers=(1, 2, 4, 4), quant=False),
     "f4d4": lambda: AutoencoderKL(4, base=32, multipliers=(1, 1, 2), blocks=1),
+    "f4d16": lambda: AutoencoderKL(16, base=16, multipliers=(1, 1, 2), blocks=1),
 }

@@ -10,7 +10,7 @@ import time
 
 # The names that models/sit.py and models/vae.py know (a test compares); to ask them would import torch.
 SITS = [f"SiT-{size}/{patch}" for size in ("XL", "L", "B", "S", "Ti") for patch in (1, 2, 4, 8)]
-VAES = ["f8d4", "f16d32", "f8d16", "f4d4"]
+VAES = ["f8d4", "f16d32", "f8d16", "f4d4", "f4d16"]
 
 # Flags of the reference's scripts that have another name here, or none: what a command that uses one is told.
 # The README's page for those who come from there has the same words (a test compares).

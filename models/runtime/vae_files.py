@@ -23,7 +23,7 @@ from models.runtime import files
 from models.vae import VAE_models
 
 # (levels, latent channels) -> name in VAE_models
-ARCHITECTURES = {(4, 4): "f8d4", (5, 32): "f16d32", (4, 16): "f8d16", (3, 4): "f4d4"}
+ARCHITECTURES = {(4, 4): "f8d4", (5, 32): "f16d32", (4, 16): "f8d16", (3, 4): "f4d4", (3, 16): "f4d16"}
 
 # The release's repositories in CompVis naming -> file; other hub names are taken for diffusers folders
 RELEASED = {
