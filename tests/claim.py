@@ -6,8 +6,8 @@
 A VAE is trained by finetune_vae.py on reconstruction alone. From it train_repae_e.py makes every recipe
 with the same steps, batches, noise and sampler, for each seed; then the VAE that REPA-E tuned is frozen, and
 REPA and vanilla are trained on it. sample_ddp.py draws samples at every checkpoint, and a network that is not
-the alignment's target judges them. All that is finished is kept under --out: the same command goes on where it
-was stopped or where --minutes ended, and writes results.json, table.md, curves.png, grids.png of what there is.
+the alignment's target judges them. All that is finished is kept under --out: the same command goes on where
+it was stopped or where --minutes ended. It writes results.json, table.md, curves.png and grids.png.
 
 The command lines run one after the other, in processes forked from this one, which saves their imports; they
 stand in commands.txt, to be run by hand. Weights of the judge (and, on cifar10, of the target) are those of
@@ -52,13 +52,13 @@ SETTINGS = {
     "shapes": dict(
         resolution=16, train=6000, test=1500, judge_size=64, common=[*COMMON, "--batch-size", "32"],
         vae=["--reconstruction-weight", "5", "--learning-rate", "1e-3", "--ema-decay", "0.98"],
-        sit=["--reconstruction-weight", "1", "--model", "SiT-Ti/1", "--encoder", "hog", "--encoder-depth", "2",
-             "--learning-rate", "2e-3", "--vae-learning-rate", "1e-3", "--ema-decay", "0.98"],
+        sit=["--reconstruction-weight", "5", "--model", "SiT-Ti/1", "--encoder", "hog",
+             "--encoder-depth", "2", "--learning-rate", "2e-3", "--vae-learning-rate", "1e-3", "--ema-decay", "0.98"],
         vae_steps=2000, steps=400, every=80, samples=300, solver_steps=8),
     "cifar10": dict(
         resolution=32, judge_size=96, common=[*COMMON, "--batch-size", "64"],
         vae=["--reconstruction-weight", "5", "--learning-rate", "1e-3", "--ema-decay", "0.99"],
-        sit=["--reconstruction-weight", "1", "--model", "SiT-Ti/2", "--encoder", "tf_efficientnet_lite0",
+        sit=["--reconstruction-weight", "5", "--model", "SiT-Ti/2", "--encoder", "tf_efficientnet_lite0",
              "--encoder-depth", "2", "--learning-rate", "5e-4", "--vae-learning-rate", "5e-4",
              "--ema-decay", "0.99"],
         vae_steps=2000, steps=10000, every=2000, samples=2000, solver_steps=25),
@@ -90,7 +90,7 @@ class Runner:
         """function() in a process of its own, its output at the end of the file `log`.
 
         Returns the process's seconds of computing (all its threads). A process that fails ends this one with
-        the end of its log; one that runs at the deadline gets SIGTERM, and OutOfTime is raised when it is gone.
+        the end of its log; one that runs at the deadline gets SIGTERM, and OutOfTime is raised once it ended.
         """
         if time.monotonic() > self.deadline:
             raise OutOfTime
