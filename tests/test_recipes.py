@@ -1,14 +1,20 @@
-"""Later work's flags and the paper's ablations: their mathematics, what they train, what a file keeps of them."""
+"""Flags of later work and of the paper's ablations, their mathematics; and the README's recipes."""
+import functools
+import os
+import re
+
 import processes
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from test_train import TINY, assert_same, final_state, metrics, run, tiny_batch, tiny_nets
 
+import sample_ddp
 import train_repae_e as train
 from models.encoders import HOG
 from models.losses import spatial_norm
-from models.runtime import files, flops, vae_files, weights
+from models.runtime import files, flops, trainer, vae_files, weights
 from models.sit import ConvProjector, SiT
 
 
@@ -156,3 +162,159 @@ def test_a_fixed_scale_of_a_random_vae_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run(tmp_path, "--fixed-latents-stats")
     assert stop.value.code == 2 and "--latents-stats" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- the README's recipes
+
+def readme_recipes():
+    """{RUN: (FLAGS, [(step, flags for sample_ddp.py)] of its published figures)} of the README's tables."""
+    readme = (ROOT / "README.md").read_text()
+    section = readme.split("\n## Recipes and published figures\n")[1].split("\n## ")[0]
+    recipes = {}
+    for line in section.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("| `"):
+            continue
+        name, flags = (re.match("`(.*?)`", cell)[1] for cell in cells[:2])
+        assert name not in recipes, f"two rows {name}"
+        figures = []
+        for cell in cells[2:4] if len(cells) == 5 else ():
+            guidance = "".join(re.findall("`(.*)`", cell)).split()
+            for step, unit, equal in re.findall(r"(\d+)([kM]): [\d.]+(=?)", cell):
+                step = int(step) * {"k": 1000, "M": 1_000_000}[unit]
+                figures.append((step, guidance + ["--label-sampling", "equal"] * bool(equal)))
+        recipes[name] = (flags.split(), figures)
+    return recipes
+
+
+RECIPES = readme_recipes()
+STEPS, DATA = int(os.environ.get("RECIPE_STEPS", 2)), os.environ.get("RECIPE_DATA", "shapes")
+
+# What training changes, for every row of the README. A frozen VAE's statistics are measured before, and stay.
+CHANGED = {
+    "sit": "sit sit-vavae sit-e2e-vavae",
+    "sit projectors": """repa repa-vavae repa-e2e-vavae e2e-flux haste l-repa b-repa l-repa-jepa l-repa-clip
+        l-repa-dinov2-l l-repa-invae l-repa-vavae l-repa-512""",
+    "sit projectors statistics vae-encoder vae-decoder discriminator": """repae-sdvae repae-invae repae-vavae
+        repae-scratch l-repae b-repae l-repae-jepa l-repae-clip l-repae-dinov2-l l-repae-invae l-repae-vavae
+        l-depth-6 l-depth-10 l-no-stop-gradient l-repae-512 l2 irepa haste-e2e flux sd35 sd35-512
+        slow-statistics flowers""",
+    "sit projectors vae-encoder vae-decoder discriminator": "l-no-batch-norm",
+    "sit projectors statistics vae-encoder vae-decoder": "l-no-gan",
+    "sit statistics vae-encoder vae-decoder discriminator": "naive",
+}
+
+
+def small(name, vae_file):
+    """FLAGS of a recipe, with all that is small that is no part of its idea."""
+    flags = RECIPES[name][0]
+    random_vae = train.parse_args(flags).vae_ckpt == "none"
+    return [*TINY, "--disc-start", "0", *flags, "--preset", "demo", "--data-dir", DATA, "--resolution", "32",
+            "--num-classes", "10", "--model", "SiT-Ti/4", "--encoder-depth", "3", "--encoder", "hog",
+            "--vae", "f4d4", "--vae-ckpt", "none" if random_vae else str(vae_file), "--disc-ckpt", "none",
+            "--max-train-steps", str(STEPS),
+            *(["--proj-until", str(STEPS // 2)] if "--proj-until" in flags else [])]
+
+
+def groups(nets):
+    """{group of the CHANGED table: {name: tensor}}, copied."""
+    found = {}
+    for net, module in (("sit", nets.sit), ("vae", nets.vae), ("discriminator", nets.disc)):
+        for name, value in module.state_dict().items() if module is not None else ():
+            first = name.split(".")[0]
+            group = {"projectors": "projectors", "bn": "statistics", "encoder": "vae-encoder",
+                     "quant_conv": "vae-encoder", "decoder": "vae-decoder", "post_quant_conv": "vae-decoder"}
+            if value.is_floating_point() and name != "pos_embed":
+                found.setdefault(group.get(first, net), {})[name] = value.clone()
+    return found
+
+
+def kinds_of_recipes():
+    """[(names of rows that are the same but for sizes and files, the groups that change)]."""
+    rows = {name: changed for changed, names in CHANGED.items() for name in names.split()}
+    assert sorted(rows) == sorted(RECIPES), "CHANGED has other rows than the README"
+    kinds = {}
+    for name in RECIPES:
+        kinds.setdefault(str(vars(train.parse_args(small(name, "vae.pt")))), []).append(name)
+    return [(names, rows[names[0]]) for names in kinds.values() if len({rows[name] for name in names}) == 1]
+
+
+KINDS = kinds_of_recipes()
+
+
+def test_every_recipe_has_its_kind():
+    assert sorted(name for names, _ in KINDS for name in names) == sorted(RECIPES)
+
+
+@pytest.mark.parametrize("names, changed", KINDS, ids=[names[0] for names, _ in KINDS])
+def test_a_recipe_trains_what_its_row_says(names, changed, vae_file):
+    """The suite makes 2 steps on drawn shapes; RECIPE_STEPS and RECIPE_DATA ask for more, on other images."""
+    args = train.parse_args(small(names[0], vae_file))
+    dataset, vae_state, stats = train.check_settings(args, 1, continued=False)
+    nets = train.build_networks(args, torch.device("cpu"), vae_state)
+    trainer.prepare(nets, args)
+    train.set_latents_stats(nets, args, dataset, stats)
+    before, loader = groups(nets), trainer.data_loader(args, dataset, nets.device, 0, workers=0)
+    for step in range(1, STEPS + 1):
+        if args.proj_until is not None and step == args.proj_until + 1:
+            train.end_alignment(nets)
+        images, labels, _ = next(loader)
+        values, skip = train.train_step(nets, args, train.make_batch(nets, args, step, images, labels))
+        assert skip == 0 and all(value.isfinite() for value in values.values())
+    moved = {group: sum(not torch.equal(value, before[group][name]) for name, value in tensors.items())
+             for group, tensors in groups(nets).items()}
+    assert {group for group, number in moved.items() if number} == set(changed.split()), moved
+    if STEPS >= 20:     # by then nothing waits for another weight to leave zero
+        assert {group: len(before[group]) for group in changed.split()} == \
+            {group: moved[group] for group in changed.split()}
+
+
+CHECK_ENCODERS = functools.cache(train.check_encoders)     # a second for each
+
+
+@pytest.fixture
+def no_downloads(monkeypatch):
+    """Weights on the hub are taken to be there: of the architecture that the name says, empty."""
+    def open_vae(source, name=None, stats_file=None):
+        found = "f16d32" if source in ("REPA-E/invae", "REPA-E/vavae", "REPA-E/e2e-vavae") else \
+            "f8d4" if source == "REPA-E/sdvae" else "f8d16"
+        assert name == found, f"{source} is no {name}"
+        return found, {}, None
+
+    def discriminator(source, vae_name):
+        assert source == "none" or source in weights.WITH_DISCRIMINATOR
+
+    monkeypatch.setattr(vae_files, "open_vae", open_vae)
+    monkeypatch.setattr(weights, "discriminator", discriminator)
+    monkeypatch.setattr(train, "check_encoders", CHECK_ENCODERS)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_commands_of_a_recipe_are_sound(name, tmp_path, monkeypatch, no_downloads):
+    """The training one at full size, up to data and weights; the sampling ones up to the checkpoint."""
+    flags, figures = RECIPES[name]
+    args = train.parse_args(["--exp-name", name, *flags])
+    assert args.data_dir == ("flowers.zip" if name == "flowers" else "data/imagenet/train")
+    args.data_dir = "shapes"
+    train.check_settings(args, 8, continued=False)
+
+    monkeypatch.chdir(tmp_path)
+    for step, sampling in figures:
+        assert step <= args.max_train_steps and step % args.checkpointing_steps == 0, f"no checkpoint {step}"
+        checkpoint = tmp_path / "exps" / name / "checkpoints" / f"{step:07d}.pt"
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.touch()
+        asked = sample_ddp.parse_args(["--exp-path", f"exps/{name}", "--train-steps", str(step),
+                                       "--npz", f"samples/{name}.npz", *sampling])
+        sample_ddp.check_args(asked)
+        assert (tmp_path / asked.ckpt).samefile(checkpoint) and asked.end == 50000
+        assert (asked.mode, asked.num_steps) == ("sde", 250)
+    if figures:
+        assert max(figures)[0] == args.max_train_steps, "the run is longer than its last figure"
+
+
+@pytest.mark.parametrize("names, changed", KINDS, ids=[names[0] for names, _ in KINDS])
+def test_a_small_copy_of_a_recipe_passes_its_dry_run(names, changed, tmp_path, vae_file, capsys):
+    """One for each kind: small copies of the other rows are the same command."""
+    train.main([*small(names[0], vae_file), "--output-dir", str(tmp_path), "--dry-run"])
+    assert "sound" in capsys.readouterr().out and not list(tmp_path.iterdir())
