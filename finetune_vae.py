@@ -379,7 +379,7 @@ def train(args):
     except (ValueError, OSError) as error:
         cli.fail(error)
 
-    log = RunLog(folder, args, vae_step_flops(args, nets), matmul_rate(device, nets.dtype))
+    log = RunLog(folder, args, vae_step_flops(args, nets), lambda: matmul_rate(device, nets.dtype))
     log.rewind(start)
     if run.log is not None:
         log.load_state_dict(run.log, device)

@@ -423,7 +423,7 @@ def main(argv=None):
         cli.fail(error)
 
     def flops(): return step_flops(args, nets, lambda: build_sit(args, nets.vae, nets.encoders))
-    log = RunLog(folder, args, flops(), matmul_rate(device, nets.dtype))
+    log = RunLog(folder, args, flops(), lambda: matmul_rate(device, nets.dtype))
     log.rewind(start)
     if run.log is not None:
         log.load_state_dict(run.log, device)

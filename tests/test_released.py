@@ -142,7 +142,7 @@ def test_frozen_checkpoint_resumes_on_the_vae_that_it_names(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path, *flags)
     error = capsys.readouterr().err
-    assert "e2e-vavae-400k.pt" in error and "--vae-ckpt, for example REPA-E/e2e-vavae" in error
+    assert all(words in error for words in ("e2e-vavae-400k.pt", "--vae-ckpt", "REPA-E/e2e-vavae"))
     place.parent.mkdir()
     files.save(vae.state_dict(), place)
     stats = dict.fromkeys(("latents_scale", "latents_bias"), torch.full((1, 4, 1, 1), 0.5))
@@ -152,6 +152,10 @@ def test_frozen_checkpoint_resumes_on_the_vae_that_it_names(tmp_path, capsys):
     assert steps_of(state, "opt") == {7.0}
     assert torch.equal(state["model"]["bn.running_var"], content["model"]["bn.running_var"])
     assert state["vae_digest"] == weights.state_digest(vae)
+    files.save(fill_(VAE_models["f4d4"](), "another").state_dict(), place)
+    with pytest.raises(SystemExit):
+        run(tmp_path, *flags, steps=STEP + 3)
+    assert "was trained on another VAE" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run(tmp_path / "other", "--resume", path)
     assert "holds no vae" in (error := capsys.readouterr().err) and "--freeze-vae" in error

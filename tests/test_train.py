@@ -279,6 +279,19 @@ def test_collapse_stops_the_run_and_names_the_last_good_checkpoint(tmp_path, mon
     assert out.rstrip().endswith("0000050.pt")  # skipped steps change no weight: still good
 
 
+def test_mfu_is_against_the_best_measurement(tmp_path):
+    """A peak that was measured in a busy moment is measured again when a step beats it; mfu ends at 1."""
+    args = SimpleNamespace(report_to="none", max_train_steps=10, log_every=1)
+    for later in (1e30, 1e-9):      # FLOP/s; each time 1e-9 at the start
+        measured = [1e-9, later]
+        log = runlog.RunLog(tmp_path, args, 1e6, lambda: measured.pop(0))
+        log.add({"loss": torch.tensor(1.0)}, torch.tensor(0.0))
+        log.write(1, 4)
+        assert not measured
+    idle, busy = (line["mfu"] for line in metrics(tmp_path))
+    assert 0 < idle < 1e-10 and busy == 1
+
+
 def test_vanishing_gradients_stop_the_run(tmp_path):
     log = runlog.RunLog(tmp_path, SimpleNamespace(report_to="none", max_train_steps=10, log_every=1))
     log.add({"grad_norm_sit": torch.tensor(2.0)}, torch.tensor(0.0))

@@ -23,9 +23,11 @@ class RunLog:
     the main process writes; all processes take part in the sums.
     """
 
-    def __init__(self, folder, args, flops_per_image=None, peak_flops=None):
+    def __init__(self, folder, args, flops_per_image=None, measure_peak=None):
+        """flops_per_image, and measure_peak() -> the device's FLOP/s: for mfu, which is left out without."""
         self.folder, self.args, self.main = folder, args, distributed.is_main()
-        self.flops_per_image, self.peak_flops = flops_per_image, peak_flops
+        self.flops_per_image, self.measure_peak = flops_per_image, measure_peak
+        self.peak_flops = measure_peak() if measure_peak and flops_per_image else None
         # Sums since the last line, by the names of a step's metrics: a loss that sets in later has its own.
         self.sums, self.counted, self.timed = {}, 0, 0
         self.in_a_row = self.longest = self.first_bad = None
@@ -119,9 +121,10 @@ class RunLog:
                 "skipped_files": self.skipped_files, **extra}
         if first_bad >= 0:
             line["not_finite_first"] = self.names[first_bad]
-        if self.peak_flops and self.flops_per_image:
+        if self.peak_flops:
             reached = rate * self.flops_per_image / distributed.world_size()
-            self.peak_flops = max(self.peak_flops, reached)  # a busy moment at the start measured it too low
+            if reached > self.peak_flops:   # it was measured in a busy moment, and perhaps is so again
+                self.peak_flops = max(reached, self.measure_peak())
             line["mfu"] = reached / self.peak_flops
         if step % self.args.log_every == 0:
             self.sums, self.counted = {}, 0     # after a run's last step they go on, if it is continued
