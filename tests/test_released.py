@@ -2,6 +2,7 @@
 optimiser states by name."""
 import argparse
 import json
+import os
 
 import numpy as np
 import pytest
@@ -98,6 +99,29 @@ def test_resumes_and_goes_on(tmp_path, capsys, learn):
     assert f"from step {STEP + 2} of {tmp_path / 'demo'}" in log and state["opt"]["state"][0]["step"] == 8
 
 
+@pytest.mark.skipif("LARGE_TESTS" not in os.environ, reason="30 s, 5 GB of disk: set LARGE_TESTS=1")
+def test_a_released_size_resumes_and_goes_on(tmp_path):
+    """SiT-B/1 with f16d32 at 64 pixels; what is sampled from the file stays the same."""
+    path = tmp_path / "0400000.pt"
+    sizes = {"model": "SiT-B/1", "vae": "f16d32", "resolution": 64, "num_classes": 1000, "encoder_depth": 4}
+    released(path, TINY | sizes)
+    before = sample(path)
+    flags = [word for name, value in sizes.items() for word in (f"--{name.replace('_', '-')}", value)]
+    state, log = run(tmp_path, "--resume", path, "--batch-size", 2, *flags)
+    assert "anew" not in log
+    assert [steps_of(state, key) for key in ("opt", "opt_vae", "opt_disc")] == [{7.0}] * 3
+    path.with_suffix(".npz").unlink()
+    assert np.array_equal(before, sample(path))
+
+
+def sample(path):
+    """Four samples of a checkpoint, uint8 [4, H, W, 3]."""
+    npz = path.with_suffix(".npz")
+    sample_ddp.main(["--ckpt", str(path), "--npz", str(npz), "--num-fid-samples", "4", "--num-steps", "2",
+                     "--cfg-scale", "2"])
+    return np.load(npz)["arr_0"]
+
+
 def test_what_does_not_fit_is_named_once(tmp_path):
     """Another encoder's alignment heads, and an optimiser of another network, start anew; the rest goes
     over."""
@@ -127,10 +151,7 @@ def test_sampling_is_unchanged(tmp_path):
             trainer.restore(nets, path, trainer.adopt(nets, path, files.load(path)))
         files_to_sample.append(tmp_path / f"{name}.pt")
         files.save(trainer.checkpoint_state(nets, args, STEP), files_to_sample[-1])
-    for file in files_to_sample:
-        sample_ddp.main(["--ckpt", str(file), "--npz", str(file.with_suffix(".npz")), "--num-fid-samples", "4",
-                         "--num-steps", "2", "--cfg-scale", "2"])
-    images = [np.load(file.with_suffix(".npz"))["arr_0"] for file in files_to_sample]
+    images = [sample(file) for file in files_to_sample]
     assert all(np.array_equal(images[0], other) for other in images[1:]) and images[0].std() > 1
 
 
