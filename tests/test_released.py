@@ -227,6 +227,16 @@ def test_init_from_takes_the_weights_alone(tmp_path, capsys):
     assert not (tmp_path / "third").exists()
 
 
+def test_init_from_comes_after_flags_and_before_presets():
+    def of(*flags):
+        args = train.parse_args(["--preset", "vavae", *flags])
+        return args.vae_ckpt, args.disc_ckpt
+    assert of() == ("REPA-E/vavae", "REPA-E/vavae")
+    assert of("--init-from", "run.pt") == ("run.pt", "run.pt")
+    assert of("--init-from", "run.pt", "--vae-ckpt", "my.pt") == ("my.pt", "run.pt")
+    assert of("--freeze-vae", "--resume", "run.pt")[0] == "run.pt"
+
+
 # ---------------------------------------------------------------- optimiser states by name
 
 def tiny_sit(**more):

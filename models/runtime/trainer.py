@@ -402,7 +402,7 @@ def restore(nets, path, state):
     named |= {WEIGHTS[name]: getattr(nets, name) for name in nets.trained}
     for key, net in named.items():
         if key not in state:
-            hint = "; its run froze the VAE: pass --freeze-vae, or start anew by --init-from" * (key == "vae")
+            hint = "; pass --freeze-vae as its run did, or use --init-from" if key == "vae" else ""
             raise ValueError(f"{path}: holds no {key}, it is no checkpoint of this kind of run{hint}")
         files.load_weights(net, state[key], f"{path} ({key})")
     for name, optimizer in nets.opts.items():
