@@ -531,11 +531,11 @@ FIXED_IN_RELEASED = ("model", "vae", "resolution", "num_classes", "encoder_depth
 def check_resume(args, path, state, fixed):
     """Raise a one-line ValueError if this is no checkpoint, or its run differs in one of the settings
     `fixed`; other changed settings are printed."""
-    if "steps" not in state:
+    if not isinstance(state.get("steps"), int):
         raise ValueError(f"{path}: is no training checkpoint (it has no steps)")
-    old = files.training_args(state, path)
+    old = {k: v for k, v in files.training_args(state, path).items() if not torch.is_tensor(v)}
     if is_released(state):
-        old["encoder"] = (old.get("enc_type") or args.encoder).lower()
+        old["encoder"] = str(old.get("enc_type") or args.encoder).lower()
         fixed = FIXED_IN_RELEASED
     changed = {name: value for name, value in vars(args).items() if name in old and old[name] != value}
     wrong = [f"--{name.replace('_', '-')} {old[name]}, not {changed[name]}"

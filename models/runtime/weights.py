@@ -199,7 +199,7 @@ def optimizer_state(content, key, optimizer, names):
     map_optimizer_state. One that is missing, or that no names can be found for, starts anew as a whole."""
     try:
         return map_optimizer_state(content[key], optimizer_names(content, key), optimizer, names)
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, LookupError, TypeError, ValueError):
         return optimizer.state_dict(), names
 
 
@@ -217,7 +217,7 @@ def optimizer_names(content, key):
     try:
         count = sum(len(group["params"]) for group in dict(state)["param_groups"])
         names = [name for name in dict(weights) if not name.endswith(BUFFERS)]
-    except (TypeError, KeyError, ValueError, AttributeError, RuntimeError) as error:
+    except (TypeError, LookupError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{key}: no optimiser state, or no {network} beside it") from error
     if count == len(names) - 1 and "pos_embed" in names:
         names.remove("pos_embed")
