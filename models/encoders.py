@@ -101,8 +101,7 @@ class TimmEncoder(nn.Module):
         """uint8 [B, 3, R, R] -> float32 [B, grid * grid, embed_dim], row by row."""
         x = images.float() / 255
         if x.shape[-1] != self.size:
-            # Bicubic without antialiasing for 256 -> 224, as the reference does; antialiased where it shrinks
-            # more.
+            # Bicubic; for 256 -> 224 without antialiasing, as in the reference, but not where it shrinks more.
             shrinks = self.size < 0.75 * x.shape[-1]
             x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=shrinks)
         return self.tokens((x - self.mean) / self.std).float()
@@ -327,8 +326,7 @@ def _resolve(name):
 def _create(name, size, device="cpu"):
     """That encoder for images of `size` pixels, with random weights (none on "meta", at no cost)."""
     timm_name, cfg = _resolve(name)
-    # A network with a table of positions is built for its size; a convolutional one takes any, without being
-    # told.
+    # A network with a table of positions is built for its size; a convolutional one takes any, untold.
     options = {"img_size": size} if cfg and cfg.fixed_input_size else {}
     mean, std = (cfg.mean, cfg.std) if cfg else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     # of timm's entry only the architecture is used, but for the heads of S
@@ -363,9 +361,8 @@ def _outline(name, resolution, state=None, what=None):
             continue
         if size != wanted and os.environ.get("RANK", "0") == "0" and (name, size) not in _SAID:
             _SAID.add((name, size))
-            print(f"note: encoder {name} sees every image at {size} pixels, the size it was trained on; it "
-                  "cannot be had at "
-                  f"{wanted}", file=sys.stderr, flush=True)
+            print(f"note: encoder {name} sees every image at {size} pixels, the size it was trained on; "
+                  f"it cannot be had at {wanted}", file=sys.stderr, flush=True)
         return encoder, weights
     raise failure
 
@@ -373,12 +370,16 @@ def _outline(name, resolution, state=None, what=None):
 _SAID = set()  # notes, each given once
 
 
+def _source(name, ckpt):
+    """Where an encoder's weights come from, for an error."""
+    return f"{ckpt} (weights for encoder {name})" if ckpt else f"weights of encoder {name}"
+
+
 def _state(name, ckpt):
     """State dict of the file `ckpt`, or of the encoder's own weights."""
     if not ckpt:
         return _fetch(name, _resolve(name)[1])
-    with _one_line(f"{ckpt} (weights for encoder {name})", "give --encoder-ckpt a weights file of that "
-                                                           "encoder"):
+    with _one_line(_source(name, ckpt), "give --encoder-ckpt a weights file of that encoder"):
         return _read_state(ckpt)
 
 
@@ -388,11 +389,9 @@ def build_encoder(name, resolution, ckpt=None, device="cpu"):
     if name.lower() == "hog":
         return HOG(resolution).to(device)
     state = _state(name, ckpt)  # before the network is made: a large one takes long
-    sketch, weights = _outline(name, resolution, state, f"{ckpt} (weights for encoder {name})" if ckpt else
-                               f"weights of encoder {name}")
+    sketch, weights = _outline(name, resolution, state, _source(name, ckpt))
     encoder = _create(name, sketch.size)
-    # all of it is there, but for num_batches_tracked in some
-    encoder.model.load_state_dict(weights, strict=False)
+    encoder.model.load_state_dict(weights, strict=False)  # whole, but for num_batches_tracked in some
     encoder.grid, encoder.embed_dim, encoder.flops = sketch.grid, sketch.embed_dim, sketch.flops
     return encoder.to(device)
 
@@ -419,8 +418,7 @@ def check_encoders(names, ckpts=None, resolution=None):
     for name, path in _pairs(names, ckpts):
         hog = name.lower() == "hog"
         if hog and path:
-            raise ValueError(f"encoder hog takes no weights, not {path}; leave its place in --encoder-ckpt "
-                             "empty")
+            raise ValueError(f"encoder hog takes no weights, not {path}; leave its place empty")
         if not hog:
             _resolve(name)
         if path and not os.path.exists(path):
@@ -429,7 +427,7 @@ def check_encoders(names, ckpts=None, resolution=None):
             encoders.append(HOG(resolution))
         elif resolution:
             state = _state(name, path) if path else None
-            encoders.append(_outline(name, resolution, state, f"{path} (weights for encoder {name})")[0])
+            encoders.append(_outline(name, resolution, state, _source(name, path))[0])
     return encoders
 
 
@@ -438,6 +436,6 @@ def _pairs(names, ckpts):
     names = [name.strip() for name in names.split(",")]
     paths = [path.strip() or None for path in ckpts.split(",")] if ckpts else [None] * len(names)
     if len(paths) != len(names):
-        raise ValueError(f"--encoder names {len(names)} encoders, --encoder-ckpt {len(paths)} files; give "
-                         "one for each")
+        raise ValueError(f"--encoder names {len(names)} encoders, --encoder-ckpt {len(paths)} files; "
+                         "give one for each")
     return list(zip(names, paths))

@@ -137,8 +137,7 @@ def euler_maruyama(velocity, x, times, noise, interpolant):
     x = x.double()
     for t, t_next in pairwise(times):
         h = t_next - t
-        # d is affine in v with the same coefficients for both halves of a guided v, so guiding v is guiding
-        # d.
+        # d is affine in v, with the same coefficients for both halves of a guided v: guiding v guides d.
         v = velocity(x, t)
         x = x + h * (v - t * score_from_velocity(v, x, x.new_full((len(x),), t), interpolant))
         if t_next > 0:
@@ -207,8 +206,7 @@ def _dopri5_piece(velocity, x, start, stop, rtol, atol, max_steps):
         # The first stage of the next step is the last one of this.
         k_first = torch.where(broadcast(accept), k_last, k_first)
         t = torch.where(accept, torch.where(last, stop, t + h), t)
-        # The error grows as h^5: aim at 0.9 of the step that would just pass, changing it by a factor of 5 at
-        # most.
+        # The error grows as h^5: aim at 0.9 of the step that would just pass, at most 5 times this one.
         h = torch.where(live, h * (0.9 * error.clamp_min(1e-10) ** -0.2).clamp(0.2, 5), h)
     raise ArithmeticError(f"dopri5 did not get from t = {start} to {stop} in {max_steps} steps; "
                           "loosen rtol and atol")

@@ -56,8 +56,7 @@ class ImageError(ValueError):
     """An image file that cannot be decoded or read, in one line."""
 
     def __init__(self, message):
-        # DataLoader re-raises a worker's exception with its whole traceback as the message: keep the last
-        # line.
+        # DataLoader gives a worker's exception its whole traceback as the message: keep the last line.
         super().__init__(message.rstrip().rsplit("\n", 1)[-1].removeprefix(f"{__name__}.ImageError: "))
 
 
@@ -88,8 +87,7 @@ def _scan(folder, prefix="", above=()):
                     continue  # a link to a folder that it lies in
                 yield f"{prefix}{entry.name}/"
                 yield from _scan(entry.path, f"{prefix}{entry.name}/", above)
-            # A FIFO would block its reader, a device never end. A link to nothing is kept: a missing file is
-            # reported.
+            # A FIFO would block its reader, a device never end. A link to nothing stays, to be reported.
             elif entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
                 yield prefix + entry.name
 
@@ -149,8 +147,7 @@ def _read(path, name, size=None):
     offset += 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
     data = os.pread(descriptor, packed if size is None else min(packed, size + 64), offset)
     if method == zipfile.ZIP_DEFLATED:
-        # One byte more than it should give: what goes on for gigabytes is stopped there and found to be
-        # wrong.
+        # One byte more than it should give: what goes on for gigabytes stops there, and is found wrong.
         data = zlib.decompressobj(-15).decompress(data, unpacked + 1)
     if size is None and len(data) != unpacked:
         raise zlib.error("size differs")
@@ -198,8 +195,7 @@ def find_images(path):
 def _rgb(image):
     """A PIL image as 8-bit RGB; EXIF orientation and alpha are dropped, as in ADM."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        # The high byte, as Pillow itself takes it from 16-bit colour; these grey modes it would clip to 255,
-        # white.
+        # The high byte, as Pillow takes it from 16-bit colour; these grey modes it would clip to white.
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError("32-bit pixels have no known range; save it with 8 or 16 bits")

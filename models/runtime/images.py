@@ -161,8 +161,8 @@ def _stored_statistics(path, names, array):
     alone = "arr_0" not in names and not {"mu_s", "sigma_s"} & names
     wanted = ["mu", "sigma"] if alone else list(STATISTICS)
     if missing := set(wanted) - names:
-        raise InputError(f"{path}: has mu but not {', '.join(sorted(missing))}; all four statistics must be "
-                         "there, or none")
+        raise InputError(f"{path}: has mu but not {', '.join(sorted(missing))}; "
+                         "all four statistics must be there, or none")
     try:
         statistics = {key: array(key) for key in wanted}
     except InputError as error:
@@ -171,8 +171,8 @@ def _stored_statistics(path, names, array):
     for key, value in statistics.items():
         shape = STATISTICS[key]
         if value.shape != shape or value.dtype.kind != "f" or not np.isfinite(value).all():
-            raise InputError(f"{path}: {key} is no finite float array of shape {list(shape)}; make it with "
-                             "--save-ref")
+            raise InputError(f"{path}: {key} is no finite float array of shape {list(shape)}; "
+                             "make it with --save-ref")
     return statistics
 
 
