@@ -101,7 +101,7 @@ class TimmEncoder(nn.Module):
         """uint8 [B, 3, R, R] -> float32 [B, grid * grid, embed_dim], row by row."""
         x = images.float() / 255
         if x.shape[-1] != self.size:
-            # Bicubic; for 256 -> 224 without antialiasing, as in the reference, but not where it shrinks more.
+            # Bicubic; 256 -> 224 without antialiasing, as in the reference, unlike where it shrinks more.
             shrinks = self.size < 0.75 * x.shape[-1]
             x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=shrinks)
         return self.tokens((x - self.mean) / self.std).float()

@@ -58,7 +58,7 @@ class LPIPS(nn.Module):
         if not torch.is_grad_enabled() or not img1.requires_grad or img0.requires_grad:
             return self.layer_terms(img0, img1).sum(1)
         # VGG's float32 features are the largest tensors of a training step. So the gradient at img1 is taken
-        # here, a few images at a time, before the rest of the backward pass is in memory, and only it is kept.
+        # here, a few images at a time, before the rest of the backward pass is in memory; only it is kept.
         distances, gradients = [], []
         for part0, part1 in zip(img0.split(self.chunk), img1.detach().split(self.chunk)):
             part1 = part1.to(torch.promote_types(part1.dtype, torch.float32)).requires_grad_()
