@@ -237,7 +237,7 @@ def memory_over_time(path, minutes):
 def count_memory(args, plain=False):
     """memory.Count of a step of the fast or the plain path."""
     with replaced(PLAIN if plain else {}):
-        return memory.training_peak(args, train.build_networks, train.make_batch, train.train_step)
+        return memory.training_peak(args, train.build_fake, train.fake_step)
 
 
 def main():

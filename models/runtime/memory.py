@@ -2,8 +2,10 @@
 
 Every operation runs on fake CUDA tensors, which have shapes, types and storages but no numbers.
 
-    count = memory.training_peak(args, build_networks, make_batch, train_step)
+    count = memory.training_peak(args, build, step)
     print(count.table())
+
+`python train_repae_e.py --dry-run` prints it, with what to do where it does not fit.
 
 Not counted: the CUDA context (about 0.6 GiB), cuDNN's workspaces, and what the allocator loses to
 fragmentation.
@@ -12,6 +14,7 @@ import argparse
 import contextlib
 import heapq
 import unittest.mock
+import warnings
 import weakref
 
 import torch
@@ -29,13 +32,14 @@ class Count:
     """Context in which CUDA tensors are fake and counted.
 
     Attributes: `bytes` in use now by holder, `now` their sum, `peak` the largest sum since the start or
-    reset_peak, `at_peak` what `bytes` was then.
+    reset_peak, `at_peak` what `bytes` was then, `phases` the peak of each phase.
     """
 
     def __init__(self):
-        self.bytes, self.now, self.holder = {}, 0, "weights"
+        self.bytes, self.now, self.holder, self.phase = {}, 0, "weights", "start"
         self.storages = {}  # id of a living storage: [its weak reference, bytes, holder]
-        self.peak, self.at_peak = 0, {}
+        self.buckets = {}   # parameter: where DistributedDataParallel keeps its gradient
+        self.reset_peak()
 
     def __enter__(self):
         fake, self.contexts = FakeTensorMode(allow_non_fake_inputs=True), contextlib.ExitStack()
@@ -78,6 +82,7 @@ class Count:
         self.storages[key] = [weakref.ref(storage, freed), size, self.holder]
         self.bytes[self.holder] = self.bytes.get(self.holder, 0) + size
         self.now += size
+        self.phases[self.phase] = max(self.phases.get(self.phase, 0), self.now)
         if self.now > self.peak:
             self.peak, self.at_peak = self.now, dict(self.bytes)
 
@@ -119,12 +124,25 @@ class Count:
             module.register_forward_hook(leave)
 
     def reset_peak(self):
-        self.peak, self.at_peak = self.now, dict(self.bytes)
+        self.peak, self.at_peak, self.phases = self.now, dict(self.bytes), {}
+
+    def in_phase(self, name, function):
+        """`function`, during which the phase is name(its arguments)."""
+        def wrapped(*args, **kwargs):
+            before, self.phase = self.phase, name(*args)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.phase = before
+        return wrapped
 
     def table(self):
-        """The peak and who held it, largest first, as lines of text."""
+        """The peak and who held it, largest first, and the peaks of the step's phases, as lines of text."""
         rows = sorted(((size, holder) for holder, size in self.at_peak.items() if size), reverse=True)
-        return "\n".join(f"{size / GIB:7.2f} GiB  {holder}" for size, holder in [(self.peak, "peak"), *rows])
+        phases = ", ".join(f"{PHASES[name]} {size / GIB:.1f}" for name, size in self.phases.items()
+                           if name in PHASES)
+        lines = [f"{size / GIB:7.2f} GiB  {holder}" for size, holder in [(self.peak, "peak"), *rows]]
+        return "\n".join([*lines, f"by phase: {phases}"])
 
     # ------------------------------------------------------------------------------ the backward pass
 
@@ -181,11 +199,13 @@ class Count:
         """The gradients that one node of the graph passes on."""
         if node.name() == "torch::autograd::AccumulateGrad":
             parameter = node.variable
-            if parameter.grad is None:
-                parameter.grad = grads[0].detach()
-            else:
+            if parameter.grad is not None:
                 parameter.grad += grads[0]
-            self.hold("gradients", [parameter.grad])
+            elif parameter in self.buckets:
+                parameter.grad = self.buckets[parameter]
+            else:
+                parameter.grad = grads[0].detach()
+                self.hold("gradients", [parameter.grad])
             return ()
         metadata = node._input_metadata
         arguments = [grads.pop(i, None) for i in range(len(metadata))]
@@ -209,43 +229,114 @@ class Count:
         return saved.tensor
 
 
-def training_peak(args, build_networks, make_batch, train_step, world_size=1):
+# What the phases of a step are called, by the functions of models/runtime/trainer.py (backward's by its total).
+PHASES = {"first_pass": "VAE forward", "gan_gradient": "GAN", "vae_loss": "VAE backward",
+          "d_loss": "discriminator", "sit_loss": "SiT", "update": "update"}
+
+
+def training_peak(args, build, step, world_size=1):
     """The Count of a training run's second step on each of `world_size` GPUs.
 
-    (The first has no optimiser states yet.)
+    (The first has no optimiser states yet.) With several GPUs all gradients live in DistributedDataParallel's buckets, which are there all the time.
+    The blocks are counted uncompiled: what the compiler keeps for the backward pass is the same.
 
     Args:
-        args: settings of train_repae_e.py; nothing is read from disk, all networks have random weights.
-        build_networks, make_batch, train_step: that script's functions.
-    The blocks are counted uncompiled. DistributedDataParallel's buckets are there from the start to the end:
-    with several GPUs, all gradients are added to the peak as "buckets".
+        args: settings of a training script. Nothing is read from disk: all networks have random weights.
+        build(args, device): the run's trainer.Networks, before trainer.prepare.
+        step(nets, args, images, labels): one step on uint8 images [b, 3, R, R] and labels [b].
     """
     args = argparse.Namespace(**vars(args))
-    args.batch_size, args.compile = args.batch_size // world_size, False
-    device = torch.device("cuda")
-    no_weights = {"models.runtime.weights.lpips": LPIPS, "models.encoders._fitting": lambda *a: {},
-                  "models.encoders._fetch": lambda *a: {}}
+    args.compile = False
     with Count() as count, contextlib.ExitStack() as patches:
-        for name, function in no_weights.items():
-            patches.enter_context(unittest.mock.patch(name, function))
-        nets = build_networks(args, device, None, continued=True)
+        patches.enter_context(warnings.catch_warnings())
+        # Of a fake tensor, by torch's own deepcopy.
+        warnings.filterwarnings("ignore", message="Accessing the data pointer")
+
+        def patch(name, function):
+            patches.enter_context(unittest.mock.patch(f"models.{name}", function))
+
+        def wrap_ddp(net, _):
+            if world_size > 1:
+                count.buckets |= {p: torch.empty_like(p) for p in net.parameters() if p.requires_grad}
+            return net
+        patch("runtime.weights.lpips", LPIPS)
+        patch("encoders._fitting", lambda *a: {})
+        patch("encoders._fetch", lambda *a: {})
+        patch("runtime.distributed.world_size", lambda: world_size)
+        patch("runtime.distributed.rank", lambda: 0)
+        patch("runtime.distributed.all_reduce_sum", lambda x: x)
+        patch("runtime.trainer.wrap_ddp", wrap_ddp)
+        for name in ("first_pass", "gan_gradient", "update"):
+            function = getattr(trainer, name)
+            patch(f"runtime.trainer.{name}", count.in_phase(lambda *a, name=name: name, function))
+        patch("runtime.trainer.backward", count.in_phase(lambda *a: a[3], trainer.backward))
+
+        nets = build(args, torch.device("cuda"))
         trainer.prepare(nets, args)
         count.hold("EMA", nets.ema.parameters())
+        count.hold("DDP's buckets", count.buckets.values())
+        for optimizer in nets.opts.values():  # as a first step would leave it
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
+                p.grad = count.buckets.get(p, torch.empty_like(p))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            for state in optimizer.state.values():
+                count.hold("optimisers' states", state.values())
         encoders = {f"encoder {e.name}": e for e in nets.encoders}
         count.watch(VAE=nets.vae, VGG=nets.lpips, SiT=nets.sit, discriminator=nets.disc, **encoders)
-        images = torch.zeros(args.batch_size, 3, args.resolution, args.resolution, dtype=torch.uint8)
-        labels = torch.zeros(args.batch_size, dtype=torch.long)
-        for step in (1, 2):
-            count.reset_peak()
-            train_step(nets, args, make_batch(nets, args, step, images, labels))
-            states = [state for optimizer in nets.opts.values() for state in optimizer.state.values()]
-            count.hold("optimisers' states", [v for state in states for v in state.values()])
-        if world_size > 1:
-            buckets = sum(p.numel() * p.element_size() for n in nets.trained
-                          for p in getattr(nets, n).parameters())
-            count.peak += buckets
-            count.at_peak["buckets"] = buckets
+        share = args.batch_size // world_size
+        images = torch.zeros(share, 3, args.resolution, args.resolution, dtype=torch.uint8)
+        labels = torch.zeros(share, dtype=torch.long)
+        count.reset_peak()
+        step(nets, args, images, labels)
     return count
+
+
+# GPUs that people have, in GiB, and what a run takes beside what is counted: the CUDA context, cuDNN's
+# workspaces, fragmentation.
+SIZES, BESIDE = (24, 40, 48, 80, 141), 2.0
+
+
+def forecast(args, build, step, world_size=1):
+    """What --dry-run says about memory: the predicted peak per GPU, what holds it, where it fits, and a remedy.
+
+    It looks at the GPU at hand, or at SIZES if there is none. Arguments as for training_peak.
+    """
+    missing = list(SIZES)
+    if torch.cuda.is_available():
+        missing = [torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB]
+    lines = []
+    for flags, more in thriftier(args, world_size):
+        count = training_peak(more, build, step, world_size)
+        if not lines:
+            lines += [f"predicted peak per GPU ({world_size} x {args.batch_size // world_size} images; CUDA's "
+                      f"context, cuDNN's workspaces and fragmentation, about {BESIDE:g} GiB, come on top):",
+                      count.table()]
+        need = count.peak / GIB + BESIDE
+        if fits := [f"{size:.0f}" for size in missing if need <= size]:
+            lines.append(f"GPUs of {', '.join(fits)} GiB: {f'add {flags}' if flags else 'fits'} "
+                         f"({count.peak / GIB:.1f} GiB)")
+        missing = [size for size in missing if need > size]
+        if not missing:
+            break
+    else:
+        sizes = ", ".join(f"{size:.0f}" for size in missing)
+        lines.append(f"GPUs of {sizes} GiB: too small, unless more of them share the batch")
+    return "\n".join(lines)
+
+
+def thriftier(args, world_size):
+    """(flags to add, settings) that need less and less memory: args as they are, then with recomputation, then with
+    more and more accumulation."""
+    more = argparse.Namespace(**vars(args))
+    yield "", more
+    if not more.grad_checkpoint:
+        more.grad_checkpoint = True
+        yield "--grad-checkpoint", more
+    while args.batch_size % (2 * world_size * more.gradient_accumulation_steps) == 0:
+        more.gradient_accumulation_steps *= 2
+        flags = "" if args.grad_checkpoint else "--grad-checkpoint "
+        yield f"{flags}--gradient-accumulation-steps {more.gradient_accumulation_steps}", more
 
 
 class _Saved:
