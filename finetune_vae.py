@@ -115,6 +115,7 @@ from models.encoders import check_encoders, load_encoders
 from models.losses import discriminator_loss, proj_loss, reconstruction_losses, wide
 from models.runtime import distributed, files, signals, trainer, vae_files, vae_report, weights
 from models.runtime.flops import matmul_rate, vae_step_flops
+from models.runtime.memory import forecast
 from models.runtime.runlog import RunLog
 from models.runtime.trainer import Networks
 from models.vae import Posterior, VAE_models
@@ -325,6 +326,16 @@ def measure_stats(args, vae, dataset, device):
     return variance.rsqrt().float().view(1, -1, 1, 1), mean.float().view(1, -1, 1, 1)
 
 
+def build_blank(args, device):
+    """Networks for models/runtime/memory.py, which counts with neither numbers nor files."""
+    return build_networks(args, device, None)
+
+
+def blank_step(nets, args, images, labels):
+    """One step for models/runtime/memory.py."""
+    train_step(nets, args, make_batch(nets, args, 2, images))
+
+
 def set_up(args, folder, device):
     """Everything before the first step, what can fail first.
 
@@ -358,6 +369,8 @@ def set_up(args, folder, device):
         stats = state["latents_scale"], state["latents_bias"]
     trainer.check_same_start(start, device)
     if args.dry_run:
+        if distributed.is_main():
+            print(forecast(args, build_blank, blank_step, distributed.world_size()), flush=True)
         return None
     if state is None and stats is None and not args.train_encoder:
         stats = measure_stats(args, nets.vae, dataset, device)

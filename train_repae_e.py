@@ -125,6 +125,7 @@ from models.losses import (denoising_loss, discriminator_loss, noisy_latents, pr
                            reconstruction_losses, sample_time, spatial_norm, wide)
 from models.runtime import distributed, online, signals, trainer, vae_files, weights
 from models.runtime.flops import matmul_rate, step_flops
+from models.runtime.memory import forecast
 from models.runtime.runlog import RunLog
 from models.runtime.trainer import Networks
 from models.sit import SiT_models
@@ -373,6 +374,16 @@ def sit_losses(nets, args, part):
 
 # ------------------------------------------------------------------------------------------------ the loop
 
+def build_blank(args, device):
+    """Networks for models/runtime/memory.py, which counts with neither numbers nor files."""
+    return build_networks(args, device, None, continued=True)
+
+
+def blank_step(nets, args, images, labels):
+    """One step for models/runtime/memory.py."""
+    train_step(nets, args, make_batch(nets, args, 2, images, labels))
+
+
 def set_up(args, folder, device):
     """Everything before the first step, what can fail first.
 
@@ -401,6 +412,8 @@ def set_up(args, folder, device):
     trainer.check_same_start(start, device)
     score = online.make_scorer(nets, args) if args.eval_steps else None
     if args.dry_run:
+        if distributed.is_main():
+            print(forecast(args, build_blank, blank_step, distributed.world_size()), flush=True)
         return None
     if state is None:
         set_latents_stats(nets, args, dataset, stats)

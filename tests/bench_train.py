@@ -234,10 +234,10 @@ def memory_over_time(path, minutes):
     return {"steps": len(path.seconds), "gib": points, "growth_gib": points[-1] - points[2]}
 
 
-def count_memory(args, plain=False):
+def count_memory(args, plain=False, world_size=1):
     """memory.Count of a step of the fast or the plain path."""
     with replaced(PLAIN if plain else {}):
-        return memory.training_peak(args, train.build_fake, train.fake_step)
+        return memory.training_peak(args, train.build_blank, train.blank_step, world_size)
 
 
 def main():

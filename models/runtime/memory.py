@@ -229,7 +229,7 @@ class Count:
         return saved.tensor
 
 
-# What the phases of a step are called, by the functions of models/runtime/trainer.py (backward's by its total).
+# What the phases of a step are called, by functions of models/runtime/trainer.py (backward's by its total).
 PHASES = {"first_pass": "VAE forward", "gan_gradient": "GAN", "vae_loss": "VAE backward",
           "d_loss": "discriminator", "sit_loss": "SiT", "update": "update"}
 
@@ -237,7 +237,8 @@ PHASES = {"first_pass": "VAE forward", "gan_gradient": "GAN", "vae_loss": "VAE b
 def training_peak(args, build, step, world_size=1):
     """The Count of a training run's second step on each of `world_size` GPUs.
 
-    (The first has no optimiser states yet.) With several GPUs all gradients live in DistributedDataParallel's buckets, which are there all the time.
+    (The first has no optimiser states yet.) With several GPUs all gradients live in DistributedDataParallel's
+    buckets, which are there all the time.
     The blocks are counted uncompiled: what the compiler keeps for the backward pass is the same.
 
     Args:
@@ -298,36 +299,40 @@ SIZES, BESIDE = (24, 40, 48, 80, 141), 2.0
 
 
 def forecast(args, build, step, world_size=1):
-    """What --dry-run says about memory: the predicted peak per GPU, what holds it, where it fits, and a remedy.
+    """What --dry-run says about memory: the predicted peak per GPU, what holds it, where it fits, a remedy.
 
     It looks at the GPU at hand, or at SIZES if there is none. Arguments as for training_peak.
     """
     missing = list(SIZES)
     if torch.cuda.is_available():
         missing = [torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB]
-    lines = []
+    lines, least = [], float("inf")
     for flags, more in thriftier(args, world_size):
         count = training_peak(more, build, step, world_size)
         if not lines:
-            lines += [f"predicted peak per GPU ({world_size} x {args.batch_size // world_size} images; CUDA's "
-                      f"context, cuDNN's workspaces and fragmentation, about {BESIDE:g} GiB, come on top):",
-                      count.table()]
+            lines = [f"predicted peak per GPU ({world_size} x {args.batch_size // world_size} images; CUDA's "
+                     f"context, cuDNN's workspaces, fragmentation come on top, about {BESIDE:g} GiB):",
+                     count.table()]
         need = count.peak / GIB + BESIDE
         if fits := [f"{size:.0f}" for size in missing if need <= size]:
             lines.append(f"GPUs of {', '.join(fits)} GiB: {f'add {flags}' if flags else 'fits'} "
                          f"({count.peak / GIB:.1f} GiB)")
         missing = [size for size in missing if need > size]
-        if not missing:
+        if not missing or count.peak > 0.9 * least:  # weights and the discriminator's whole batch remain
             break
-    else:
+        least = count.peak
+    if missing:
         sizes = ", ".join(f"{size:.0f}" for size in missing)
-        lines.append(f"GPUs of {sizes} GiB: too small, unless more of them share the batch")
+        lines.append(f"GPUs of {sizes} GiB: too small, unless more of them share the batch "
+                     f"(with {flags}: {count.peak / GIB:.1f} GiB)")
     return "\n".join(lines)
 
 
 def thriftier(args, world_size):
-    """(flags to add, settings) that need less and less memory: args as they are, then with recomputation, then with
-    more and more accumulation."""
+    """(flags to add, settings) that need less and less memory.
+
+    First args as they are, then with recomputation, then with more and more accumulation.
+    """
     more = argparse.Namespace(**vars(args))
     yield "", more
     if not more.grad_checkpoint:
