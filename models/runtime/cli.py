@@ -46,7 +46,6 @@ REFERENCE_FLAGS = {
     "--exp-path": "use --ckpt FILE with --export FOLDER --format compvis",
     "--train-steps": "name the checkpoint file itself",
     "--pproc-batch-size": "use --batch-size",
-    "--no-compile": "leave it out, it is off unless --compile is given",
     "--no-qk-norm": "leave it out, it is off unless --qk-norm is given",
     "--no-heun": "leave it out, it is off unless --heun is given",
 }
@@ -177,7 +176,8 @@ def training_flags(parser):
     flag(optim, "--ema-decay", 0.9999, "of the average of the weights", most=1.0)
     flag(optim, "--mixed-precision", "auto", "autocast type; auto: bf16 on a GPU, no on a CPU",
          choices=["auto", "bf16", "fp16", "no"])
-    flag(optim, "--compile", False, "torch.compile each block; convolutions in channels_last")
+    optim.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
+                       help="torch.compile each block, convolutions in channels_last; default: on a GPU")
     flag(optim, "--grad-checkpoint", False,
          "recompute activations in the backward pass: less memory, more arithmetic")
     flag(optim, "--seed", 0, "of weights, data order and every draw")

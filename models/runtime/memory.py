@@ -314,15 +314,15 @@ def forecast(args, build, step, world_size=1):
                      f"context, cuDNN's workspaces, fragmentation come on top, about {BESIDE:g} GiB):",
                      count.table()]
         need = count.peak / GIB + BESIDE
-        if fits := [f"{size:.0f}" for size in missing if need <= size]:
+        if fits := [f"{size:.3g}" for size in missing if need <= size]:
             lines.append(f"GPUs of {', '.join(fits)} GiB: {f'add {flags}' if flags else 'fits'} "
                          f"({count.peak / GIB:.1f} GiB)")
         missing = [size for size in missing if need > size]
-        if not missing or count.peak > 0.9 * least:  # weights and the discriminator's whole batch remain
-            break
+        if not missing or ("accumulation" in flags and count.peak > 0.97 * least):
+            break  # what remains are weights and the discriminator's whole batch
         least = count.peak
     if missing:
-        sizes = ", ".join(f"{size:.0f}" for size in missing)
+        sizes = ", ".join(f"{size:.3g}" for size in missing)
         lines.append(f"GPUs of {sizes} GiB: too small, unless more of them share the batch "
                      f"(with {flags}: {count.peak / GIB:.1f} GiB)")
     return "\n".join(lines)

@@ -152,7 +152,8 @@ def measure_latents(args, vae, dataset, device, batches):
 
 def prepare(nets, args):
     """Add to `nets` what training needs: optimisers, processes, average, precision, memory, compilation."""
-    if args.compile:
+    compiled = wants_compile(args, nets.device)
+    if compiled:
         # Tensor cores want channels_last. It pays with --compile only: torch's own group norm would turn
         # every activation back.
         for net in filter(None, (nets.vae, nets.disc, nets.lpips)):
@@ -169,8 +170,15 @@ def prepare(nets, args):
         nets.vae.save_memory()
         if nets.sit is not None:
             nets.sit.grad_checkpoint = True
-    if args.compile:
+    if compiled:
         compile_blocks(nets)
+
+
+def wants_compile(args, device):
+    """Whether blocks are compiled: by flag, else on a GPU whose code torch's compiler can write."""
+    if args.compile is None:
+        return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return args.compile
 
 
 def autocast_type(args, device):
@@ -207,7 +215,9 @@ def compile_blocks(nets):
     setattr(torch._dynamo.config, limit, 64)
     blocks = [m for m in nets.vae.modules() if isinstance(m, ResnetBlock)]
     if nets.sit is not None:
-        blocks += [*nets.sit.blocks, *nets.ema.blocks]
+        # Not the average's: it samples now and then only, and while the evaluator's thread has set other
+        # precision flags each of its blocks would be compiled again.
+        blocks += nets.sit.blocks
     for encoder in nets.encoders:
         blocks += getattr(getattr(encoder, "model", None), "blocks", ())
     for block in blocks:
