@@ -306,8 +306,8 @@ def _map_distances(u, v, exact, reduce):
             continue
         results = []
         widened = b.float().T if a.device.type == "cpu" else b.T    # CPU: float32 products, rounded once
-        for start in range(0, len(a), 512):
-            strip = slice(start, start + 512)
+        for start in range(0, len(a), 128):      # larger strips are no faster, and memory grows with them
+            strip = slice(start, start + 128)
             product = (a[strip].to(widened.dtype) @ widened).to(a.dtype)
             distance = (norm_a[strip, None] - product.mul_(2)).add_(norm_b).clamp_(min=0)
             if half and not distance.max().isfinite():                           # max propagates nan
