@@ -67,7 +67,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    parse_args()    # before torch is imported, which takes seconds: --help and a mistyped flag answer at once
+    cli.answer_early(parse_args)
 
 import hashlib
 import json
@@ -83,11 +83,10 @@ import torch
 from models.inception import POOL_DIM, WEIGHTS_SHA256
 from models.metrics import (check_covariance, feature_statistics, frechet_distance,  # noqa: F401
                             inception_score, kernel_distance, precision_recall)
-from models.runtime import distributed, files
+from models.runtime import distributed, files, signals
 from models.runtime.features import (CLIP, cached_features, clip_features, encoder_features,  # noqa: F401
                                      extract, fitting_batch_size, hog_features, inception_features,
-                                     load_inception, load_reference, progress_line, score, score_samples,
-                                     stopped_in_one_line)
+                                     load_inception, load_reference, progress_line, score, score_samples)
 from models.runtime.images import STATISTICS, evenly_spaced, input_digest, open_input, write_npz
 
 # What a figure called fdd may come from.
@@ -298,7 +297,7 @@ def main(argv=None):
     remedy = (f"the same command goes on from the features in {args.cache}" if args.cache else
               "with --cache FOLDER a run can go on where it was stopped")
     try:
-        with stopped_in_one_line(remedy):
+        with signals.stopped_in_one_line(remedy):
             run(args)
     except (ValueError, OSError) as error:
         cli.fail(error)

@@ -105,7 +105,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    parse_args()  # before torch is imported, which takes seconds: --help and a mistyped flag answer at once
+    cli.answer_early(parse_args)
 
 from types import SimpleNamespace
 
@@ -381,7 +381,7 @@ def set_up(args, folder, device):
 def train(args):
     """Refinement, from the first step or the newest checkpoint to --max-train-steps."""
     folder = os.path.join(args.output_dir, args.exp_name)
-    try:
+    with trainer.starting():
         rank, world_size, device = distributed.init()
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True  # shapes never change
@@ -389,19 +389,18 @@ def train(args):
         if run is None:
             return print("settings are sound") if rank == 0 else None
         nets, dataset, stats, start = run.nets, run.dataset, run.stats, run.start
-    except (ValueError, OSError) as error:
-        cli.fail(error)
 
-    log = RunLog(folder, args, vae_step_flops(args, nets), lambda: matmul_rate(device, nets.dtype))
-    log.rewind(start)
-    if run.log is not None:
-        log.load_state_dict(run.log, device)
-    trainer.write_args(args, folder)
-    log.say(f"{'VAE' if args.train_encoder else 'decoder'} of {args.vae} ({args.ckpt}), "
-            f"{len(dataset)} images, {world_size} x {device.type}, from step {start}"
-            + (f" of {run.path}" if run.path else ""))
+        log = RunLog(folder, args, vae_step_flops(args, nets), lambda: matmul_rate(device, nets.dtype))
+        log.rewind(start)
+        if run.log is not None:
+            log.load_state_dict(run.log, device)
+        trainer.write_args(args, folder)
+        log.say(f"{'VAE' if args.train_encoder else 'decoder'} of {args.vae} ({args.ckpt}), "
+                f"{len(dataset)} images, {world_size} x {device.type}, from step {start}"
+                + (f" of {run.path}" if run.path else ""))
+        log.say(trainer.space_needed(nets, args, start, folder))
+        loader = trainer.data_loader(args, dataset, device, start, args.num_workers)
 
-    loader = trainer.data_loader(args, dataset, device, start, args.num_workers)
     step, last_good = start, run.path
     with trainer.guarded(log, lambda: last_good), signals.watch() as asked:
         for step in range(start + 1, args.max_train_steps + 1):

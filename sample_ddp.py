@@ -71,9 +71,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    import signal
-    parse_args()  # before torch is imported, which takes seconds: --help and a mistyped flag answer at once
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing has begun: Ctrl-C meanwhile just ends it
+    cli.answer_early(parse_args)
 
 import contextlib
 import datetime

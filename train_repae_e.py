@@ -44,7 +44,8 @@ def make_parser():
     groups = cli.training_flags(parser)
     data, model, losses, optim, run = (groups[k] for k in ("data", "model", "losses", "optimisation", "run"))
     flag = cli.flag
-    flag(data, "--num-classes", 1000, "classes of the label table; at least as many as the data has", above=0)
+    flag(data, "--num-classes", 1000, "classes of the label table; at least as many as the data has", above=0,
+         most=10**6)
 
     flag(model, "--model", "SiT-XL/2", "diffusion transformer: SiT-{XL,L,B,S,Ti}/{1,2,4,8}",
          choices=cli.SITS, metavar="NAME")
@@ -83,7 +84,7 @@ def make_parser():
     flag(run, "--eval-steps", 0,
          "steps between online scores (fid_online ..., 50 Euler steps, unguided); 0 for none")
     flag(run, "--eval-ref", None, "reference of the online scores, as for evaluate_fid.py")
-    flag(run, "--eval-samples", 10000, "samples of an online score", above=0)
+    flag(run, "--eval-samples", 10000, "samples of an online score", above=0, most=10**8)
     flag(run, "--inception-weights", None,
          "pt_inception-2015-12-05-6726825d.pth, if it cannot be downloaded")
     parser.set_defaults(vae="f8d4")
@@ -113,7 +114,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    parse_args()  # before torch is imported, which takes seconds: --help and a mistyped flag answer at once
+    cli.answer_early(parse_args)
 
 from types import SimpleNamespace
 
@@ -424,7 +425,7 @@ def set_up(args, folder, device):
 def main(argv=None):
     args = parse_args(argv)
     folder = os.path.join(args.output_dir, args.exp_name)
-    try:
+    with trainer.starting():
         rank, world_size, device = distributed.init()
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True  # shapes never change
@@ -432,23 +433,22 @@ def main(argv=None):
         if run is None:
             return print("settings are sound") if rank == 0 else None
         nets, dataset, start, score = run.nets, run.dataset, run.start, run.score
-    except (ValueError, OSError) as error:
-        cli.fail(error)
 
-    def flops(): return step_flops(args, nets, lambda: build_sit(args, nets.vae, nets.encoders))
-    log = RunLog(folder, args, flops(), lambda: matmul_rate(device, nets.dtype))
-    log.rewind(start)
-    if run.log is not None:
-        log.load_state_dict(run.log, device)
-    trainer.write_args(args, folder)
-    parameters = sum(p.numel() for p in nets.sit.parameters())
-    log.say(f"{args.model} ({parameters / 1e6:.1f} M) with {args.vae}, {len(dataset)} images of "
-            f"{dataset.num_classes} classes, {world_size} x {device.type}, from step {start}"
-            + (f" of {run.path}" if run.path else ""))
-    for note in nets.notes:
-        log.say(note)
+        def flops(): return step_flops(args, nets, lambda: build_sit(args, nets.vae, nets.encoders))
+        log = RunLog(folder, args, flops(), lambda: matmul_rate(device, nets.dtype))
+        log.rewind(start)
+        if run.log is not None:
+            log.load_state_dict(run.log, device)
+        trainer.write_args(args, folder)
+        parameters = sum(p.numel() for p in nets.sit.parameters())
+        log.say(f"{args.model} ({parameters / 1e6:.1f} M) with {args.vae}, {len(dataset)} images of "
+                f"{dataset.num_classes} classes, {world_size} x {device.type}, from step {start}"
+                + (f" of {run.path}" if run.path else ""))
+        for note in nets.notes:
+            log.say(note)
+        log.say(trainer.space_needed(nets, args, start, folder))
+        loader = trainer.data_loader(args, dataset, device, start, args.num_workers)
 
-    loader = trainer.data_loader(args, dataset, device, start, args.num_workers)
     step, last_good = start, run.path
     with trainer.guarded(log, lambda: last_good), signals.watch() as asked:
         for step in range(start + 1, args.max_train_steps + 1):

@@ -5,6 +5,7 @@ Imports no torch, so that --help and a mistyped flag answer at once.
 import argparse
 import math
 import os
+import signal
 import sys
 import time
 
@@ -127,6 +128,23 @@ def fail(error, code=2):
     sys.exit(code)
 
 
+def answer_early(parse_args):
+    """Look at the flags before torch is imported, which takes seconds: --help and a mistyped flag answer at once.
+
+    Ctrl-C meanwhile, and until a script watches for it, just ends the process: nothing has begun.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parse_args()
+
+
+def memory_full(error, remedy):
+    """One line that closes with `remedy` where an error says that memory ran out, on the host or a GPU; else None."""
+    text = str(error).strip().split("\n")[0]
+    if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
+        return f"memory is full{f' ({text[:150]})' if text else ''}; {remedy}"
+    return None
+
+
 def training_flags(parser):
     """Add the flags that both training scripts have.
 
@@ -139,10 +157,10 @@ def training_flags(parser):
 
     flag(data, "--data-dir", "data/imagenet/train",
          "folder of class folders, a .zip of one, or 'shapes' (built in, drawn)")
-    flag(data, "--resolution", 256, "side of the ADM centre crop in pixels", above=0)
+    flag(data, "--resolution", 256, "side of the ADM centre crop in pixels", above=0, most=2**14)
     flag(data, "--hflip", False, "flip half of the images (the paper does not)")
     flag(data, "--skip-corrupt", False, "replace files that are no images by the next one and count them")
-    flag(data, "--num-workers", 8, "image decoding processes per training process")
+    flag(data, "--num-workers", 8, "image decoding processes per training process", most=1024)
 
     flag(model, "--vae", None, "VAE: downsampling factor and latent channels", choices=VAES)
     flag(model, "--disc-ckpt", "auto",
@@ -162,10 +180,11 @@ def training_flags(parser):
     flag(losses, "--disc-start", None, type=int, help="step from which the VAE sees the discriminator; "
          "default: 0 if that is pretrained, else 5000")
 
-    flag(optim, "--batch-size", 256, "global batch: all processes and accumulation steps together", above=0)
+    flag(optim, "--batch-size", 256, "global batch: all processes and accumulation steps together", above=0,
+         most=10**6)
     flag(optim, "--gradient-accumulation-steps", 1,
          "micro-batches per process: same result, less memory, more time", above=0)
-    flag(optim, "--max-train-steps", 400000, "steps", above=0)
+    flag(optim, "--max-train-steps", 400000, "steps", above=0, most=10**9)
     flag(optim, "--learning-rate", 1e-4, "constant", above=0.0)
     flag(optim, "--disc-learning-rate", 1e-4, "of the discriminator, constant", above=0.0)
     flag(optim, "--adam-beta1", 0.9, "AdamW", most=1.0)
@@ -180,7 +199,7 @@ def training_flags(parser):
                        help="torch.compile each block, convolutions in channels_last; default: on a GPU")
     flag(optim, "--grad-checkpoint", False,
          "recompute activations in the backward pass: less memory, more arithmetic")
-    flag(optim, "--seed", 0, "of weights, data order and every draw")
+    flag(optim, "--seed", 0, "of weights, data order and every draw", most=2**32 - 1)
 
     flag(run, "--preset", None, "set of defaults; explicit flags win")
     flag(run, "--output-dir", "exps", "parent of the run folders")

@@ -7,9 +7,7 @@ Errors a user can cause are ValueError or OSError with a message of one line.
 import contextlib
 import os
 import re
-import signal
 import sys
-import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -401,26 +399,3 @@ def progress_line(what, total=None, unit="images", first=0):
             print(f"\r{line}  " if terminal else line, file=sys.stderr, flush=True,
                   end="" if terminal and done < total else "\n")
     return show
-
-
-@contextlib.contextmanager
-def stopped_in_one_line(remedy):
-    """Context in which SIGTERM and Ctrl-C end the process in one line with `remedy`; a second one at once."""
-    def stop(number, frame):
-        for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, signal.SIG_DFL)
-        raise KeyboardInterrupt(number)
-
-    allowed = threading.current_thread() is threading.main_thread()     # Python has no handlers elsewhere
-    before = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT) if allowed}
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        number = signal.Signals(*interrupt.args or [signal.SIGINT])
-        if distributed.is_main():
-            print(f"\nstopped by {number.name}: {remedy}" if sys.stderr.isatty() else
-                  f"stopped by {number.name}: {remedy}", file=sys.stderr, flush=True)
-        sys.exit(128 + number)      # as shells report a process that a signal ended
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

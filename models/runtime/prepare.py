@@ -14,7 +14,7 @@ before. Errors a user can cause end in one line, exit code 2.
 """
 import os
 
-from models.runtime.cli import fail, flag, make_parser
+from models.runtime.cli import answer_early, fail, flag, make_parser
 
 
 def parse_args(argv=None):
@@ -29,7 +29,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    parse_args()  # before torch is imported, which takes seconds: --help and a mistyped flag answer at once
+    answer_early(parse_args)
 
 import fcntl
 import io
@@ -42,7 +42,7 @@ import numpy as np
 import PIL
 from torch.utils.data import DataLoader, Dataset
 
-from models.runtime import files
+from models.runtime import files, signals
 from models.runtime.data import (ImageData, ImageError, center_crop, identity, open_image, progress,
                                  read_json, start_worker, worker_death)
 
@@ -221,23 +221,27 @@ def sync(file, journal, what, done, left_out):
 def main(argv=None):
     args = parse_args(argv)
     try:
-        if not args.out.lower().endswith(".zip"):
-            raise ValueError(f"{args.out}: is to be a .zip; give a name that ends so")
-        inside = os.path.realpath(args.out).startswith(os.path.join(os.path.realpath(args.source), ""))
-        if inside:
-            raise ValueError(f"{args.out}: lies in {args.source} itself; give a place outside of it")
-        os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
-        source = ImageData(args.source, args.resolution, skip_corrupt=args.skip_corrupt, unlabelled=True)
-        left_out = prepare(source, args.out, args.num_workers)
+        with signals.stopped_in_one_line("the same command continues"):
+            left_out = run(args)
     except (ValueError, OSError) as error:
         fail(error)
     except RuntimeError as error:
         if (line := worker_death(error)) is None:
             raise
         fail(f"{line}; the same command continues", code=1)
-    except KeyboardInterrupt:
-        fail("stopped; the same command continues", code=130)
     print(f"done: {args.out}" + (f" without {left_out} corrupt files" if left_out else ""), flush=True)
+
+
+def run(args):
+    """The whole program after the flags; returns the number of files left out as corrupt."""
+    if not args.out.lower().endswith(".zip"):
+        raise ValueError(f"{args.out}: is to be a .zip; give a name that ends so")
+    inside = os.path.realpath(args.out).startswith(os.path.join(os.path.realpath(args.source), ""))
+    if inside:
+        raise ValueError(f"{args.out}: lies in {args.source} itself; give a place outside of it")
+    os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
+    source = ImageData(args.source, args.resolution, skip_corrupt=args.skip_corrupt, unlabelled=True)
+    return prepare(source, args.out, args.num_workers)
 
 
 if __name__ == "__main__":

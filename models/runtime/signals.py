@@ -1,5 +1,7 @@
 """A polite end: SIGTERM, SIGUSR1 and Ctrl-C ask a run to save and stop; a second Ctrl-C ends it at once.
 
+`stopped_in_one_line` is for work that has nothing to save. `watch` is for work that has:
+
     with signals.watch() as asked:
         for batch in batches:
             ...
@@ -10,6 +12,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -38,6 +41,33 @@ def watch():
     before = {number: signal.signal(number, handle) for number in watched if in_main_thread}
     try:
         yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def stopped_in_one_line(remedy):
+    """Context in which SIGTERM, SIGUSR1 and Ctrl-C end the process in one line that closes with `remedy`; a
+    second one at once. For work that leaves nothing half done wherever it stops.
+    """
+    watched = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def stop(number, frame):
+        for name in watched:
+            signal.signal(name, signal.SIG_DFL)
+        raise KeyboardInterrupt(number)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, stop) for number in watched if in_main_thread}
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        number = signal.Signals(*interrupt.args or [signal.SIGINT])
+        if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
+            line = f"stopped by {number.name}: {remedy}"
+            print(f"\n{line}" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
+        sys.exit(128 + number)      # as shells report a process that a signal ended
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

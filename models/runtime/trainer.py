@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -576,16 +577,25 @@ def save_checkpoint(state, args, folder):
     path = os.path.join(checkpoints, f"{state['steps']:07d}.pt")
     if distributed.is_main():
         files.save(state, path)
-        keep_newest(checkpoints, args.keep_checkpoints, args.milestones_every)
+        keep_newest(checkpoints, state["steps"], args.keep_checkpoints, args.milestones_every)
     distributed.barrier()
     return path
 
 
-def keep_newest(folder, count, milestones):
-    """Remove checkpoints but the `count` newest (0: keep all) and multiples of `milestones` (0: none)."""
-    for step in files.checkpoint_steps(folder)[:-count] if count else []:
-        if not milestones or step % milestones:
+def keep_newest(folder, latest, count, milestones):
+    """Remove checkpoints but the `count` newest (0: keep all) and multiples of `milestones` (0: none).
+
+    Only what step `latest`, just written, supersedes: one of a later step was passed over as damaged, and
+    must not push a sound one out.
+    """
+    steps = [step for step in files.checkpoint_steps(folder) if step <= latest]
+    for step in steps[:-count] if count else []:
+        if not is_milestone(step, milestones):
             os.remove(os.path.join(folder, f"{step:07d}.pt"))
+
+
+def is_milestone(step, every):
+    return every > 0 and step % every == 0
 
 
 def claim_folder(folder, dry_run=False):
@@ -602,6 +612,53 @@ def claim_folder(folder, dry_run=False):
     return lock
 
 
+def space_needed(nets, args, start, folder):
+    """What the checkpoints of a run that goes on from step `start` will take, and what is free, in a sentence.
+
+    Raises ValueError where not even one has room. Of the main process; "" elsewhere.
+    """
+    if not distributed.is_main():
+        return ""
+    each = tensor_bytes(nets.ema.state_dict().values())
+    for net in (getattr(nets, name) for name in nets.trained):
+        trained = (p for p in net.parameters() if p.requires_grad)
+        each += tensor_bytes(net.state_dict().values()) + 2 * tensor_bytes(trained)  # AdamW's two moments
+
+    def between(every):  # multiples of it among the steps to come
+        return args.max_train_steps // every - start // every if every else 0
+    number = between(args.checkpointing_steps) + (args.max_train_steps % args.checkpointing_steps > 0)
+    if args.keep_checkpoints:
+        milestones = between(math.lcm(args.checkpointing_steps, args.milestones_every))
+        number = min(number, args.keep_checkpoints + milestones)
+    free = shutil.disk_usage(folder).free
+    sizes = (f"about {each / 1e9:.3g} GB each, {number * each / 1e9:.3g} GB in all; "
+             f"{free / 1e9:.3g} GB are free")
+    if number > 0 and free < each:
+        raise ValueError(f"{folder}: no room for a checkpoint ({sizes}); make room or give another --output-dir")
+    remedy = ", too little: make room in time or give --keep-checkpoints" if free < number * each else ""
+    return f"checkpoints to keep: {number}, {sizes}{remedy}"
+
+
+def tensor_bytes(tensors):
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@contextlib.contextmanager
+def starting():
+    """Context of all that comes before the first step: the mistakes of a user or a machine end it in one line."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        cli.fail(error)
+    except (MemoryError, RuntimeError) as error:
+        if (line := cli.memory_full(error, MEMORY_REMEDY)) is None:
+            raise
+        cli.fail(line)
+
+
+MEMORY_REMEDY = "lower --batch-size, raise --gradient-accumulation-steps, or pass --grad-checkpoint"
+
+
 @contextlib.contextmanager
 def guarded(log, last_good):
     """Context of the training loop, which turns what ends a run badly into one line and an exit code: 2 for a
@@ -616,8 +673,9 @@ def guarded(log, last_good):
         cli.fail(error)
     except OSError as error:
         cli.fail(error, code=1)
-    except RuntimeError as error:
-        if (line := worker_death(error)) is None:
+    except (MemoryError, RuntimeError) as error:
+        line = worker_death(error) or cli.memory_full(error, MEMORY_REMEDY)
+        if line is None:
             raise
         cli.fail(line, code=1)
 

@@ -21,10 +21,9 @@ from models import metrics
 from models.encoders import load_encoders
 from models.losses import noisy_latents
 from models.metrics import float32_exactly, frechet_distance
-from models.runtime import cli, distributed, files, vae_files, weights
+from models.runtime import cli, distributed, files, signals, vae_files, weights
 from models.runtime.data import center_crop, open_image
-from models.runtime.features import (extract, inception_features, load_inception, progress_line,
-                                     stopped_in_one_line)
+from models.runtime.features import (extract, inception_features, load_inception, progress_line)
 from models.runtime.images import (InputError, evenly_spaced, label_grid, open_input, round_to_uint8,
                                    write_png)
 from models.vae import VAE_models
@@ -189,7 +188,7 @@ def evaluate(args):
     user's mistake ends the process in one line.
     """
     try:
-        with stopped_in_one_line("what is measured so far is in metrics.json; the same command goes on"):
+        with signals.stopped_in_one_line("what is measured so far is in metrics.json; the same command goes on"):
             _evaluate(args)
     except (InputError, OSError) as error:
         cli.fail(error)

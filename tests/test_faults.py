@@ -1,0 +1,20 @@
+"""The quick cases of tests/faults.py, whose own command tries all of them."""
+import fault_tools
+import faults
+
+
+def test_quick_cases(tmp_path, capsys):
+    """All that need little more than a process each, and of the many about numbers in flags every seventh."""
+    cheap = [case for case in fault_tools.CASES if case.cheap]
+    numbers = [case for case in cheap if case.group == "flags"]
+    chosen = [case for case in cheap if case.group != "flags"] + numbers[::7]
+    failed = faults.run(chosen, tmp_path)
+    assert len(chosen) > 100 and not failed, capsys.readouterr().out
+
+
+def test_a_case_that_does_not_hold_is_found(tmp_path, capsys):
+    """A harness that finds nothing would say so too."""
+    def wrong(tmp, have):
+        fault_tools.assert_refused(fault_tools.execute("sample_ddp", ["--cfg-scale", "nan"], tmp, have), ["--num-steps"])
+    assert faults.run([fault_tools.Case("made up", "wrong words", wrong)], tmp_path) == ["made up: wrong words"]
+    assert "--cfg-scale" in capsys.readouterr().out
