@@ -109,10 +109,6 @@ for name, script, more, words in [
     ("other type than the file", "finetune_vae", ["--vae", "f8d4"], "f4d4"),
     ("more images than there are", "finetune_vae", ["--data-dir", "{have}/photos", "--batch-size", "13"], "fewer than one batch"),
     ("resolution the VAE cannot halve, refining", "finetune_vae", ["--resolution", "30"], "--resolution 30"),
-    ("export of nothing", "finetune_vae", ["--ckpt", "none", "--export", "{tmp}/e"], "--ckpt"),
-    ("unknown metric of VAEs", "finetune_vae", ["--eval", "{have}/vae.pt", "--metrics", "psnr,beauty"], "--metrics"),
-    ("no metric at all", "finetune_vae", ["--eval", "{have}/vae.pt", "--metrics", ","], "--metrics"),
-    ("cknna without a model", "finetune_vae", ["--eval", "{have}/vae.pt", "--metrics", "cknna"], "--model-ckpt"),
     ("eval and export at once", "finetune_vae", ["--eval", "{have}/vae.pt", "--export", "{tmp}/e"], "--export"),
     ("unknown metric", "evaluate_fid", ["--metrics", "beauty"], "unknown"),
     ("metrics beside hog", "evaluate_fid", ["--metrics", "kid"], "hog"),
@@ -125,3 +121,11 @@ refused("settings", "no checkpoint named", "sample_ddp", SAMPLE[2:], "--ckpt")
 refused("settings", "no VAE named", "finetune_vae", [x for x in REFINE if x not in ("--ckpt", "{have}/vae.pt", "--preset",
                                                                                    "demo")], "--ckpt")
 refused("settings", "one input only", "evaluate_fid", [*HOG, "{have}/r.npz"], "--save-ref")
+for name, more, words in [
+    ("export of nothing", ["--ckpt", "none", "--export", "{tmp}/e"], "--ckpt"),
+    ("unknown metric of VAEs", ["--eval", "{have}/vae.pt", "--metrics", "psnr,beauty"], "--metrics"),
+    ("no metric at all", ["--eval", "{have}/vae.pt", "--metrics", ","], "--metrics"),
+    ("cknna without a model", ["--eval", "{have}/vae.pt", "--metrics", "cknna", "--data-dir", "{have}/photos", "--resolution",
+                               "32", "--encoder", "hog"], "--model-ckpt"),
+]:
+    refused("settings", name, "finetune_vae", more, words)

@@ -129,7 +129,7 @@ def fail(error, code=2):
 
 
 def answer_early(parse_args):
-    """Look at the flags before torch is imported, which takes seconds: --help and a mistyped flag answer at once.
+    """Look at the flags before torch is imported, which takes seconds: --help and mistakes answer at once.
 
     Ctrl-C meanwhile, and until a script watches for it, just ends the process: nothing has begun.
     """
@@ -138,7 +138,7 @@ def answer_early(parse_args):
 
 
 def memory_full(error, remedy):
-    """One line that closes with `remedy` where an error says that memory ran out, on the host or a GPU; else None."""
+    """One line with `remedy` where an error says that memory ran out, on the host or a GPU; else None."""
     text = str(error).strip().split("\n")[0]
     if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
         return f"memory is full{f' ({text[:150]})' if text else ''}; {remedy}"

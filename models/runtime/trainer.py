@@ -613,7 +613,7 @@ def claim_folder(folder, dry_run=False):
 
 
 def space_needed(nets, args, start, folder):
-    """What the checkpoints of a run that goes on from step `start` will take, and what is free, in a sentence.
+    """What the checkpoints of a run that goes on from step `start` take, and what is free, in a sentence.
 
     Raises ValueError where not even one has room. Of the main process; "" elsewhere.
     """
@@ -634,7 +634,8 @@ def space_needed(nets, args, start, folder):
     sizes = (f"about {each / 1e9:.3g} GB each, {number * each / 1e9:.3g} GB in all; "
              f"{free / 1e9:.3g} GB are free")
     if number > 0 and free < each:
-        raise ValueError(f"{folder}: no room for a checkpoint ({sizes}); make room or give another --output-dir")
+        raise ValueError(f"{folder}: no room for a checkpoint ({sizes}); make room or give another "
+                         "--output-dir")
     remedy = ", too little: make room in time or give --keep-checkpoints" if free < number * each else ""
     return f"checkpoints to keep: {number}, {sizes}{remedy}"
 
@@ -645,7 +646,7 @@ def tensor_bytes(tensors):
 
 @contextlib.contextmanager
 def starting():
-    """Context of all that comes before the first step: the mistakes of a user or a machine end it in one line."""
+    """Context of all before the first step: the mistakes of a user or a machine end it in one line."""
     try:
         yield
     except (ValueError, OSError) as error:

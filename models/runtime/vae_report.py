@@ -188,7 +188,7 @@ def evaluate(args):
     user's mistake ends the process in one line.
     """
     try:
-        with signals.stopped_in_one_line("what is measured so far is in metrics.json; the same command goes on"):
+        with signals.stopped_in_one_line("metrics.json has what is measured; the same command goes on"):
             _evaluate(args)
     except (InputError, OSError) as error:
         cli.fail(error)
