@@ -46,6 +46,10 @@ def make_parser():
     flag = cli.flag
     flag(data, "--num-classes", 1000, "classes of the label table; at least as many as the data has", above=0,
          most=10**6)
+    flag(data, "--latent-cache", None, "folder for the frozen VAE's posteriors of all images; the first run "
+         "fills it", metavar="DIR")
+    flag(data, "--cache-features", None, "folder for the encoders' tokens of all images; the first run fills "
+         "it", metavar="DIR")
 
     flag(model, "--model", "SiT-XL/2", "diffusion transformer: SiT-{XL,L,B,S,Ti}/{1,2,4,8}",
          choices=cli.SITS, metavar="NAME")
@@ -124,7 +128,7 @@ from torch.func import functional_call
 from models.encoders import check_encoders, load_encoders
 from models.losses import (denoising_loss, discriminator_loss, noisy_latents, proj_loss,
                            reconstruction_losses, sample_time, spatial_norm, wide)
-from models.runtime import distributed, online, signals, trainer, vae_files, weights
+from models.runtime import cache, distributed, online, signals, trainer, vae_files, weights
 from models.runtime.flops import matmul_rate, step_flops
 from models.runtime.memory import forecast
 from models.runtime.runlog import RunLog
@@ -144,6 +148,10 @@ def check_settings(args, world_size, continued):
     trainer.check_settings(args, world_size)
     if args.freeze_vae and args.diffusion_to_vae:
         raise ValueError("--freeze-vae and --diffusion-to-vae exclude each other")
+    if args.latent_cache and not args.freeze_vae:
+        raise ValueError("--latent-cache holds what a VAE that learns would change: it needs --freeze-vae")
+    if args.cache_features and not uses_encoders(args):
+        raise ValueError("--cache-features has nothing to hold: no encoder is aligned with")
     if args.freeze_vae and args.vae_ckpt == "none":
         raise ValueError("--freeze-vae would train on a random VAE; name its weights with --vae-ckpt")
     if args.fixed_latents_stats and args.vae_ckpt == "none" and args.latents_stats is None:
@@ -202,13 +210,14 @@ def build_networks(args, device, vae_state, continued=False):
     if vae_state is not None:
         nets.vae.load_state_dict(vae_state)
     if uses_encoders(args):
-        nets.encoders = load_encoders(args.encoder, args.encoder_ckpt, args.resolution, device)
+        place = "cpu" if args.cache_features else device
+        nets.encoders = load_encoders(args.encoder, args.encoder_ckpt, args.resolution, place)
     nets.sit = build_sit(args, nets.vae, nets.encoders).to(device)
     if args.init_from is not None and not continued:
         state, anew = weights.initial_sit(args.init_from, nets.sit)
         nets.sit.load_state_dict(state)
         nets.notes.append(f"weights of {args.init_from}" + (", but new alignment heads" if anew else ""))
-    nets.vae.to(device)
+    nets.vae.to("cpu" if args.latent_cache else device)  # a cached VAE is there for pictures only
     if args.freeze_vae:
         nets.vae.requires_grad_(False)
         return nets
@@ -250,22 +259,29 @@ def end_alignment(nets):
 
 # ------------------------------------------------------------------------------------------------ the step
 
-def make_batch(nets, args, step, images, labels):
-    """The step's inputs for train_step, from uint8 images [b, 3, R, R] and labels [b] of this process."""
+def make_batch(nets, args, step, images, labels, latents=(), tokens=()):
+    """The step's inputs for train_step, from uint8 images [b, 3, R, R] and labels [b] of this process.
+
+    From caches come latents (mean and std of the posterior, each [b, C, h, w]) and each encoder's tokens.
+    """
     device, total = nets.device, args.batch_size
     generator, mine = trainer.draw_generator(args, step, device), trainer.my_share(args)
     shape = (total, nets.sit.in_channels, nets.sit.input_size, nets.sit.input_size)
     eps, noise = (torch.randn(shape, generator=generator, device=device) for _ in range(2))
     t = sample_time(total, args.weighting, args.path_type, generator, device)
     dropped = torch.rand(total, generator=generator, device=device) < args.cfg_prob
-    images, labels = (v.to(device, non_blocking=True) for v in (images, labels))
-    with torch.no_grad(), nets.autocast():
-        zs = [encoder(images) for encoder in nets.encoders]
+    images, labels, *cached = (v.to(device, non_blocking=True) for v in (images, labels, *latents, *tokens))
+    latents, zs = cached[:len(latents)], cached[len(latents):]
+    if not tokens:
+        with torch.no_grad(), nets.autocast():
+            zs = [encoder(images).bfloat16() for encoder in nets.encoders]  # as a cache keeps them
+    elif not nets.encoders:  # the end of alignment, which does not stop the reading
+        zs = []
     if args.spatial_norm is not None:
         zs = [spatial_norm(z, args.spatial_norm) for z in zs]
     labels_dropped = torch.where(dropped[mine], nets.sit.num_classes, labels)
     return SimpleNamespace(images=images.float() / 127.5 - 1, labels=labels, labels_dropped=labels_dropped,
-                           zs=zs, eps=eps[mine], noise=noise[mine], t=t[mine])
+                           latents=latents, zs=zs, eps=eps[mine], noise=noise[mine], t=t[mine])
 
 
 def train_step(nets, args, batch, use_gan=True):
@@ -287,8 +303,7 @@ def train_step(nets, args, batch, use_gan=True):
     metrics = {}
 
     if args.freeze_vae:
-        with torch.no_grad():  # in float32: these latents never change, so they may as well be exact
-            z = torch.cat([nets.vae.encode(part.images).sample(part.eps) for part in parts])
+        z = torch.cat([frozen_latents(nets, part) for part in parts])
     else:
         # 1) VAE forward: posterior, latents z, reconstruction.
         z, recon = trainer.first_pass(nets, parts)
@@ -314,6 +329,15 @@ def train_step(nets, args, batch, use_gan=True):
 
     # 5) Clip, update all, average the SiT.
     return metrics, trainer.update(nets, args, metrics, before)
+
+
+@torch.no_grad()
+def frozen_latents(nets, part):
+    """Latents z [b, C, h, w] of the frozen VAE, in float32: never changing, they may as well be exact."""
+    if part.latents:  # of a cache
+        mean, std = part.latents
+        return mean + std * part.eps
+    return nets.vae.encode(part.images).sample(part.eps)
 
 
 def vae_losses(nets, args, part):
@@ -388,8 +412,9 @@ def blank_step(nets, args, images, labels):
 def set_up(args, folder, device):
     """Everything before the first step, what can fail first.
 
-    Returns a namespace: nets, dataset, start (the step to go on from), kept (what every checkpoint repeats),
-    log (the log's state), path (of the checkpoint), score (of --eval-steps); None after a --dry-run.
+    Returns a namespace: nets, dataset (images), data (what a step reads: images or their caches), start (the
+    step to go on from), kept (what every checkpoint repeats), log (the log's state), path (of the
+    checkpoint), score (of --eval-steps); None after a --dry-run.
     """
     with distributed.main_first():  # it downloads, the others find the files
         path, state = trainer.find_checkpoint(args, folder)
@@ -404,9 +429,12 @@ def set_up(args, folder, device):
         kept["vae_digest"] = weights.state_digest(vae_state)
         if state is not None and state.get("vae_digest", kept["vae_digest"]) != kept["vae_digest"]:
             raise ValueError(f"{path}: was trained on another VAE than {args.vae_ckpt} now is; name that one")
+    if args.latent_cache or args.cache_features:
+        distributed.from_main(lambda: check_caches(args, dataset, kept))
     with distributed.main_first():
         nets = build_networks(args, device, vae_state, continued=state is not None)
     lock = trainer.claim_folder(folder, args.dry_run)
+    data = dataset if args.dry_run else cached_data(nets, args, dataset, kept)
     trainer.prepare(nets, args)
     start = 0 if state is None else trainer.restore(nets, path, trainer.adopt(nets, path, state))
     trainer.note_position_table(nets, path or args.init_from)
@@ -417,9 +445,30 @@ def set_up(args, folder, device):
             print(forecast(args, build_blank, blank_step, distributed.world_size()), flush=True)
         return None
     if state is None:
-        set_latents_stats(nets, args, dataset, stats)
-    return SimpleNamespace(nets=nets, dataset=dataset, start=start, kept=kept, log=(state or {}).get("log"),
-                           path=path, lock=lock, score=score)
+        set_latents_stats(nets, args, data, stats)
+    return SimpleNamespace(nets=nets, dataset=dataset, data=data, start=start, kept=kept,
+                           log=(state or {}).get("log"), path=path, lock=lock, score=score)
+
+
+def check_caches(args, dataset, kept):
+    """Look at the caches by the networks' outlines, before anything is built: are they the right ones, and is
+    there room for those to be made."""
+    with torch.device("meta"):
+        vae = VAE_models[args.vae]()
+    encoders = []
+    if args.cache_features:
+        encoders = check_encoders(args.encoder, args.encoder_ckpt, args.resolution)
+    cache.check(cache.plan(args, dataset, kept, vae, encoders))
+
+
+def cached_data(nets, args, dataset, kept):
+    """`dataset` with what the settings have in caches; those that are missing are made now."""
+    caches = cache.plan(args, dataset, kept, nets.vae, nets.encoders)
+    if not caches:
+        return dataset
+    cache.make(caches, dataset, nets.device, args.num_workers)
+    reads_images = not args.latent_cache or bool(nets.encoders and not args.cache_features)
+    return cache.CachedData(dataset, caches, reads_images)
 
 
 def main(argv=None):
@@ -447,7 +496,7 @@ def main(argv=None):
         for note in nets.notes:
             log.say(note)
         log.say(trainer.space_needed(nets, args, start, folder))
-        loader = trainer.data_loader(args, dataset, device, start, args.num_workers)
+        loader = trainer.data_loader(args, run.data, device, start, args.num_workers)
 
     step, last_good = start, run.path
     with trainer.guarded(log, lambda: last_good), signals.watch() as asked:
@@ -456,9 +505,9 @@ def main(argv=None):
                 end_alignment(nets)
                 log.flops_per_image = flops()
                 log.say(f"step {step}: no alignment from here on")
-            images, labels, skipped = next(loader)
+            images, labels, skipped, *cached = next(loader)
             log.skipped_files += int(skipped.sum())
-            batch = make_batch(nets, args, step, images, labels)
+            batch = make_batch(nets, args, step, images, labels, *cached)
             log.add(*train_step(nets, args, batch, use_gan=step > args.disc_start))
 
             stop = distributed.any_process(asked.by)
@@ -471,7 +520,7 @@ def main(argv=None):
                 log.write(step, args.batch_size, **scores)
             if due(args.sampling_steps) and rank == 0:
                 with log.paused():
-                    online.save_grids(nets, args, step, folder, images)
+                    online.save_grids(nets, args, step, folder, dataset)
             if due(args.checkpointing_steps) or final or stop:
                 with log.paused():
                     state = trainer.checkpoint_state(nets, args, step, **run.kept, log=log.state_dict())

@@ -316,7 +316,7 @@ def center_crop(image, size):
 
 # ---------------------------------------------------------------- data sets
 
-def _flips(seed, epoch, index):
+def flips(seed, epoch, index):
     """Whether the image is flipped in this epoch: of these three alone, so that a resumed run sees the same
     images."""
     return np.random.default_rng((seed, epoch, index)).random() < 0.5
@@ -463,7 +463,7 @@ class ImageData(Dataset):
             except OSError as error:
                 reason = error.strerror or error
                 raise ImageError(f"{where}: cannot be read ({reason}); see to the disk") from None
-            flip = self.hflip and _flips(self.seed, epoch, index)
+            flip = self.hflip and flips(self.seed, epoch, index)
             return _to_tensor(np.asarray(image), flip), int(self.labels[at]), skipped
         raise ValueError(f"{self.path}: none of its {len(self)} files is a readable image")
 
@@ -525,7 +525,7 @@ class ShapesData(Dataset):
         ground = random.integers(225, 256) * np.ones(3)
         cover = self._draw(label, size, 0.5 + x, 0.5 + y, np.deg2rad(turn))[..., None]
         image = np.rint(ground + (colour - ground) * cover).clip(0, 255).astype(np.uint8)
-        return _to_tensor(image, self.hflip and _flips(self.seed, epoch, index)), label, 0
+        return _to_tensor(image, self.hflip and flips(self.seed, epoch, index)), label, 0
 
     def content(self, index):
         """Bytes that say what is drawn for an index."""

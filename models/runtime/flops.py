@@ -54,7 +54,10 @@ def step_flops(args, nets, build_sit):
             return self.sit(x, t, torch.zeros(1, dtype=torch.long), self.align_only)
 
     flops = 3 * forward_flops(lambda: Network(False), latents, (1,))
-    flops += sum(encoder.flops for encoder in nets.encoders)
+    if not args.cache_features:
+        flops += sum(encoder.flops for encoder in nets.encoders)
+    if args.latent_cache:
+        return flops
     if args.freeze_vae:
         return flops + forward_flops(lambda: VAE_models[args.vae]().encoder, image)
     flops += 3 * forward_flops(VAE_models[args.vae], image)

@@ -3,7 +3,8 @@ import os
 
 import torch
 
-from models.runtime import distributed
+from models.runtime import distributed, trainer
+from models.runtime.cache import on_device
 from models.runtime.features import load_inception, load_reference, score_samples
 from models.runtime.images import label_grid, round_to_uint8, write_png
 from models.samplers import (decode, draw_noise, euler, guided, sample_generators, sample_labels, time_grid,
@@ -26,14 +27,14 @@ def draw_samples(nets, args, indices, labels, cfg_scale):
 
 
 @torch.no_grad()
-def save_grids(nets, args, step, folder, images):
+def save_grids(nets, args, step, folder, dataset):
     """Write samples/NNNNNNN.png, 40 samples with their classes, and reconstructions/NNNNNNN.png, images above
     their copies."""
     how = "equal" if args.num_classes <= 40 else "random"
     labels = sample_labels(args.seed, range(40), args.num_classes, how)
-    samples = draw_samples(nets, args, range(40), labels, args.cfg_scale if args.cfg_prob > 0 else 1.0)
-    originals = images[:8].to(nets.device).float() / 127.5 - 1
-    with nets.autocast():
+    originals = trainer.step_images(args, dataset, step, 8).to(nets.device).float() / 127.5 - 1
+    with on_device(nets.vae, nets.device), nets.autocast():
+        samples = draw_samples(nets, args, range(40), labels, args.cfg_scale if args.cfg_prob > 0 else 1.0)
         copies = nets.vae.decode(nets.vae.encode(originals).mean)
     both = round_to_uint8(torch.cat([originals, copies.float()]))
     grid = label_grid(samples.cpu(), labels.tolist(), columns=min(args.num_classes, 10))
@@ -59,6 +60,7 @@ def make_scorer(nets, args):
             yield draw_samples(nets, args, indices, labels, cfg_scale=1.0)
 
     def score():
-        scores = score_samples(batches(), ref, inception, nets.device)
+        with on_device(nets.vae, nets.device):
+            scores = score_samples(batches(), ref, inception, nets.device)
         return {f"{name}_online": value for name, value in scores.items()}
     return score

@@ -7,6 +7,7 @@ checkpoints, and the end of a run. Errors a user can cause are ValueError or OSE
 import contextlib
 import copy
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -125,6 +126,14 @@ def data_loader(args, dataset, device, step, workers):
     return iter(make_loader(dataset, sampler, args.batch_size // world_size, workers, device))
 
 
+def step_images(args, dataset, step, count):
+    """The first `count` images, uint8 [count, 3, R, R] at most, of this process's share of a step's batch."""
+    rank, world_size = distributed.rank(), distributed.world_size()
+    sampler = EndlessSampler(len(dataset), args.batch_size, rank, world_size, args.seed, start_step=step - 1)
+    count = min(count, args.batch_size // world_size)
+    return torch.stack([dataset[key][0] for key in itertools.islice(sampler, count)])
+
+
 def draw_generator(args, step, device):
     """The generator of a step's draws. They are made for the global batch and cut by `my_share`: a run does
     not depend on the number of processes, and a resumed one needs no random state but the step."""
@@ -141,7 +150,11 @@ def my_share(args):
 def measure_latents(args, vae, dataset, device, batches):
     """(mean, variance), each [C] float64, of the latents of the run's first `batches` global batches."""
     sums, loader = 0, data_loader(args, dataset, device, 0, workers=0)
-    for _, (images, _, _) in zip(range(batches), loader):
+    for _, (images, _, _, *cached) in zip(range(batches), loader):
+        if cached and cached[0]:
+            mean, std = (v.to(device) for v in cached[0])
+            sums = sums + latent_moments(SimpleNamespace(mean=mean, std=std))
+            continue
         for part in images.chunk(args.gradient_accumulation_steps):
             moments = latent_moments(vae.encode(part.to(device).float() / 127.5 - 1))
             sums = sums + moments / args.gradient_accumulation_steps
