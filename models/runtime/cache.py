@@ -278,8 +278,8 @@ def open_part(cache):
     try:
         return open(cache.part, "rb+")
     except FileNotFoundError:
-                         f"the folder; give {cache.flag} one that all nodes share") from None
-                         f"its folder; give {cache.flag} one that all nodes share") from None
+        raise ValueError(f"{cache.path}: all processes make it, but process {distributed.rank()} does not "
+                         f"see its folder; give {cache.flag} one that all nodes share") from None
 
 
 def write_journal(cache, made):
