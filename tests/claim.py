@@ -53,7 +53,8 @@ SETTINGS = {
         resolution=16, train=6000, test=1500, judge_size=64, common=[*COMMON, "--batch-size", "32"],
         vae=["--reconstruction-weight", "5", "--learning-rate", "1e-3", "--ema-decay", "0.98"],
         sit=["--reconstruction-weight", "5", "--model", "SiT-Ti/1", "--encoder", "hog",
-             "--encoder-depth", "2", "--learning-rate", "2e-3", "--vae-learning-rate", "1e-3", "--ema-decay", "0.98"],
+             "--encoder-depth", "2", "--learning-rate", "2e-3", "--vae-learning-rate", "1e-3",
+             "--ema-decay", "0.98"],
         vae_steps=2000, steps=400, every=80, samples=300, solver_steps=8),
     "cifar10": dict(
         resolution=32, judge_size=96, common=[*COMMON, "--batch-size", "64"],
@@ -116,6 +117,7 @@ def run_and_exit(function, log):
     """The forked process: does not return."""
     output, code = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 1
     os.dup2(output, 1), os.dup2(output, 2)
+    sys.stdout = sys.stderr = open(output, "w", buffering=1, closefd=False)
     try:
         function()
         code = 0
@@ -397,15 +399,20 @@ def collect(job):
             "vae_seconds": round(read_json(vae / "done.json")["seconds"], 1), "runs": runs}
 
 
-def steps_to(scores, distance):
-    """Step at which the straight line through the scores first falls to `distance`; None if it does not."""
-    before = None
-    for step, score in ((int(step), score["distance"]) for step, score in scores.items()):
-        if score <= distance:
-            if before is None:
-                return step
-            return before[0] + (step - before[0]) * (before[1] - distance) / (before[1] - score)
-        before = step, score
+def curve(results, name):
+    """[(step, distance)] of a recipe, the mean of the seeds that have reached the last step."""
+    last = str(results["setting"]["steps"])
+    runs = [run["scores"] for run in results["runs"].get(name, {}).values() if last in run["scores"]]
+    return [(int(step), sum(run[step]["distance"] for run in runs) / len(runs))
+            for step in (runs[0] if runs else ())]
+
+
+def steps_to(points, distance):
+    """Step at which the line through [(step, distance)] first falls to `distance`; None if it does not."""
+    for before, (step, found) in zip([None, *points], points):
+        if found <= distance:
+            return step if before is None else \
+                before[0] + (step - before[0]) * (before[1] - distance) / (before[1] - found)
     return None
 
 
@@ -443,6 +450,41 @@ def table(results):
     return "\n".join(lines) + "\n"
 
 
+def claims(results):
+    """The paper's statements beside what was found, a table in Markdown; of recipes that are through."""
+    lines = ["| statement | paper | here |", "|---|---|---|"]
+    found = {name: points for name in RECIPES if (points := curve(results, name))}
+
+    def final(name):
+        return found[name][-1][1]
+
+    for name, paper in (("vanilla", "45 times fewer"), ("REPA", "17 times fewer")):
+        if name in found and "REPA-E" in found:
+            steps, last = steps_to(found["REPA-E"], final(name)), results["setting"]["steps"]
+            here = f"{steps:.0f} instead of {last}, {last / steps:.2f} times fewer" if steps else \
+                f"not within {last} steps"
+            lines.append(f"| steps of REPA-E to the last distance of {name} | {paper} | {here} |")
+    for name, was, paper in (("naive end-to-end", "vanilla", ""),
+                             ("no stop-gradient", "REPA-E", "16.3 -> 444.1"),
+                             ("vanilla on the tuned VAE", "vanilla", "17.20 -> 5.26"),
+                             ("REPA on the tuned VAE", "REPA", "7.90 -> 3.46")):
+        if name in found and was in found:
+            lines.append(f"| distance of {was} -> {name} | {paper} | {final(was):.1f} -> {final(name):.1f} |")
+    for name, key, label, digits, paper in (
+            ("naive end-to-end", "spatial_variance", "spatial variance", 3, "17.06 -> 0.02"),
+            ("REPA-E", "spatial_variance", "spatial variance", 3, "17.06 -> 18.02"),
+            ("REPA-E", "psnr", "PSNR", 2, "25.67 -> 24.84"),
+            ("REPA-E", "rfid", "rFD", 1, "0.74 -> 0.53 (rFID)")):
+        if name in found:
+            after = [run["vae"][key] for run in results["runs"][name].values() if run["vae"]]
+            lines.append(f"| {label} of the VAE before -> after {name} | {paper} | "
+                         f"{results['vae'][key]:.{digits}f} -> {sum(after) / len(after):.{digits}f} |")
+    runs = [run for seeds in results["runs"].values() for run in seeds.values()]
+    hours = (results["vae_seconds"] + sum(run["seconds"] for run in runs)) / 3600
+    lines.append(f"| core hours of training, VAE and {len(runs)} runs | | {hours:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
 def curves(results):
     """PIL.Image: distance against steps, and against seconds of computing; a line per recipe through the
     seeds' mean, bars from the least to the most."""
@@ -450,7 +492,7 @@ def curves(results):
 
     from PIL import Image, ImageDraw, ImageFont
     width, height, left, top = 430, 330, 46, 26
-    sheet = Image.new("RGB", (2 * width + 190, height + 50), "white")
+    sheet = Image.new("RGB", (2 * width + 190, height + 10), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
     lines = {}      # name -> [(step, seconds a step, [distance of each seed])]
     for name, seeds in results["runs"].items():
@@ -458,7 +500,7 @@ def curves(results):
         rate = sum(run["seconds"] for run in seeds.values()) / len(seeds) / results["setting"]["steps"]
         lines[name] = [(step, rate * step, [run["scores"][str(step)]["distance"] for run in seeds.values()
                                             if str(step) in run["scores"]]) for step in steps]
-    values = [value for line in lines.values() for point in line for value in point[2]] + [results["floor"]]
+    values = [value for line in lines.values() for point in line for value in point[2]]
     low, high = math.log(0.9 * min(values)), math.log(1.1 * max(values))
 
     def y_of(distance):
@@ -478,9 +520,6 @@ def curves(results):
             value = math.exp(low + (high - low) * i / 4)
             draw.text((x0 - 40, y_of(value) - 6), f"{value:.0f}", fill="black", font=font)
             draw.text((x_of(most * i / 4) - 8, bottom + 4), f"{most * i / 4:.0f}", fill="black", font=font)
-        y = y_of(results["floor"])
-        for x in range(x0, right, 8):
-            draw.line([(x, y), (x + 4, y)], fill="black")
         for name, line in lines.items():
             points = [(x_of(point[panel]), y_of(sum(point[2]) / len(point[2]))) for point in line]
             draw.line(points, fill=COLOURS[name], width=2)
@@ -490,7 +529,8 @@ def curves(results):
     for i, name in enumerate(lines):
         draw.line([(2 * width, 40 + 18 * i), (2 * width + 18, 40 + 18 * i)], fill=COLOURS[name], width=3)
         draw.text((2 * width + 24, 34 + 18 * i), name, fill="black", font=font)
-    draw.text((2 * width, 34 + 18 * len(lines)), "- -  noise floor", fill="black", font=font)
+    floor = f"noise floor {results['floor']:.1f}"
+    draw.text((2 * width, 40 + 18 * len(lines)), floor, fill="black", font=font)
     return sheet
 
 
@@ -514,7 +554,7 @@ def report(job):
     """results.json, table.md, curves.png and grids.png of what there is."""
     results = collect(job)
     write_json(job.folder / "results.json", results)
-    (job.folder / "table.md").write_text(table(results))
+    (job.folder / "table.md").write_text(table(results) + "\n" + claims(results))
     curves(results).save(job.folder / "curves.png", optimize=True)
     if (sheet := grids(job)) is not None:
         sheet.quantize(64).save(job.folder / "grids.png", optimize=True)

@@ -1,0 +1,55 @@
+"""claim.py: what the README says of the experiment is what was found; and the parts that need no training."""
+import json
+import time
+
+import claim
+import numpy as np
+import pytest
+from processes import ROOT
+
+RESULTS = ROOT / "tests" / "data" / "claim-shapes.json"
+
+
+def test_the_readme_shows_the_figures_of_the_committed_results():
+    results, readme = json.loads(RESULTS.read_text()), (ROOT / "README.md").read_text()
+    assert claim.table(results) in readme, "README.md: put what claim.table gives for tests/data/claim-shapes.json"
+    assert claim.claims(results) in readme, "README.md: put what claim.claims gives, likewise"
+
+
+def test_the_committed_results_were_made_with_the_settings_of_the_script():
+    assert json.loads(RESULTS.read_text())["setting"] == claim.SETTINGS["shapes"]
+
+
+def test_steps_to_a_distance_are_read_off_the_line_between_checkpoints():
+    points = [(100, 9.0), (200, 5.0), (300, 6.0), (400, 2.0)]
+    assert claim.steps_to(points, 7.0) == 150
+    assert claim.steps_to(points, 4.0) == 350
+    assert claim.steps_to(points, 10.0) == 100
+    assert claim.steps_to(points, 1.0) is None
+
+
+def test_agreement_asks_the_nearest_images():
+    random = np.random.default_rng(0)
+    known_labels = np.arange(60) % 3
+    known = np.eye(3)[known_labels] + 0.1 * random.normal(size=(60, 3))
+    rows, labels = np.eye(3)[[0, 1, 2, 2]], np.array([0, 1, 2, 0])
+    assert claim.agreement(rows, labels, known, known_labels) == 0.75
+
+
+def test_shapes_are_the_same_whenever_they_are_drawn(tmp_path):
+    for name in ("a.zip", "b.zip"):
+        claim.draw_shapes(tmp_path / name, 12, 3, 16)
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+
+
+def test_a_run_that_fails_or_outlives_the_budget_ends_the_experiment(tmp_path):
+    runner = claim.Runner(tmp_path, minutes=1)
+    assert runner.call(lambda: print("fine"), tmp_path / "log") < 5
+    with pytest.raises(SystemExit, match="cannot go on\n.*log is"):
+        runner.call(lambda: exit("cannot go on"), tmp_path / "log")
+    runner.deadline = time.monotonic() + 0.1
+    with pytest.raises(claim.OutOfTime):
+        runner.call(lambda: time.sleep(60), tmp_path / "log")
+    with pytest.raises(claim.OutOfTime):
+        runner.call(lambda: print("never"), tmp_path / "log")
+    assert "never" not in (tmp_path / "log").read_text()
