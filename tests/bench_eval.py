@@ -202,15 +202,16 @@ def bench_precision_recall(args):
 
 
 def bench_frechet(args):
-    random, scale = np.random.default_rng(0), 1 / (1 + np.arange(2048) / 64)
-    a, b = (evaluate_fid.feature_statistics(random.standard_normal((4096, 2048)) * scale + m) for m in (0, 0.1))
+    width = args.dimensions
+    random, scale = np.random.default_rng(0), 1 / (1 + np.arange(width) / 64)
+    a, b = (evaluate_fid.feature_statistics(random.standard_normal((2 * width, width)) * scale + m) for m in (0, 0.1))
 
     def by_root():
         root = scipy.linalg.sqrtm(a[1] @ b[1]).real
         return float((a[0] - b[0]) @ (a[0] - b[0]) + np.trace(a[1]) + np.trace(b[1]) - 2 * np.trace(root))
     seconds = best_of({"plain": by_root} if args.plain else {"plain": by_root, "ours": lambda: evaluate_fid.frechet_distance(*a, *b)},
                       args.rounds, "cpu")
-    emit(bench="frechet", dimensions=2048, **{f"{k}_s": v[0] for k, v in seconds.items()},
+    emit(bench="frechet", dimensions=width, **{f"{k}_s": v[0] for k, v in seconds.items()},
          **({} if args.plain else {"speedup": seconds["plain"][0] / seconds["ours"][0]}))
 
 
@@ -221,10 +222,13 @@ def main():
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--points", type=int, default=10_000, help="rows of each set in precision and recall")
+    parser.add_argument("--dimensions", type=int, default=2048, help="of the Frechet distance")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    # ours computes without TF32, so the others do too
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if args.peers:
         return bench_peers(args)
     bench_features(args)

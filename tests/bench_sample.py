@@ -33,7 +33,9 @@ def run(network, batch, size, steps, guided, plain, device, autocast):
     y = samplers.sample_labels(0, range(batch), 1000).to(device)
 
     def noise():
-        return samplers.draw_noise(generators, (4, size, size)).to(device, non_blocking=True)
+        drawn = samplers.draw_noise(generators, (4, size, size))
+        drawn = drawn.pin_memory() if device.type == "cuda" else drawn  # else the copy would wait
+        return drawn.to(device, non_blocking=True)
 
     def usual(x, t, y):
         """The usual sampler: both halves at every step, mixed afterwards."""
@@ -119,9 +121,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--writer", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="one small figure alone")
     args = parser.parse_args()
     if args.writer:
         bench_writer()
+    elif args.tiny:
+        bench_cpu("SiT-Ti/2", 4, args.plain, batch=4, steps=2)
     else:
         bench_cpu("SiT-Ti/2", 16, args.plain)
         bench_cpu("SiT-S/2", 8, args.plain)

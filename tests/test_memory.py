@@ -1,11 +1,15 @@
 """The counted memory of a training step must not grow unnoticed."""
+from types import SimpleNamespace
+
 import bench_train
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import train_repae_e as train
 from models import lpips, vae
 from models.runtime import memory
+from models.runtime.flops import step_flops
 
 SMALL = ("--preset", "demo", "--resolution", "64", "--model", "SiT-Ti/4", "--batch-size", "16",
          "--perceptual-weight", "1", "--disc-weight", "0.1", "--mixed-precision", "bf16")
@@ -75,6 +79,22 @@ def test_the_papers_step_takes_no_more_memory_than_it_did(world_size, flags, cou
     assert sum(count.at_peak.values()) == count.peak and {"VAE", "weights", "EMA"} <= set(count.at_peak)
     assert max(count.phases.values()) == count.peak
     assert ("DDP's buckets" in count.at_peak) == (world_size > 1)
+
+
+def test_the_flops_of_the_papers_step_are_right_to_two_percent():
+    """Against torch's count of every operation of a whole step, forward and backward."""
+    found, args = {}, bench_train.settings(*PAPER)
+
+    def step(nets, args, images, labels):
+        with FlopCounterMode(display=False) as counter:
+            train.blank_step(nets, args, images, labels)
+        own = SimpleNamespace(sit=nets.sit, encoders=nets.encoders, lpips=nets.lpips, disc=nets.disc)
+        found.update(counted=counter.get_total_flops() / 32, nets=own, vae=nets.vae)
+
+    memory.training_peak(args, train.build_blank, step)
+    nets = found["nets"]
+    stated = step_flops(args, nets, lambda: train.build_sit(args, found["vae"], nets.encoders))
+    assert found["counted"] == pytest.approx(stated, rel=0.02)
 
 
 @pytest.mark.parametrize("flags, counted", [([], 0.318), (["--grad-checkpoint"], 0.308),
