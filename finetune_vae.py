@@ -352,12 +352,11 @@ def set_up(args, folder, device):
             args.disc_start = state["args"]["disc_start"] if args.disc_start is None else args.disc_start
             trainer.check_resume(args, path, state, FIXED_IN_A_RUN)
         dataset, vae_state, stats = check_settings(args, distributed.world_size(), state)
-    kept = {"data": trainer.check_data(args, dataset, state)}
+    kept = {"data": trainer.check_data(args, dataset, state), "source_config": {}}
     if state is not None:
         kept["source_config"] = state.get("source_config", {})
-    else:   # what pipelines read of the VAE, for an export
-        kept["source_config"] = {} if args.ckpt == "none" else \
-            vae_files.source_config(args.ckpt, args.train_encoder)
+    elif args.ckpt != "none":   # what pipelines read of the VAE, for an export
+        kept["source_config"] = vae_files.source_config(args.ckpt, args.train_encoder)
     with distributed.main_first():
         nets = build_networks(args, device, vae_state, "none" if state else args.disc_ckpt)
     lock = trainer.claim_folder(folder, args.dry_run)

@@ -214,7 +214,7 @@ def training_flags(parser):
     flag(run, "--resume", "auto",
          "auto (newest checkpoint of the run folder, if any), none, or a checkpoint file")
     flag(run, "--report-to", "none", "also log to", choices=["none", "tensorboard", "wandb"])
-    flag(run, "--dry-run", False, "check all settings and stop")
+    flag(run, "--dry-run", False, "do all that can fail before the first step, write nothing, and stop")
     return groups
 
 
