@@ -132,8 +132,12 @@ def test_what_alignment_cost_is_no_longer_counted():
 # ---------------------------------------------------------------- no batch norm
 
 def test_a_fixed_scale_is_the_checkpoints_own(tmp_path, vae_file):
-    """The VAE learns, the scale stays that of its file: what a sampler, an export and a second stage find."""
-    folder = run(tmp_path, "--fixed-latents-stats", "--vae-ckpt", str(vae_file), "--max-train-steps", "2")
+    """The VAE learns, the scale stays that of its file: what a sampler, an export and a second stage find.
+
+    The sampler also takes the other flags' checkpoints: it leaves projectors out, whatever their kind.
+    """
+    folder = run(tmp_path, "--fixed-latents-stats", "--vae-ckpt", str(vae_file), "--max-train-steps", "2",
+                 "--projector", "conv")
     state = final_state(folder, 2)
     name = "encoder.conv_in.weight"
     assert not torch.equal(state["vae"][name], files.load(vae_file)[name])
@@ -142,6 +146,9 @@ def test_a_fixed_scale_is_the_checkpoints_own(tmp_path, vae_file):
     sit, _, settings, _ = weights.load(str(path))
     for found in (sit.latents_stats(), vae_files.open_vae(str(path))[2]):
         assert torch.equal(found[0], scale) and torch.equal(found[1], bias)
+    sample_ddp.main(["--ckpt", str(path), "--npz", str(tmp_path / "s.npz"), "--num-fid-samples", "2",
+                     "--num-steps", "2"])
+    assert (tmp_path / "s.npz").exists() and "projectors.0.weight" in state["ema"]
     assert settings["fixed_latents_stats"] and state["model"]["bn.num_batches_tracked"] == 0
 
 
