@@ -30,7 +30,8 @@ REFERENCE_FLAGS = {
     "--prediction": "leave it out, the networks predict velocity",
     "--fused-attn": "leave it out, attention is always torch's scaled_dot_product_attention",
     "--allow-tf32": "leave it out, training uses TF32 wherever it computes in float32",
-    "--vae-latents-name": "use --latents-stats for the statistics; images are read and encoded as they are",
+    "--vae-latents-name": "use --latent-cache FOLDER, filled by the first run, and --latents-stats for "
+                          "statistics of your own",
     "--tf32": "leave it out, --mixed-precision no means float32 without TF32, all others allow it",
     "--legacy": "leave it out, checkpoints of every released kind load as they are",
     "--projector-embed-dims": "leave it out, sampling needs no alignment heads",
@@ -48,6 +49,7 @@ REFERENCE_FLAGS = {
     "--train-steps": "name the checkpoint file itself",
     "--pproc-batch-size": "use --batch-size",
     "--no-qk-norm": "leave it out, it is off unless --qk-norm is given",
+    "--no-compile": "leave it out, it is off unless --compile is given",
     "--no-heun": "leave it out, it is off unless --heun is given",
 }
 
