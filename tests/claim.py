@@ -328,13 +328,20 @@ def train(job, script, run, steps, argv):
     write_json(run / "done.json", {"seconds": spent})
 
 
+def cache_flags(job, flags, vae_ckpt):
+    """Flags that keep what runs have in common: tokens of the encoder, posteriors of a frozen VAE."""
+    tokens = ["--cache-features", job.folder / "tokens"] if flags not in (VANILLA, NAIVE) else []
+    return tokens + (["--latent-cache", vae_ckpt.parent / "latents"] if FROZEN[0] in flags else [])
+
+
 def train_recipe(job, name, seed, vae_ckpt):
     """Trains a recipe with a seed and judges its checkpoints; all but the last one is then removed."""
     setting, flags, run = job.setting, RECIPES[name][0], run_folder(job.folder, name, seed)
     log = run / "output.txt"
+    caches = cache_flags(job, flags, vae_ckpt) if job.target else []    # hog and 16-pixel latents cost nothing
     train(job, "train_repae_e", run, setting["steps"], [
         "--data-dir", job.images, "--resolution", setting["resolution"], "--num-classes", 10,
-        *setting["common"], *setting["sit"], *job.target, *flags, "--vae-ckpt", vae_ckpt,
+        *setting["common"], *setting["sit"], *job.target, *flags, *caches, "--vae-ckpt", vae_ckpt,
         "--disc-ckpt", "none", "--seed", seed, "--checkpointing-steps", setting["every"]])
     for step in checkpoint_steps(setting):
         score, npz = run / f"score-{step}.json", run / "samples" / f"{step}.npz"
@@ -368,7 +375,7 @@ def experiment(job, args):
         call(lambda: judge_vae(job, first, vae / "vae.json"), log)
     for seed in args.seeds:
         repa_e = run_folder(job.folder, "REPA-E", seed)
-        tuned = repa_e / "tuned" / "vae.pt"
+        tuned = repa_e / "tuned" / "tuned.pt"
         for name in args.recipes:
             on_tuned = RECIPES[name][1]
             if on_tuned and not tuned.exists():
