@@ -400,36 +400,38 @@ def train(args):
         log.say(trainer.space_needed(nets, args, start, folder))
         loader = trainer.data_loader(args, dataset, device, start, args.num_workers)
 
-    step, last_good = start, run.path
-    with trainer.guarded(log, lambda: last_good), signals.watch() as asked:
+    step, writer = start, trainer.CheckpointWriter(args, folder, run.path)
+    with trainer.guarded(log, writer), signals.watch() as asked:
         for step in range(start + 1, args.max_train_steps + 1):
             images, _, skipped = next(loader)
             log.skipped_files += int(skipped.sum())
+            stop = distributed.any_process(asked.by)    # all processes meet here: one that hangs is named
             batch = make_batch(nets, args, step, images)
             log.add(*train_step(nets, args, batch, use_gan=step > args.disc_start))
 
-            stop = distributed.any_process(asked.by)
             final = step == args.max_train_steps
             def due(every): return every > 0 and step % every == 0
             if due(args.log_every) or final:
                 log.write(step, args.batch_size)
-            if due(args.sampling_steps) and rank == 0:
-                with log.paused():
-                    picture = os.path.join(folder, "reconstructions", f"{step:07d}.png")
-                    vae_report.save_picture(picture, images[:8], [nets.ema], ["EMA"])
             if due(args.checkpointing_steps) or final or stop:
-                with log.paused():
+                with log.paused("saving a checkpoint"):
                     if args.train_encoder:
                         stats = measure_stats(args, nets.ema, dataset, device)
                     # What other scripts read of it is vae_ema, with its latents_scale and latents_bias.
                     state = trainer.checkpoint_state(
                         nets, args, step, latents_scale=stats[0].cpu(), latents_bias=stats[1].cpu(),
                         lecam_means=nets.lecam_means.cpu(), **run.kept, log=log.state_dict())
-                    last_good = trainer.save_checkpoint(state, args, folder)
+                    writer.save(state)
+            writer.check()
+            if due(args.sampling_steps) and rank == 0:
+                with log.paused("drawing pictures"):
+                    picture = os.path.join(folder, "reconstructions", f"{step:07d}.png")
+                    vae_report.save_picture(picture, images[:8], [nets.ema], ["EMA"])
             if stop:
                 break
+        writer.finish()
     log.say(f"done: {folder}" if step == args.max_train_steps else
-            f"stopped by {asked.by or 'another process'}: saved {last_good}; the same command continues")
+            f"stopped by {asked.by or 'another process'}: saved {writer.last}; the same command continues")
     trainer.leave(run.lock)
 
 

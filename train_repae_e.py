@@ -498,8 +498,8 @@ def main(argv=None):
         log.say(trainer.space_needed(nets, args, start, folder))
         loader = trainer.data_loader(args, run.data, device, start, args.num_workers)
 
-    step, last_good = start, run.path
-    with trainer.guarded(log, lambda: last_good), signals.watch() as asked:
+    step, writer = start, trainer.CheckpointWriter(args, folder, run.path)
+    with trainer.guarded(log, writer), signals.watch() as asked:
         for step in range(start + 1, args.max_train_steps + 1):
             if args.proj_until is not None and step > args.proj_until and nets.encoders:
                 end_alignment(nets)
@@ -507,28 +507,30 @@ def main(argv=None):
                 log.say(f"step {step}: no alignment from here on")
             images, labels, skipped, *cached = next(loader)
             log.skipped_files += int(skipped.sum())
+            stop = distributed.any_process(asked.by)    # all processes meet here: one that hangs is named
             batch = make_batch(nets, args, step, images, labels, *cached)
             log.add(*train_step(nets, args, batch, use_gan=step > args.disc_start))
 
-            stop = distributed.any_process(asked.by)
             final, scores = step == args.max_train_steps, {}
             def due(every): return every > 0 and step % every == 0
             if due(args.eval_steps):
-                with log.paused():
+                with log.paused("scoring samples"):
                     scores = score()
             if due(args.log_every) or due(args.eval_steps) or final:
                 log.write(step, args.batch_size, **scores)
-            if due(args.sampling_steps) and rank == 0:
-                with log.paused():
-                    online.save_grids(nets, args, step, folder, dataset)
             if due(args.checkpointing_steps) or final or stop:
-                with log.paused():
+                with log.paused("saving a checkpoint"):
                     state = trainer.checkpoint_state(nets, args, step, **run.kept, log=log.state_dict())
-                    last_good = trainer.save_checkpoint(state, args, folder)
+                    writer.save(state)
+            writer.check()
+            if due(args.sampling_steps) and rank == 0:
+                with log.paused("drawing pictures"):
+                    online.save_grids(nets, args, step, folder, dataset)
             if stop:
                 break
+        writer.finish()
     log.say(f"done: {folder}" if step == args.max_train_steps else
-            f"stopped by {asked.by or 'another process'}: saved {last_good}; the same command continues")
+            f"stopped by {asked.by or 'another process'}: saved {writer.last}; the same command continues")
     trainer.leave(run.lock)
 
 

@@ -1,13 +1,28 @@
-"""Several processes: start-up from torchrun's environment, and batch norm over the batch of all of them."""
+"""Several processes: start-up from torchrun's environment, waiting for one another, and batch norm over the
+batch of all of them.
+
+Two kinds of waiting are told apart. Collectives (all_reduce, broadcast) are for the middle of a step, where
+all processes are about equally far; torch ends them after PATIENCE. Where a process may be late they meet in
+`any_process`, `barrier`, `gather`, `from_main` or `main_first`: there the others say for whom they wait and
+what it does (`busy`), and end the run with its name if it stays away.
+"""
 import contextlib
 import datetime
+import math
 import os
+import socket
+import time
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 
 from models.runtime import signals
+
+
+# How long the others wait for a process that is silent, and for one that has said what it is busy with.
+PATIENCE, LONG_PATIENCE = 10 * 60.0, 120 * 60.0     # seconds
+SAY_EVERY = 60.0                                    # seconds between lines about a wait
 
 
 def init():
@@ -27,8 +42,9 @@ def init():
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(minutes=60),
+                                timeout=datetime.timedelta(seconds=PATIENCE),
                                 device_id=device if device.type == "cuda" else None)
+        open_table()
     return int(os.environ.get("RANK", 0)), world_size, device
 
 
@@ -47,63 +63,161 @@ def is_main():
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def barrier():
-    """Wait for all processes."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def shut_down():
     """Leave the process group, at the end of a script."""
-    _HOST_GROUP.clear()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if not dist.is_initialized():
+        return
+    store, deadline = TABLE["store"], time.monotonic() + 30
+    left = store.add("left", 1)
+    while is_main() and left < world_size() and time.monotonic() < deadline:
+        time.sleep(0.02)    # the store may live in this process: it goes last
+        left = store.add("left", 0)
+    TABLE.clear()
+    dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------- waiting for one another
+
+TABLE = {}  # "store": keys and values that all processes see (torch's TCPStore); "meetings": their number
+
+
+def open_table():
+    """Connect to the store that the process group was made with,
+    on a connection of our own: torch's watchdogs use the other, and would wait while we do."""
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                          wait_for_workers=False, timeout=datetime.timedelta(seconds=PATIENCE))
+    name = [f"repa-e {time.time_ns()}"]     # a store may outlive a process group
+    dist.broadcast_object_list(name)
+    TABLE.update(store=dist.PrefixStore(name[0], store), meetings=0)
+    come_to(0)
+
+
+def come_to(meeting):
+    """Let the others know where this process is."""
+    TABLE["meetings"] = meeting
+    TABLE["store"].set(f"at {rank()}", f"{meeting} pid {os.getpid()} on {socket.gethostname()}")
 
 
 @contextlib.contextmanager
-def main_first():
-    """Context that the main process passes before the others enter: it downloads, they find the files."""
-    if not is_main():
-        barrier()
-    yield
-    if is_main():
-        barrier()
-
-
-_HOST_GROUP = []
+def busy(what):
+    """Context of work for which the others may have to wait long; `what` is what they then say it is."""
+    if not dist.is_initialized():
+        yield
+        return
+    TABLE["store"].set(f"busy {rank()}", what)
+    yield   # after an error the word stays: what follows is the end of this process
+    TABLE["store"].delete_key(f"busy {rank()}")
 
 
 def any_process(flag):
-    """Whether `flag` is true in any process; all must ask at the same moment.
+    """Whether `flag` is true in any process; all must ask, and wait here for one another, not for GPUs.
 
-    Waits for the other processes, not for GPUs.
+    Raises TimeoutError, one line with the name of a process that stays away: for PATIENCE in silence, for
+    LONG_PATIENCE if it is `busy`; ConnectionError if the process that keeps the store has ended.
     """
     if not dist.is_initialized():
         return bool(flag)
-    if not _HOST_GROUP:  # gloo beside NCCL: a flag on the host should not queue behind kernels
-        nccl = dist.get_backend() == "nccl"
-        _HOST_GROUP.append(dist.new_group(backend="gloo") if nccl else dist.group.WORLD)
-    both = torch.tensor([float(bool(flag))])
-    dist.all_reduce(both, dist.ReduceOp.MAX, group=_HOST_GROUP[0])
-    return both.item() > 0
+    store, n = TABLE["store"], TABLE["meetings"] + 1
+    try:
+        if flag:
+            store.set(f"flag {n}", "1")
+        come_to(n)
+        if store.add(f"here {n}", 1) == world_size():   # the last one to come
+            store.set(f"go {n}", str(int(store.check([f"flag {n}"]))))
+            for key in ("here", "flag", "go"):
+                store.delete_key(f"{key} {n - 1}")
+        else:
+            wait_for_meeting(store, n)
+        return store.get(f"go {n}") == b"1"
+    except RuntimeError as error:   # of the store
+        raise ConnectionError("another process has ended early; see what it says") from error
 
 
-def from_main(function):
-    """function() run in the main process alone.
+def wait_for_meeting(store, n):
+    """Until all processes have come to the n-th meeting; see any_process."""
+    began = said = time.monotonic()
+    while not store.check([f"go {n}"]):
+        now = time.monotonic()
+        time.sleep(min(max((now - began) / 4, 1e-4), 0.1))
+        if now - said < min(SAY_EVERY, PATIENCE):
+            continue
+        said, missing = now, absent(store, n)
+        speaks = rank() == min(set(range(world_size())) - missing.keys(), default=0)  # one of those that wait
+        for name, doing in missing.values():
+            waited = f"{(now - began) / 60:.0f} min" if now - began >= 90 else f"{now - began:.0f} s"
+            what = f"{name}, {doing or 'which is silent'}"
+            if now - began >= (LONG_PATIENCE if doing else PATIENCE):
+                time.sleep(0 if speaks else 30)
+                raise TimeoutError(f"the others have waited {waited} for {what}; this run ends, and the same "
+                                   "command goes on from its newest checkpoint")
+            if speaks:
+                print(f"waiting for {what} ({waited} so far)", flush=True)
 
-    Every process gets its result, or raises its ValueError or OSError.
-    """
+
+def absent(store, n):
+    """{rank: (name, what it is busy with or "")} of the processes that have not come to the n-th meeting."""
+    found = {}
+    for r in range(world_size()):
+        at = store.get(f"at {r}").decode()
+        doing = store.get(f"busy {r}").decode() if store.check([f"busy {r}"]) else ""
+        number, _, where = at.partition(" ")
+        if int(number) < n:
+            found[r] = f"process {r} ({where})", doing
+    return found
+
+
+def barrier():
+    """Wait for all processes, as any_process does."""
+    any_process(False)
+
+
+@contextlib.contextmanager
+def main_first(what="the first to read files and weights"):
+    """Context that the main process passes through before the others enter: it downloads, they find the files
+    there."""
+    if not is_main():
+        barrier()
+    with busy(what):
+        yield
+    if is_main():
+        barrier()
+
+
+def from_main(function, what="at work for all"):
+    """function() run in the main process alone; every process gets its result, or raises its ValueError or
+    OSError."""
     box = [None]
     if is_main():
         try:
-            box = [function()]
+            with busy(what):
+                box = [function()]
         except (ValueError, OSError) as error:
             box = [error]
     if dist.is_initialized():
+        barrier()
         dist.broadcast_object_list(box)
     if isinstance(box[0], Exception):
         raise box[0]
     return box[0]
+
+
+def lost_process(error):
+    """One line for the RuntimeError of a collective in which another process took no part, with its name.
+
+    None for other errors. On NCCL a collective that lasts too long raises nothing: a watchdog ends the process.
+    """
+    text = str(error).strip().split("\n")[0]
+    if not dist.is_initialized() or not (isinstance(error, dist.DistBackendError) or "gloo/" in text):
+        return None
+    store = TABLE["store"]
+    try:
+        store.set(f"waited {rank()}", "1")
+        time.sleep(min(10, PATIENCE))   # for all who waited to say so
+        lost = {r for r in range(world_size()) if not store.check([f"waited {r}"])}
+        names = [name for r, (name, _) in absent(store, math.inf).items() if r in lost]
+    except RuntimeError:
+        names = ["the process that keeps the store"]
+    return f"{', '.join(names) or 'no process'} was missed in the middle of a step ({text})"
 
 
 def all_reduce_sum(tensor):
@@ -117,6 +231,7 @@ def gather(value):
     """[value of each process], in every process; any object that pickles. All must call it."""
     if not dist.is_initialized():
         return [value]
+    barrier()
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values

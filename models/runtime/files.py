@@ -7,6 +7,7 @@ refused for what it holds), after which nothing may be concluded about the file.
 """
 import argparse
 import contextlib
+import copy
 import errno
 import fcntl
 import hashlib
@@ -148,6 +149,27 @@ def save(obj, path):
                 raise f.error or error
         with zipfile.ZipFile(temporary, "a") as archive:
             archive.comment = MARK + str(FORMAT).encode()
+
+
+def host_copy(obj, old=None):
+    """Copy of nested dicts and lists with every tensor copied to host memory, the bytes `save` would write.
+
+    `old`: an earlier copy that is no longer needed. Tensors of the same name and shape go into its memory,
+    for which the system need not find and clear new pages.
+    """
+    if torch.is_tensor(obj):
+        fits = torch.is_tensor(old) and old.dtype == obj.dtype and old.shape == obj.shape
+        if not fits or old.stride() != obj.stride():
+            old = torch.empty_like(obj, device="cpu", requires_grad=False)
+        return old.copy_(obj.detach())
+    if isinstance(obj, dict):
+        new = copy.copy(obj)    # an OrderedDict's versions of modules stay
+        new.update((k, host_copy(v, old.get(k) if isinstance(old, dict) else None)) for k, v in obj.items())
+        return new
+    if isinstance(obj, (list, tuple)):
+        before = old if isinstance(old, (list, tuple)) and len(old) == len(obj) else [None] * len(obj)
+        return type(obj)(host_copy(a, b) for a, b in zip(obj, before))
+    return obj
 
 
 class _CheckedFile(io.BufferedWriter):

@@ -62,5 +62,6 @@ def make_scorer(nets, args):
     def score():
         with on_device(nets.vae, nets.device):
             scores = score_samples(batches(), ref, inception, nets.device)
+        distributed.barrier()   # the figures are computed by the main process alone
         return {f"{name}_online": value for name, value in scores.items()}
     return score

@@ -173,12 +173,13 @@ class RunLog:
                 self.largest_norms[name] = largest
 
     @contextlib.contextmanager
-    def paused(self):
-        """Context whose time (sampling, evaluation, a checkpoint) is left out of the rates."""
+    def paused(self, what):
+        """Context whose time is left out of the rates; other processes that wait say `what` it is."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # what is queued belongs to the steps
         start = time.perf_counter()
-        yield
+        with distributed.busy(what):
+            yield
         self.last += time.perf_counter() - start
 
 

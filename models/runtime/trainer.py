@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import sys
+import threading
 import warnings
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -583,16 +584,52 @@ def check_same_start(start, device):
                          "same --output-dir")
 
 
-def save_checkpoint(state, args, folder):
-    """Write <folder>/checkpoints/NNNNNNN.pt by the main process, whole or not at all; then those beyond
-    --keep-checkpoints go. Returns its path; every process waits until it is there."""
-    checkpoints = os.path.join(folder, "checkpoints")
-    path = os.path.join(checkpoints, f"{state['steps']:07d}.pt")
-    if distributed.is_main():
-        files.save(state, path)
-        keep_newest(checkpoints, state["steps"], args.keep_checkpoints, args.milestones_every)
-    distributed.barrier()
-    return path
+class CheckpointWriter:
+    """Writes <folder>/checkpoints/NNNNNNN.pt while training goes on: whole or not at all, one at a time.
+
+    In the main process; in the others its methods do nothing. `last` is the newest checkpoint that is whole.
+    The thread is no daemon: Python itself ends only when it has.
+    """
+
+    def __init__(self, args, folder, last=None):
+        self.folder, self.last = os.path.join(folder, "checkpoints"), last
+        self.keep = args.keep_checkpoints, args.milestones_every
+        self.thread = self.error = self.copy = None
+
+    def save(self, state):
+        """Begin to write `state`: as it is now, for it is copied to host memory first."""
+        if distributed.is_main():
+            self.wait()
+            self.copy = files.host_copy(state, self.copy)
+            self.thread = threading.Thread(target=self.write)
+            self.thread.start()
+
+    def write(self):
+        """What the thread does: the file; then those beyond --keep-checkpoints go."""
+        try:
+            path = os.path.join(self.folder, f"{self.copy['steps']:07d}.pt")
+            files.save(self.copy, path)
+            self.last = path
+            keep_newest(self.folder, self.copy["steps"], *self.keep)
+        except Exception as error:  # raised in the loop, by `check`
+            self.error = error
+
+    def check(self):
+        """Raise what a write has failed with: NotFinite, or OSError for a full disk."""
+        if self.error is not None:
+            raise self.error
+
+    def wait(self):
+        """Until nothing is being written; then `check`."""
+        if self.thread is not None:
+            self.thread.join()
+        self.check()
+
+    def finish(self):
+        """`wait`, in the main process; the others wait for it."""
+        with distributed.busy("writing its last checkpoint"):
+            self.wait()
+        distributed.barrier()
 
 
 def keep_newest(folder, latest, count, milestones):
@@ -674,21 +711,24 @@ MEMORY_REMEDY = "lower --batch-size, raise --gradient-accumulation-steps, or pas
 
 
 @contextlib.contextmanager
-def guarded(log, last_good):
+def guarded(log, writer):
     """Context of the training loop, which turns what ends a run badly into one line and an exit code: 2 for a
-    mistake a user can mend, 1 for a run that has collapsed or lost its disk or a data worker. last_good():
-    the newest checkpoint."""
+    mistake a user can mend, 1 for a run that has collapsed or lost its disk, memory, a data worker or another
+    process."""
     try:
         yield
     except (Collapse, files.NotFinite) as error:
-        log.say(f"stopped: {error}; the last good checkpoint is {last_good() or 'none yet'}")
+        with contextlib.suppress(OSError, files.NotFinite):
+            writer.finish() if isinstance(error, Collapse) else None    # all processes come here, or this one
+        log.say(f"stopped: {error}; the last good checkpoint is {writer.last or 'none yet'}")
         sys.exit(1)
     except ImageError as error:
         cli.fail(error)
     except OSError as error:
         cli.fail(error, code=1)
     except (MemoryError, RuntimeError) as error:
-        line = worker_death(error) or cli.memory_full(error, MEMORY_REMEDY)
+        line = (worker_death(error) or cli.memory_full(error, MEMORY_REMEDY)
+                or distributed.lost_process(error))
         if line is None:
             raise
         cli.fail(line, code=1)
