@@ -204,7 +204,8 @@ def from_main(function, what="at work for all"):
 def lost_process(error):
     """One line for the RuntimeError of a collective in which another process took no part, with its name.
 
-    None for other errors. On NCCL a collective that lasts too long raises nothing: a watchdog ends the process.
+    None for other errors. NCCL's collectives raise nothing when they last too long: a watchdog ends the
+    process.
     """
     text = str(error).strip().split("\n")[0]
     if not dist.is_initialized() or not (isinstance(error, dist.DistBackendError) or "gloo/" in text):

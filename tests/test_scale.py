@@ -1,0 +1,135 @@
+"""Several processes that wait for one another, and checkpoints written while training goes on."""
+import contextlib
+import os
+import random
+import shutil
+import threading
+import time
+
+import processes
+import pytest
+import torch
+from test_train import assert_same, final_state, run, tiny_nets, TINY
+
+import train_repae_e as train
+from models.runtime import distributed, files, trainer
+
+
+# ------------------------------------------------------------------------------------------ waiting for one another
+
+def main(argv):
+    """What each of two processes of the first test does; `processes` starts it."""
+    distributed.PATIENCE, distributed.LONG_PATIENCE, distributed.SAY_EVERY = 1.0, 60.0, 0.5
+    rank, _, _ = distributed.init()
+    assert [distributed.any_process(rank == 1), distributed.any_process(False)] == [True, False]
+    assert distributed.gather(rank) == [0, 1] and distributed.from_main(lambda: f"of {rank}") == "of 0"
+    with pytest.raises(FileNotFoundError):
+        distributed.from_main(lambda: open("no such file"))
+    if rank == 1:
+        with distributed.busy("drawing pictures"):
+            time.sleep(2)   # beyond PATIENCE
+    distributed.barrier()
+    if rank == 1:   # asleep until the other has given it up
+        while not os.path.exists(argv[0]):
+            time.sleep(0.05)
+        os._exit(0)
+    with pytest.raises(TimeoutError) as at_a_meeting:
+        distributed.barrier()
+    with pytest.raises(RuntimeError) as in_a_step:
+        distributed.all_reduce_sum(torch.ones(1))
+    print(f"meeting: {at_a_meeting.value}\nstep: {distributed.lost_process(in_a_step.value)}", flush=True)
+    open(argv[0], "w").close()
+    os._exit(0)
+
+
+def test_a_process_that_hangs_is_named_and_one_at_work_is_waited_for(tmp_path):
+    processes.run_two("test_scale", [tmp_path / "done"], tmp_path / "log")
+    text = (tmp_path / "log").read_text()
+    assert "waiting for process 1 (pid " in text and "), drawing pictures (" in text
+    for begin in ("meeting: the others have waited ", "step: process 1 (pid "):
+        line, = (line for line in text.splitlines() if line.startswith(begin))
+        assert "process 1 (pid " in line and "process 0" not in line
+    assert distributed.lost_process(RuntimeError("another kind")) is None
+
+
+# ------------------------------------------------------------------------------------------ checkpoints in the background
+
+@pytest.fixture
+def slow_save(monkeypatch):
+    """Each write waits for this event first."""
+    go, save = threading.Event(), files.save
+
+    def waiting(obj, path):
+        assert go.wait(60)
+        save(obj, path)
+    monkeypatch.setattr(files, "save", waiting)
+    yield go
+    go.set()
+
+
+def test_a_checkpoint_is_the_state_at_its_step_whatever_training_does_meanwhile(tmp_path, slow_save):
+    nets, args = tiny_nets("--keep-checkpoints", "1", "--milestones-every", "2")
+    writer = trainer.CheckpointWriter(args, tmp_path)
+    for step in (1, 2, 3, 4, 5):
+        state = trainer.checkpoint_state(nets, args, step)
+        torch.save(state, tmp_path / "now.pt")
+        slow_save.clear()
+        began = time.monotonic()
+        writer.save(state)
+        assert time.monotonic() - began < 5 and writer.last != str(tmp_path / f"checkpoints/{step:07d}.pt")
+        for p in nets.sit.parameters():     # training goes on
+            p.data.add_(1)
+        slow_save.set()
+        writer.wait()
+        assert_same(torch.load(tmp_path / "now.pt"), files.load(writer.last))
+    assert files.checkpoint_steps(tmp_path / "checkpoints") == [2, 4, 5]
+
+
+@pytest.mark.parametrize("error, code, words", [
+    (OSError(28, "No space left on device"), 1, "No space left"),
+    (files.NotFinite("x.pt: not written, because model.a holds NaN or infinity"), 1, "stopped: x.pt")])
+def test_a_failed_write_ends_the_run_in_one_line(tmp_path, monkeypatch, capsys, error, code, words):
+    def fail(*_):
+        raise error
+    monkeypatch.setattr(files, "save", fail)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, "--max-train-steps", "200")
+    shown = capsys.readouterr()
+    assert stop.value.code == code and words in shown.err + shown.out and "Traceback" not in shown.err
+    assert len((tmp_path / "demo" / "metrics.jsonl").read_text().splitlines()) < 100
+
+
+def test_killed_while_a_checkpoint_is_written(tmp_path):
+    """KILLS=20 repeats it; each time at another moment of a write, and the run goes on to the same bits."""
+    flags = ["--max-train-steps", "6", "--checkpointing-steps", "1", "--keep-checkpoints", "2"]
+    torch.set_num_threads(1)
+    whole = final_state(run(tmp_path / "whole", *flags), 6)
+    whole["args"].pop("output_dir")
+    for k in range(int(os.environ.get("KILLS", 1))):
+        folder, log = tmp_path / f"{k}" / "demo" / "checkpoints", tmp_path / f"log{k}"
+        process = processes.start("train_repae_e", [*TINY, "--output-dir", tmp_path / f"{k}", *flags], log)
+
+        def writing():
+            with contextlib.suppress(FileNotFoundError):
+                return len(os.listdir(folder)) > k % 3 and any(n.endswith(".tmp") for n in os.listdir(folder))
+        processes.wait_for(writing, [process], log)
+        time.sleep(random.Random(k).random() * 0.02)
+        processes.kill(process)
+        for step in files.checkpoint_steps(folder):
+            files.load(folder / f"{step:07d}.pt")   # whole
+        resumed = final_state(run(tmp_path / f"{k}", *flags), 6)
+        resumed["args"].pop("output_dir")
+        assert_same(whole, resumed)
+        assert not [name for name in os.listdir(folder) if name.endswith(".tmp")]
+        shutil.rmtree(tmp_path / f"{k}")
+
+
+def test_a_full_gpu_ends_in_one_line(tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+    monkeypatch.setattr(train, "train_step", fail)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, "--max-train-steps", "2", "--gradient-accumulation-steps", "2")
+    text = capsys.readouterr().err
+    assert stop.value.code == 1 and text.count("\n") == 1 and "Tried to allocate 2.00 GiB" in text
+    assert "--batch-size" in text and "--gradient-accumulation-steps" in text and "--grad-checkpoint" in text
