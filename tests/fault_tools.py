@@ -167,6 +167,13 @@ def is_running(run):
         return run.process.is_alive()
 
 
+def wait(run, condition):
+    """Until condition() holds while the process runs."""
+    while not condition():
+        assert is_running(run) and time.monotonic() < run.deadline, finish(run).text
+        time.sleep(0.005)
+
+
 def execute(*arguments, **how):
     """start and finish."""
     return finish(start(*arguments, **how))
@@ -225,6 +232,12 @@ def as_nobody():
     if os.getuid() == 0:
         os.setgid(NOBODY)
         os.setuid(NOBODY)
+
+
+def slow_saves(seconds):
+    """Every checkpoint takes longer."""
+    save = files.save
+    files.save = lambda *arguments: (time.sleep(seconds), save(*arguments))
 
 
 def set_constant(module, name, value):
@@ -294,7 +307,8 @@ def read_state(path):
 def change_state(path, change):
     """Read a checkpoint, let `change` work on it, and write it as a foreign program would: without our checks."""
     state = read_state(path)
-    state = change(state) or state
+    changed = change(state)
+    state = state if changed is None else changed
     path.unlink(missing_ok=True)
     torch.save(state, path)
 
@@ -326,7 +340,7 @@ def same_state(a, b, path=""):
     elif isinstance(a, dict):
         assert list(a) == list(b), f"{path}: other keys"
         for key in a:
-            if key not in ("output_dir", "resume", "max_train_steps"):
+            if key not in ("output_dir", "resume", "max_train_steps", "keep_checkpoints"):
                 same_state(a[key], b[key], f"{path}/{key}")
     elif isinstance(a, (list, tuple)):
         assert len(a) == len(b), f"{path}: other length"

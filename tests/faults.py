@@ -19,6 +19,8 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 import fault_cases  # noqa: F401
+import fault_fuzz
+import fault_kills
 import fault_tools
 
 
@@ -29,12 +31,24 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time")
     parser.add_argument("--cheap", action="store_true", help="those of the suite")
     parser.add_argument("--verbose", action="store_true", help="a line for each case with its seconds")
+    parser.add_argument("--kills", type=int, help="instead of cases: so many kills, over every writer in turn")
+    parser.add_argument("--fuzz", type=int, help="instead of cases: so many mutated files for each reader")
     args = parser.parse_args()
     cases = [c for c in fault_tools.CASES if (not args.groups or c.group in args.groups) and args.only in c.name
              and (c.cheap or not args.cheap)]
     fault_tools.begin()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        failed = run(cases, Path(folder), args.jobs, args.verbose)
+        folder = Path(folder)
+        if args.kills or args.fuzz:
+            fault_tools.make_world(folder / "have")
+        if args.kills:
+            done, failed = fault_kills.kill_loop(args.kills, folder, folder / "have")
+            print(f"{done} kills over {min(done, len(fault_kills.WRITERS))} writers, bits differed {len(failed)} times")
+        elif args.fuzz:
+            failed = [text for found in fault_fuzz.fuzz(args.fuzz, folder, folder / "have").values()
+                      for text in found["failed"]]
+        else:
+            failed = run(cases, folder, args.jobs, args.verbose)
     sys.exit(1 if failed else 0)
 
 

@@ -1,15 +1,16 @@
 """The quick cases of tests/faults.py, whose own command tries all of them."""
 import fault_tools
 import faults
+import processes  # noqa: F401: its forked-from process begins to import while other tests run
 
 
 def test_quick_cases(tmp_path, capsys):
-    """All that need little more than a process each, and of the many about numbers in flags every seventh."""
+    """Of those that need little more than a process each, every second one; of the many about numbers in flags every ninth."""
     cheap = [case for case in fault_tools.CASES if case.cheap]
     numbers = [case for case in cheap if case.group == "flags"]
-    chosen = [case for case in cheap if case.group != "flags"] + numbers[::7]
+    chosen = [case for case in cheap if case.group != "flags"][::2] + numbers[::9]
     failed = faults.run(chosen, tmp_path)
-    assert len(chosen) > 100 and not failed, capsys.readouterr().out
+    assert len(chosen) > 60 and not failed, capsys.readouterr().out
 
 
 def test_a_case_that_does_not_hold_is_found(tmp_path, capsys):

@@ -610,12 +610,16 @@ class EndlessSampler(Sampler):
             step += 1
 
 
+def quiet_pillow():
+    """No warnings about ImageNet's odd EXIF blocks: an image is decoded or it raises."""
+    warnings.filterwarnings("ignore", module="PIL")
+
+
 def start_worker(_):
     """What a decoding process does first; for DataLoader's worker_init_fn."""
     torch.set_num_threads(1)  # decoding is one thread's work; more would take the cores of the other workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process, which ends its workers
-    # ImageNet has odd EXIF blocks: an image is decoded or it raises.
-    warnings.filterwarnings("ignore", module="PIL")
+    quiet_pillow()
 
 
 class _Loader(DataLoader):
@@ -640,7 +644,9 @@ def make_loader(dataset, sampler, batch_size, num_workers=8, device="cpu"):
     step. `num_workers` 0 decodes in the training process. Pinned memory when `device` is a GPU.
     """
     workers = {}
-    if num_workers > 0:
+    if num_workers == 0:
+        quiet_pillow()
+    else:
         # fork shares the list of files with the workers; where there is none (Windows) they get a copy each.
         method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
         workers = dict(multiprocessing_context=method, persistent_workers=True, worker_init_fn=start_worker)

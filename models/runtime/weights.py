@@ -35,6 +35,8 @@ def load(path, vae_ckpt=None):
     content = files.load(path)
     if not isinstance(content, dict) or not isinstance(content.get("ema"), dict):
         raise ValueError(f"{path}: checkpoint of another layout, it has no 'ema' weights")
+    if bad := files.first_non_finite(content["ema"], "ema"):
+        raise ValueError(f"{path}: {bad} holds NaN or infinity; take an earlier checkpoint")
     settings = training_args(content, path) | {"steps": content.get("steps")}
     sit = build_sit(content["ema"], settings, path)
     vae, source = build_vae(content, settings, path, vae_ckpt)
