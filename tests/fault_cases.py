@@ -398,7 +398,8 @@ for size in (300, 5000, 100_000, 400_000):
             assert "Traceback" not in done.text, done.text
             assert done.code in (0, 1, 2), done.text
             assert not list(tmp.rglob("*.tmp")), list(tmp.rglob("*.tmp"))
-            assert_done(execute(script, flags, tmp, have))
+            if not (flags[0] == "--export" and done.code == 0):  # it was small enough, and is not made twice
+                assert_done(execute(script, flags, tmp, have))
 
 
 # ---------------------------------------------------------------- signals, and two at once
