@@ -9,7 +9,7 @@ Run the same command again and it continues from its newest checkpoint.
 
 From top to bottom: the flags, the networks, the step (train_step and the losses of its parts), the loop
 (main). The formulas are in models/losses.py; what both training scripts need around them, in
-models/runtime/trainer.py.
+models/runtime/trainer.py. In comments "1)" to "5)" are the parts of the step, "(1)" to "(7)" the formulas.
 """
 import os
 
@@ -20,9 +20,8 @@ FIXED_IN_A_RUN = (
     "model", "vae", "resolution", "num_classes", "encoder", "encoder_depth", "qk_norm", "learn_pos_embed",
     "projector", "freeze_vae", "bn_momentum", "fixed_latents_stats", "cfg_prob", "batch_size", "seed",
     "hflip", "path_type", "weighting", "proj_coeff", "vae_align_proj_coeff", "spatial_norm",
-    "diffusion_to_vae",
-    "reconstruction_weight", "reconstruction_loss", "perceptual_weight", "kl_weight", "disc_weight",
-    "disc_ckpt")
+    "diffusion_to_vae", "reconstruction_weight", "reconstruction_loss", "perceptual_weight", "kl_weight",
+    "disc_weight", "disc_ckpt")
 
 # One row per configuration; every value is an ordinary flag and can be overridden.
 PRESETS = {
@@ -101,7 +100,7 @@ def parse_args(argv=None):
     source = args.init_from
     if args.freeze_vae and args.resume not in ("auto", "none"):
         source = args.resume    # holds no VAE, but leads to the one that it was trained on
-    if source is not None:      # before what a preset names, after what a flag names
+    if source is not None:      # its VAE counts more than one a preset names, less than one a flag names
         own = {"vae_ckpt": source, "disc_ckpt": source}
         parser = make_parser()
         parser.set_defaults(**own)
@@ -292,8 +291,9 @@ def train_step(nets, args, batch, use_gan=True):
     Args:
         nets: trainer.Networks, after trainer.prepare.
         batch: namespace of this process's images [b, 3, R, R] in [-1, 1], labels [b], labels_dropped [b]
-            (some of them the null label), zs (list of encoder tokens [b, T', D_k]), eps and noise
-            [b, C, h, w] ~ N(0, 1), t [b] in [0, 1]. The VAE's and the SiT's update share t and noise.
+            (some of them the null label), zs (list of encoder tokens [b, T', D_k]), eps (of the posterior)
+            and noise (of the path), both [b, C, h, w] ~ N(0, 1), t [b] in [0, 1], latents (of --latent-cache:
+            [mean, std], else empty). The VAE's and the SiT's update share t and noise.
         use_gan: whether the VAE sees the discriminator yet.
     Returns (metrics: dict of scalar tensors, skip: 1.0 if one of them was not finite: then no weight and no
     batch norm statistic has changed; the EMA goes on averaging).
@@ -351,7 +351,7 @@ def vae_losses(nets, args, part):
                                    args.reconstruction_weight, args.perceptual_weight, args.kl_weight,
                                    args.reconstruction_loss)                                         # (5)
     total = sum(losses.values())
-    if hasattr(part, "gan_loss"):
+    if hasattr(part, "gan_loss"):   # put there by trainer.gan_gradient, once the VAE sees the discriminator
         losses["gan_loss"] = part.gan_loss
         losses["weighted_gan_loss"] = trainer.gan_share(part, recon)                                 # (6)
         total = total + losses["weighted_gan_loss"]
@@ -410,11 +410,11 @@ def blank_step(nets, args, images, labels):
 
 
 def set_up(args, folder, device):
-    """Everything before the first step, what can fail first.
+    """Everything before the first step; what can fail comes first.
 
     Returns a namespace: nets, dataset (images), data (what a step reads: images or their caches), start (the
     step to go on from), kept (what every checkpoint repeats), log (the log's state), path (of the
-    checkpoint), score (of --eval-steps); None after a --dry-run.
+    checkpoint), lock (of the run folder), score (of --eval-steps); None after a --dry-run.
     """
     with distributed.main_first():  # it downloads, the others find the files
         path, state = trainer.find_checkpoint(args, folder)

@@ -2,7 +2,8 @@
 
 Notation: an image x becomes latents z ~ q(z | x) and a reconstruction r in the VAE; u = bn(z) is z at unit
 scale; e ~ N(0, 1) is noise, t in [0, 1] a time (0 is data, 1 is noise); y are the patch tokens that a frozen
-vision encoder gives x, and h those of the SiT at block `encoder_depth`, put through its projector.
+vision encoder gives x, and h those of the SiT at block `encoder_depth`, put through its projector. In code
+y and h are lists, a member per encoder: zs and zs_tilde, REPA's names, which have nothing to do with z.
 
     (1)  u_t = alpha_t u + sigma_t e                                        noisy_latents: the path
     (2)  v   = alpha'_t u + sigma'_t e                                      its velocity, the SiT's target
@@ -16,7 +17,8 @@ vision encoder gives x, and h those of the SiT at block `encoder_depth`, put thr
     the VAE minimises             L_rec + 0.1 L_gan + 1.5 L_align
     the discriminator minimises   L_disc
 
-To add a loss, write it here and add it to the dict of one of the *_losses functions in train_repae_e.py.
+To add a loss, write it here; in vae_losses, disc_losses or sit_losses of train_repae_e.py add it to what that
+function minimises (its total) and, for the log, to its dict.
 All results are float32 at least, whatever the autocast type.
 """
 import math

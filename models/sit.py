@@ -216,8 +216,8 @@ class SiT(nn.Module):
         x = self.x_embedder(x) + self.pos_embed                  # [B, T, D]
         c = self.t_embedder(t) + self.y_embedder(y)              # [B, D]
         zs_tilde = []
-        # Not where the weights are frozen: little is kept then, and a stand-in of functional_call is gone by
-        # the backward pass.
+        # Not in the VAE's update, which passes frozen weights by functional_call: they are out of place again
+        # by the backward pass, where the blocks would be computed anew; and little is kept there.
         learns = torch.is_grad_enabled() and self.x_embedder.proj.weight.requires_grad
         save_memory = self.grad_checkpoint and learns
         for number, block in enumerate(self.blocks, start=1):

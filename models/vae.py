@@ -1,8 +1,8 @@
-"""AutoencoderKL: the convolutional VAE of latent diffusion (Rombach et al., arXiv 2112.10752), names as in
-CompVis.
+"""AutoencoderKL, the convolutional VAE of latent diffusion (Rombach et al., arXiv 2112.10752).
 
-f8d4 is SD-VAE, f16d32 is IN-VAE and VA-VAE, f8d16 the 16-channel kind of FLUX and SD-3.5 (no quant
-convolutions), f4d4 and f4d16 tiny ones for small images. Needs only torch.
+State-dict names are those of CompVis. f8d4 is SD-VAE, f16d32 is IN-VAE and VA-VAE, f8d16 the
+16-channel kind of FLUX and SD-3.5 (no quant convolutions), f4d4 and f4d16 tiny ones for small images. Needs
+only torch.
 """
 import torch
 import torch.nn as nn
@@ -124,7 +124,7 @@ class Upsample(nn.Module):
 
     def forward(self, x):
         def function(x):
-            with no_autocast(x):  # which would copy pixels as float32, the VAE's largest tensor
+            with no_autocast(x):  # autocast would make a float32 copy of the VAE's largest tensor
                 x = F.interpolate(x, scale_factor=2.0, mode="nearest")
             return self.conv(x)
         return recomputing_input(function, x)

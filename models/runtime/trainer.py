@@ -1,4 +1,4 @@
-"""The plumbing that both training scripts share. No loss is computed here: they say what is trained by what.
+"""The plumbing that both training scripts share. No loss is defined here: they say what is trained by what.
 
 In the order in which a script calls it: the networks of a run, its data, what `prepare` adds for training,
 the five functions around the losses of one step (micro_batches, first_pass, gan_gradient, backward, update),
@@ -121,7 +121,8 @@ def check_data(args, dataset, state):
 
 
 def data_loader(args, dataset, device, step, workers):
-    """This process's share of the batches after `step`, endless: (uint8 images, labels, files skipped)."""
+    """This process's share of the batches after `step`, endless: (uint8 images, labels, files skipped),
+    and from cache.CachedData also (..., [mean, std] of the latents or [], [tokens of each encoder])."""
     rank, world_size = distributed.rank(), distributed.world_size()
     sampler = EndlessSampler(len(dataset), args.batch_size, rank, world_size, args.seed, start_step=step)
     return iter(make_loader(dataset, sampler, args.batch_size // world_size, workers, device))
@@ -355,9 +356,9 @@ def backward(nets, parts, losses_of, total, *trained):
 def update(nets, args, metrics, before):
     """Clip, one step of each optimiser, the average. Adds the gradient norms to `metrics`.
 
-    If a metric is not finite in any process, nothing changes in any of them: weights and moments stay,
-    `before` (a copy of nets.statistics from the beginning of the step) is put back. Returns skip: 1.0 in that
-    case, else 0.0.
+    If a metric is not finite in any process, no process learns from the step: weights and moments stay,
+    `before` (a copy of nets.statistics from the beginning of the step) is put back; the average goes on, and
+    so does the loss scale. Returns skip: 1.0 in that case, else 0.0.
     """
     for name in nets.trained:
         parameters = [p for p in getattr(nets, name).parameters() if p.requires_grad]
@@ -382,7 +383,7 @@ def clip_gradients(parameters, max_norm, loss_scale):
 def guarded_updates(optimizers, skip):
     """One step of each optimiser, or none where `skip` (float scalar tensor) is 1; gradients are freed."""
     for optimizer in optimizers:
-        # the fused kernels read it on the device; mixed-precision scalers use the same door
+        # the fused kernels read found_inf on the device; torch's GradScaler skips steps by the same attribute
         optimizer.found_inf = skip
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
