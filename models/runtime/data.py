@@ -104,7 +104,7 @@ def _open_zip(path):
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError) as error:  # the latter: a version of the format that lies
+    except (zipfile.BadZipFile, NotImplementedError) as error:  # the latter: a false version of the format
         raise ValueError(f"{path}: no whole .zip file ({error}); make it again") from None
     rows, folders, table = {}, [], []
     for info in infos:
