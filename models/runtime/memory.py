@@ -308,7 +308,13 @@ def forecast(args, build, step, world_size=1):
         missing = [torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB]
     lines, least = [], float("inf")
     for flags, more in thriftier(args, world_size):
-        count = training_peak(more, build, step, world_size)
+        try:
+            count = training_peak(more, build, step, world_size)
+        except RuntimeError as error:
+            if "CUDA driver" not in str(error):
+                raise
+            # torch 2.6 asks for a driver even where tensors are fake
+            return f"peak per GPU: not predicted, torch {torch.__version__} needs a GPU for it"
         if not lines:
             lines = [f"predicted peak per GPU ({world_size} x {args.batch_size // world_size} images; CUDA's "
                      f"context, cuDNN's workspaces, fragmentation come on top, about {BESIDE:g} GiB):",
