@@ -21,9 +21,9 @@ from models.runtime.data import ImageData, ShapesData, identity
 from models.vae import AutoencoderKL
 
 fork = multiprocessing.get_context("fork")
-FLAGS = ["--preset", "demo", "--model", "SiT-Ti/4", "--resolution", "16", "--batch-size", "4", "--freeze-vae",
-         "--max-train-steps", "20", "--data-dir", "", "--skip-corrupt", "--num-workers", "0", "--log-every", "1",
-         "--sampling-steps", "0"]
+FLAGS = ["--preset", "demo", "--model", "SiT-Ti/4", "--resolution", "16", "--batch-size", "4",
+         "--freeze-vae", "--max-train-steps", "20", "--data-dir", "", "--skip-corrupt", "--num-workers", "0",
+         "--log-every", "1", "--sampling-steps", "0"]
 
 
 @pytest.fixture(scope="module", autouse=True)
