@@ -10,7 +10,6 @@ latents_bias), each float32 [1, C, 1, 1]: normalised latents are (z - latents_bi
 
 Errors: ValueError or OSError with a one-line message.
 """
-import math
 import os
 import re
 import shutil
@@ -248,8 +247,8 @@ def export_vae(out, state, stats=None, format="diffusers", sample_size=256, forc
 # ---------------------------------------------------------------- statistics
 
 def _number(value, what):
-    """`value` as a float; ValueError unless it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    """`value` as a float; ValueError unless it is a finite number, also in float32."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e38:
         raise ValueError(f"{what} is not a finite number")
     return float(value)
 

@@ -63,7 +63,7 @@ def build_sit(state, settings, path):
     _, channels, patch, _ = state["x_embedder.proj.weight"].shape
     rows = len(state["y_embedder.embedding_table.weight"])
     num_classes = settings.get("num_classes", rows - 1)
-    if rows not in (num_classes, num_classes + 1):
+    if type(num_classes) is not int or rows not in (num_classes, num_classes + 1):
         raise ValueError(f"{path}: a label table of {rows} rows does not fit {num_classes} classes")
     with torch.device("meta"):  # random initial values would cost more time than the file
         sit = SiT_models[settings["model"]](
