@@ -90,7 +90,7 @@ def make_parser():
     flag(run, "--eval-samples", 10000, "samples of an online score", above=0, most=10**8)
     flag(run, "--inception-weights", None,
          "pt_inception-2015-12-05-6726825d.pth, if it cannot be downloaded")
-    parser.set_defaults(vae="f8d4")
+    parser.set_defaults(vae="f8d4")  # finetune_vae.py has none: there the checkpoint says
     return parser
 
 
@@ -406,7 +406,7 @@ def build_blank(args, device):
 
 def blank_step(nets, args, images, labels):
     """One step for models/runtime/memory.py."""
-    train_step(nets, args, make_batch(nets, args, 2, images, labels))
+    train_step(nets, args, make_batch(nets, args, step=2, images=images, labels=labels))
 
 
 def set_up(args, folder, device):

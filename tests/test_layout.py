@@ -42,7 +42,7 @@ def test_files_of_models_import_alone(tmp_path):
             "    sys.path.pop(0)\n")
     section = (ROOT / "README.md").read_text().split("## Copying a part")[1].split("```")[1]
     lines = {line.split()[1]: line.split("  ")[0] for line in section.splitlines() if line.startswith("from ")}
-    assert len(lines) == 3
+    assert len(lines) == 4
     arguments = [word for path in PAPER for word in (path.stem, lines.get(path.stem, ""))]
     subprocess.run([sys.executable, "-I", "-c", code, str(tmp_path), *arguments], check=True, cwd=tmp_path)
 

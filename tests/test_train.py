@@ -468,7 +468,8 @@ def test_resume_from_another_model(tmp_path, capsys):
 def test_an_old_run_is_neither_mixed_nor_overwritten(tmp_path, capsys):
     folder = run(tmp_path, "--max-train-steps", "2")
     for flags, words in ((["--resume", "none"], "step 2"), (["--proj-coeff", "0.1"], "--proj-coeff 0.5"),
-                         (["--path-type", "cosine"], "--path-type linear")):
+                         (["--path-type", "cosine"], "--path-type linear"),
+                         (["--max-train-steps", "1"], "beyond --max-train-steps 1")):
         with pytest.raises(SystemExit) as stop:
             run(tmp_path, "--max-train-steps", "3", *flags)
         assert stop.value.code == 2 and words in capsys.readouterr().err

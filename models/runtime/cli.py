@@ -179,8 +179,8 @@ def training_flags(parser):
     flag(losses, "--perceptual-weight", 1.0, "LPIPS weight; 0 needs no VGG weights")
     flag(losses, "--kl-weight", 1e-6, "KL weight")
     flag(losses, "--disc-weight", 0.1, "GAN weight; 0 trains without a discriminator")
-    flag(losses, "--disc-start", None, type=int, help="step from which the VAE sees the discriminator; "
-         "default: 0 if that is pretrained, else 5000")
+    flag(losses, "--disc-start", None, type=int, help="steps in which the VAE does not see the "
+         "discriminator; default: 0 if that is pretrained, else 5000")
 
     flag(optim, "--batch-size", 256, "global batch: all processes and accumulation steps together", above=0,
          most=10**6)

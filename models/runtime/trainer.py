@@ -559,6 +559,9 @@ def check_resume(args, path, state, fixed):
     `fixed`; other changed settings are printed."""
     if not isinstance(state.get("steps"), int):
         raise ValueError(f"{path}: is no training checkpoint (it has no steps)")
+    if state["steps"] > args.max_train_steps:
+        raise ValueError(f"{path}: is of step {state['steps']}, beyond --max-train-steps "
+                         f"{args.max_train_steps}; raise that to go on")
     old = {k: v for k, v in files.training_args(state, path).items() if not torch.is_tensor(v)}
     if is_released(state):
         old["encoder"] = str(old.get("enc_type") or args.encoder).lower()
