@@ -4,8 +4,8 @@ import random
 import signal
 import time
 
-from fault_tools import HOG, REFINE, SAMPLE, TRAIN, assert_done, copy, digests, execute, is_running, read_state, same_state,
-                         set_constant, start
+from fault_tools import (HOG, REFINE, SAMPLE, TRAIN, assert_done, copy, digests, execute, is_running, read_state, same_state,
+                         set_constant, start)
 
 import processes
 
