@@ -15,6 +15,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models import encoders
@@ -228,7 +229,8 @@ def test_shapes_without_weights(monkeypatch):
     monkeypatch.undo()
     sketches = encoders.check_encoders("test_vit,test_resnet,test_mambaout", resolution=200)
     for sketch, name in zip(sketches, ("test_vit", "test_resnet", "test_mambaout")):
-        real = encoders._create(name, sketch.size).probe()
+        with sdpa_kernel(SDPBackend.MATH):  # torch 2.14 does not count the fused attention of a CPU
+            real = encoders._create(name, sketch.size).probe()
         assert (sketch.grid, sketch.embed_dim, sketch.flops) == (real.grid, real.embed_dim, real.flops)
 
 
