@@ -397,6 +397,8 @@ def train(args):
         log.say(f"{'VAE' if args.train_encoder else 'decoder'} of {args.vae} ({args.ckpt}), "
                 f"{len(dataset)} images, {world_size} x {device.type}, from step {start}"
                 + (f" of {run.path}" if run.path else ""))
+        for note in nets.notes:
+            log.say(note)
         log.say(trainer.space_needed(nets, args, start, folder))
         loader = trainer.data_loader(args, dataset, device, start, args.num_workers)
 

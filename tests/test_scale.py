@@ -9,16 +9,21 @@ import time
 import processes
 import pytest
 import torch
-from test_train import assert_same, final_state, run, tiny_nets, TINY
+from test_train import TINY, assert_same, final_state, run, tiny_nets
 
 import train_repae_e as train
 from models.runtime import distributed, files, trainer
 
 
-# ------------------------------------------------------------------------------------------ waiting for one another
+# ---------------------------------------------------------------- waiting for one another
 
 def main(argv):
-    """What each of two processes of the first test does; `processes` starts it."""
+    """What each of two processes does; `processes` starts it."""
+    {"hang": hang, "shard": shard}[argv[0]](argv[1])
+
+
+def hang(done):
+    """The second process is late and says why; then it hangs without a word."""
     distributed.PATIENCE, distributed.LONG_PATIENCE, distributed.SAY_EVERY = 1.0, 60.0, 0.5
     rank, _, _ = distributed.init()
     assert [distributed.any_process(rank == 1), distributed.any_process(False)] == [True, False]
@@ -30,7 +35,7 @@ def main(argv):
             time.sleep(2)   # beyond PATIENCE
     distributed.barrier()
     if rank == 1:   # asleep until the other has given it up
-        while not os.path.exists(argv[0]):
+        while not os.path.exists(done):
             time.sleep(0.05)
         os._exit(0)
     with pytest.raises(TimeoutError) as at_a_meeting:
@@ -38,12 +43,12 @@ def main(argv):
     with pytest.raises(RuntimeError) as in_a_step:
         distributed.all_reduce_sum(torch.ones(1))
     print(f"meeting: {at_a_meeting.value}\nstep: {distributed.lost_process(in_a_step.value)}", flush=True)
-    open(argv[0], "w").close()
+    open(done, "w").close()
     os._exit(0)
 
 
 def test_a_process_that_hangs_is_named_and_one_at_work_is_waited_for(tmp_path):
-    processes.run_two("test_scale", [tmp_path / "done"], tmp_path / "log")
+    processes.run_two("test_scale", ["hang", tmp_path / "done"], tmp_path / "log")
     text = (tmp_path / "log").read_text()
     assert "waiting for process 1 (pid " in text and "), drawing pictures (" in text
     for begin in ("meeting: the others have waited ", "step: process 1 (pid "):
@@ -52,7 +57,64 @@ def test_a_process_that_hangs_is_named_and_one_at_work_is_waited_for(tmp_path):
     assert distributed.lost_process(RuntimeError("another kind")) is None
 
 
-# ------------------------------------------------------------------------------------------ checkpoints in the background
+# ---------------------------------------------------------------- moments shared out
+
+def four_steps(nets, args):
+    """The third is skipped: the first process has a pixel that is not finite."""
+    for step in range(1, 5):
+        images = torch.arange(args.batch_size * 3 * 32 * 32).mul(step * 7 + 1).remainder(256).to(torch.uint8)
+        images = images.view(-1, 3, 32, 32)[trainer.my_share(args)]
+        batch = train.make_batch(nets, args, step, images, torch.arange(len(images)))
+        if step == 3 and distributed.is_main():
+            batch.images[0, 0, 0, 0] = float("nan")
+        _, skip = train.train_step(nets, args, batch)
+        assert skip.item() == (step == 3)
+
+
+def shard(path):
+    """Trains with and without, writes the sharded run's checkpoint; then both go on from it."""
+    distributed.init()
+    flags = ["--max-grad-norm", "0.1"]
+    plain, args = tiny_nets(*flags)
+    four_steps(plain, args)
+    sharded, args = tiny_nets(*flags, "--shard-optimizer")
+    four_steps(sharded, args)
+    states = [trainer.checkpoint_state(nets, args, 4) for nets in (plain, sharded)]
+    bytes_of = [sum(t.numel() * 4 for o in nets.opts.values() for v in o.state.values() for t in v.values())
+                for nets in (plain, sharded)]
+    assert sum(distributed.gather(bytes_of[1])) == bytes_of[0] and bytes_of[1] < 0.6 * bytes_of[0]
+    if distributed.is_main():
+        assert_close(*states)
+        files.save(states[1], path)
+        print(f"moments: {bytes_of[0]} bytes without, {bytes_of[1]} with", flush=True)
+    distributed.barrier()
+    for nets in (plain, sharded):
+        trainer.restore(nets, path, files.load(path))
+        four_steps(nets, args)
+    assert_close(*(dict(nets.sit.state_dict()) for nets in (plain, sharded)))
+    distributed.shut_down()
+
+
+def assert_close(a, b):
+    """Within 1e-6, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    elif isinstance(a, dict):
+        assert list(a) == list(b)
+        [assert_close(a[k], b[k]) for k in a]
+    elif isinstance(a, list):
+        [assert_close(x, y) for x, y in zip(a, b, strict=True)]
+
+
+def test_shared_out_moments_give_the_same_run_and_a_checkpoint_for_any_number_of_processes(tmp_path):
+    processes.run_two("test_scale", ["shard", tmp_path / "a.pt"], tmp_path / "log")
+    nets, args = tiny_nets()
+    state = files.load(tmp_path / "a.pt")
+    assert trainer.restore(nets, "a.pt", state) == 4
+    assert_same(nets.opts["vae"].state_dict()["state"], state["opt_vae"]["state"])
+
+
+# ---------------------------------------------------------------- checkpoints in the background
 
 @pytest.fixture
 def slow_save(monkeypatch):

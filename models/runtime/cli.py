@@ -201,6 +201,8 @@ def training_flags(parser):
                        help="torch.compile each block, convolutions in channels_last; default: on a GPU")
     flag(optim, "--grad-checkpoint", False,
          "recompute activations in the backward pass: less memory, more arithmetic")
+    flag(optim, "--shard-optimizer", False, "share AdamW's moments out among the processes: less memory, "
+         "same result")
     flag(optim, "--seed", 0, "of weights, data order and every draw", most=2**32 - 1)
 
     flag(run, "--preset", None, "set of defaults; explicit flags win")

@@ -207,7 +207,7 @@ def lost_process(error):
     None for other errors. NCCL's collectives raise nothing when they last too long: a watchdog ends the
     process.
     """
-    text = str(error).strip().split("\n")[0]
+    text = str(error).strip().split("\n")[0].split(". ")[0]
     if not dist.is_initialized() or not (isinstance(error, dist.DistBackendError) or "gloo/" in text):
         return None
     store = TABLE["store"]
@@ -236,6 +236,59 @@ def gather(value):
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+class ShardedAdamW(torch.optim.AdamW):
+    """AdamW whose moments are shared out: each process keeps and updates those of some parameters, and gets
+    the others' new values from their owners (ZeRO stage 1, arXiv 1910.02054). The same updates as AdamW.
+
+    It lists all parameters, as AdamW does; only `state` is a share. torch's ZeroRedundancyOptimizer keeps a
+    second copy of the moments after a resume, and their steps on the host, which fused kernels refuse.
+    """
+
+    def __init__(self, parameters, **settings):
+        super().__init__(parameters, **settings)
+        self.owners, loads = {}, [0] * world_size()
+        for p in sorted(self.parameters(), key=torch.numel, reverse=True):
+            self.owners[p] = loads.index(min(loads))
+            loads[self.owners[p]] += p.numel()
+
+    def parameters(self):
+        return [p for group in self.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def step(self):
+        """All processes must call it, with the same gradients."""
+        for p in self.parameters():
+            if self.owners[p] != rank():
+                p.grad = None   # AdamW passes over it, and makes no moments
+        super().step()
+        for work in [dist.broadcast(p, self.owners[p], async_op=True) for p in self.parameters()]:
+            work.wait()
+
+    @torch.no_grad()
+    def whole_state_dict(self):
+        """AdamW's state dict of all parameters, on the host, in the main process; a share elsewhere. All must
+        call it."""
+        result, parameters = self.state_dict(), self.parameters()
+        device = parameters[0].device
+        known = all_reduce_sum(torch.tensor([float(p in self.state) for p in parameters], device=device))
+        for i, p in enumerate(parameters):
+            if known[i]:
+                like = {"step": torch.zeros((), device=device), "exp_avg": p, "exp_avg_sq": p}
+                values = self.state.get(p) or {name: torch.empty_like(t) for name, t in like.items()}
+                for name in like:
+                    dist.broadcast(values[name], self.owners[p])
+                if is_main():
+                    result["state"][i] = {name: values[name].cpu() for name in like}
+        result["state"] = dict(sorted(result["state"].items()))
+        return result
+
+    def load_state_dict(self, state):
+        """From a state dict of all parameters, the share of this process."""
+        order = [i for group in state["param_groups"] for i in group["params"]]
+        mine = {i for i, p in zip(order, self.parameters()) if self.owners[p] == rank()}
+        super().load_state_dict(state | {"state": {i: v for i, v in state["state"].items() if i in mine}})
 
 
 class AllReduceSum(torch.autograd.Function):

@@ -179,6 +179,11 @@ def prepare(nets, args):
         nets.opts[name] = adamw([p for p in net.parameters() if p.requires_grad], args, learning_rate)
         nets.ddp[name] = wrap_ddp(net, nets.device)
         nets.statistics += [b for b in net.buffers() if b.is_floating_point()]
+    if shares := [o.owners for o in nets.opts.values() if isinstance(o, distributed.ShardedAdamW)]:
+        sizes = [(2 * tensor_bytes([p]), owner) for owners in shares for p, owner in owners.items()]
+        mine = sum(size for size, owner in sizes if owner == distributed.rank())
+        nets.notes.append(f"AdamW's moments are shared out: {mine / 1e9:.3g} GB here of "
+                          f"{sum(size for size, _ in sizes) / 1e9:.3g} GB")
     nets.ema = copy.deepcopy(getattr(nets, nets.averaged)).eval().requires_grad_(False)
     nets.dtype = autocast_type(args, nets.device)
     nets.loss_scale = LossScale(nets.dtype == torch.float16, nets.device)
@@ -207,8 +212,10 @@ def autocast_type(args, device):
 
 def adamw(parameters, args, learning_rate):
     """AdamW over `parameters`, fused: it can skip a step on a tensor's say-so, unread by the host."""
-    return torch.optim.AdamW(parameters, lr=learning_rate, betas=(args.adam_beta1, args.adam_beta2),
-                             eps=args.adam_epsilon, weight_decay=args.adam_weight_decay, fused=True)
+    sharded = args.shard_optimizer and distributed.world_size() > 1
+    kind = distributed.ShardedAdamW if sharded else torch.optim.AdamW
+    return kind(parameters, lr=learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon,
+                weight_decay=args.adam_weight_decay, fused=True)
 
 
 def wrap_ddp(net, device):
@@ -418,7 +425,9 @@ def checkpoint_state(nets, args, step, **more):
         state[WEIGHTS[name]] = getattr(nets, name).state_dict()
         if name == nets.averaged:
             state[AVERAGES[name]] = nets.ema.state_dict()
-        state[OPTIMISERS[name]] = nets.opts[name].state_dict()
+        optimizer = nets.opts[name]
+        sharded = isinstance(optimizer, distributed.ShardedAdamW)
+        state[OPTIMISERS[name]] = optimizer.whole_state_dict() if sharded else optimizer.state_dict()
     return state | more | {"loss_scale": nets.loss_scale.state_dict(), "args": vars(args), "steps": step}
 
 
