@@ -13,6 +13,7 @@ from test_train import TINY, assert_same, final_state, run, tiny_nets
 
 import train_repae_e as train
 from models.runtime import distributed, files, trainer
+from models.runtime.data import EndlessSampler
 
 
 # ---------------------------------------------------------------- waiting for one another
@@ -112,6 +113,17 @@ def test_shared_out_moments_give_the_same_run_and_a_checkpoint_for_any_number_of
     state = files.load(tmp_path / "a.pt")
     assert trainer.restore(nets, "a.pt", state) == 4
     assert_same(nets.opts["vae"].state_dict()["state"], state["opt_vae"]["state"])
+
+
+def test_another_number_of_processes_on_resume_repeats_and_misses_no_image():
+    """Steps of 12 images of 50: 3 by one process, 5 by four, the rest by two; over three epochs."""
+    seen = []
+    for first, last, n in ((0, 3, 1), (3, 8, 4), (8, 13, 2)):
+        shares = [iter(EndlessSampler(50, 12, rank, n, seed=3, start_step=first)) for rank in range(n)]
+        for _ in range(first, last):
+            seen += [next(share) for share in shares for _ in range(12 // n)]
+    for epoch in range(3):
+        assert sorted(i for e, i in seen if e == epoch) == list(range(50))
 
 
 # ---------------------------------------------------------------- checkpoints in the background

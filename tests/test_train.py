@@ -3,6 +3,7 @@ import ast
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -172,21 +173,29 @@ def test_accumulation_equals_the_whole_batch():
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-def test_two_processes_equal_one(tmp_path):
-    flags = ("--max-train-steps", "3", "--learning-rate", "1e-4", "--vae-learning-rate", "1e-4", "--disc-learning-rate", "1e-4")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def test_two_nodes_and_then_one_process_equal_one(tmp_path):
+    """Two nodes of a process each, by rendezvous, take two steps; one process takes the third."""
+    rates = ("--learning-rate", "1e-4", "--vae-learning-rate", "1e-4", "--disc-learning-rate", "1e-4")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        end = f"127.0.0.1:{s.getsockname()[1]}"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
+                "--rdzv-backend", "c10d", "--rdzv-endpoint", end, "--rdzv-id", "test"]
+    command = [*torchrun, str(ROOT / "train_repae_e.py"), *TINY, "--output-dir", str(tmp_path / "two"), *rates]
     with open(tmp_path / "log", "w") as log:
-        both = subprocess.Popen([*torchrun, str(ROOT / "train_repae_e.py"), *TINY, "--output-dir", str(tmp_path / "two"), *flags],
-                                env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, stdout=log, stderr=log,
-                                start_new_session=True)
+        nodes = [subprocess.Popen([*command, "--max-train-steps", "2"], stdout=log, stderr=log, start_new_session=True,
+                                  env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+                 for _ in range(2)]
     torch.set_num_threads(1)
-    one = run(tmp_path / "one", *flags)  # meanwhile
+    one = run(tmp_path / "one", *rates, "--max-train-steps", "3")  # meanwhile
     try:
-        assert both.wait(240) == 0, (tmp_path / "log").read_text()
+        assert [node.wait(240) for node in nodes] == [0, 0], (tmp_path / "log").read_text()
     finally:
-        if both.poll() is None:
-            os.killpg(both.pid, signal.SIGKILL)
-    a, b = metrics(one), metrics(tmp_path / "two" / "demo")
+        for node in nodes:
+            if node.poll() is None:
+                os.killpg(node.pid, signal.SIGKILL)
+    two = run(tmp_path / "two", *rates, "--max-train-steps", "3")
+    a, b = metrics(one), metrics(two)
     assert [m["step"] for m in a] == [m["step"] for m in b] == [1, 2, 3]
     for x, y in zip(a, b):
         for name in x:
