@@ -268,8 +268,11 @@ def run(args):
     inputs = [open_input(path, args.resolution) for path in (args.ref, args.samples) if path]
     check_inputs(args, inputs)
     net, networks, about = load_networks(args, inputs, device)
-    for images in inputs:
-        images.digest = input_digest(images) if (args.json or args.cache) and distributed.is_main() else None
+    with distributed.busy("reading the inputs for their digests"):
+        for images in inputs:
+            wanted = (args.json or args.cache) and distributed.is_main()
+            images.digest = input_digest(images) if wanted else None
+    distributed.barrier()
     args.batch_size = args.batch_size or fitting_batch_size(device)
 
     weights = {name: network.get("sha256", network) for name, network in about.items()}

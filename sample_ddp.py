@@ -351,7 +351,7 @@ def sample_missing(job, asked):
     finally:
         if job.rank == 0:
             print()  # ends the progress line
-    wait_for_all()
+    distributed.barrier()
     if shards.stop_asked(job.shards):
         raise Stopped
     return {"samples": total, "seconds": round(time.time() - begin, 1), "processes": job.world_size,
@@ -367,14 +367,6 @@ def show_progress(job, total, begin):
     rate = max(total - left, 1) / (time.time() - begin)
     print(f"\r{wanted - left}/{wanted} samples, {rate:.2f} images/s, "
           f"{datetime.timedelta(seconds=int(left / rate))} left ", end="", flush=True)
-
-
-def wait_for_all():
-    """Until all processes are here; ConnectionError where one has ended with a mistake of its own."""
-    try:
-        distributed.barrier()
-    except RuntimeError as error:
-        raise ConnectionError("another process has ended early; see what it says") from error
 
 
 # ---------------------------------------------------------------- the files
@@ -441,15 +433,16 @@ def carry_out(job, asked):
     """Samples and files, unless a signal comes first. Returns what to tell the user, an exception or None."""
     try:
         try:
-            run = sample_missing(job, asked) if job.ranges else None
-            if job.rank == 0:
-                finish(job, run, asked)
+            with distributed.busy("at work on samples and files"):
+                run = sample_missing(job, asked) if job.ranges else None
+                if job.rank == 0:
+                    finish(job, run, asked)
         except Stopped:
             if job.rank == 0:
                 done = sum(end - first for first, end in shards.list_shards(job.shards))
                 print(f"stopped by {asked.by or 'a signal to another process'}: {done} samples are in "
                       f"{job.shards}; run the same command again to go on")
-        wait_for_all()
+        distributed.barrier()
     except (images.InputError, OSError, ArithmeticError) as error:
         return error
     except torch.OutOfMemoryError:
