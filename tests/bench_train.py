@@ -70,9 +70,9 @@ def build(args, device):
 def plain_proj_loss(zs, zs_tilde):
     total = 0.0
     for z, z_tilde in zip(zs, zs_tilde):
-        z = resize_tokens(z, z_tilde.shape[1])
+        z = resize_tokens(z.float(), z_tilde.shape[1])
         for a, b in zip(z, z_tilde):
-            total = total - (F.normalize(a.float(), dim=-1) * F.normalize(b.float(), dim=-1)).sum(-1).mean()
+            total = total - (F.normalize(a, dim=-1) * F.normalize(b.float(), dim=-1)).sum(-1).mean()
     return total / (len(zs) * len(zs[0]))
 
 
