@@ -59,7 +59,7 @@ def test_spatial_norm_is_what_both_updates_align_with(close):
     nets, args = tiny_nets("--spatial-norm", "0.8")
     batch = tiny_batch(nets, args)
     images = ((batch.images + 1) * 127.5).round().to(torch.uint8)
-    close(batch.zs[0], spatial_norm(HOG(32)(images), 0.8))
+    close(batch.zs[0], spatial_norm(HOG(32)(images).bfloat16(), 0.8))
 
 
 # ---------------------------------------------------------------- HASTE
