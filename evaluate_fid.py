@@ -121,6 +121,7 @@ def check_args(args):
     for path in (args.json, args.save_ref, args.cache and os.path.join(args.cache, "piece")):
         if path:
             files.check_writable(path, [p for p in read if p])
+            files.remove_leftovers(os.path.dirname(os.path.abspath(path)))
 
 
 def check_inputs(args, inputs):

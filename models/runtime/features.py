@@ -148,6 +148,7 @@ def load_pieces(folder):
     again.
     """
     end = 0
+    files.remove_leftovers(folder)
     names = sorted(name for name in os.listdir(folder) if re.fullmatch(r"\d{8}-\d{8}\.npz", name)) \
         if os.path.isdir(folder) else []
     for name in names:

@@ -206,12 +206,15 @@ def export_vae(out, state, stats=None, format="diffusers", sample_size=256, forc
     """
     out = os.path.abspath(out)
     parent, name = os.path.split(out)
-    # A process that was killed between the two renames below left the old export under its temporary name.
-    for left in os.listdir(parent) if os.path.isdir(parent) and not os.path.lexists(out) else []:
+    files.remove_leftovers(parent)
+    # A process that was killed between the two renames below left the old export under its temporary name,
+    # and one killed after them left it for nothing.
+    for left in os.listdir(parent) if os.path.isdir(parent) else []:
         if left.startswith(f".{name}.") and left.endswith(".old"):
-            os.rename(os.path.join(parent, left), out)
-            break
-    check_export(out, state, stats, format, force)
+            if os.path.lexists(out):
+                shutil.rmtree(os.path.join(parent, left), ignore_errors=True)
+            else:
+                os.rename(os.path.join(parent, left), out)
     compvis = f"{name}.pt"
     temporary, old = files.temporary_name(out), files.temporary_name(out, "old")
     try:
