@@ -215,6 +215,7 @@ def export_vae(out, state, stats=None, format="diffusers", sample_size=256, forc
                 shutil.rmtree(os.path.join(parent, left), ignore_errors=True)
             else:
                 os.rename(os.path.join(parent, left), out)
+    check_export(out, state, stats, format, force)
     compvis = f"{name}.pt"
     temporary, old = files.temporary_name(out), files.temporary_name(out, "old")
     try:
