@@ -277,6 +277,7 @@ def check_images(path, names, threads=8, say=print):
     for a file that is there but cannot be read.
     """
     path = str(path)
+    quiet_pillow()
 
     def bad(chunk):
         found = []
