@@ -218,6 +218,26 @@ def test_killed_and_resumed_gives_the_same_bits(tmp_path):
     assert [m["step"] for m in metrics(folder)] == [1, 2, 3, 4, 5]  # no line twice
 
 
+def test_a_signal_to_one_of_two_processes_saves_and_ends_both(tmp_path):
+    """As a cluster sends it; exit code 0 within seconds, and the same command goes on from there."""
+    log, folder = tmp_path / "log", tmp_path / "demo"
+    arguments = [*TINY, "--checkpointing-steps", "100000", "--max-train-steps", "100000", "--output-dir", tmp_path]
+    both = processes.start_two("train_repae_e", arguments, log)
+    try:
+        processes.wait_for(lambda: (folder / "metrics.jsonl").exists() and len(metrics(folder)) > 2, both, log)
+        os.kill(both[1].pid, signal.SIGTERM)
+        processes.wait_for(lambda: all(p.exitcode == 0 for p in both), both, log, seconds=60)
+    finally:
+        for process in both:
+            processes.kill(process)
+    saved, = (folder / "checkpoints").iterdir()
+    text = log.read_text()
+    assert "Traceback" not in text and f"saved {saved}; the same command continues" in text
+    step = int(saved.stem)
+    run(tmp_path, "--max-train-steps", str(step + 1))
+    assert metrics(folder)[-1]["step"] == step + 1
+
+
 def test_resume_passes_over_a_broken_checkpoint(tmp_path, capsys):
     folder = run(tmp_path, "--max-train-steps", "4")
     (folder / "checkpoints" / "0000004.pt").write_bytes(b"PK\x03\x04 cut off")
