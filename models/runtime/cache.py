@@ -116,8 +116,7 @@ def posterior(vae, images):
 
 
 def done(cache):
-    """How many records are made; raises ValueError if the file is another one's, or not whole though it
-    should be."""
+    """How many records are made; ValueError for another one's file, or one not whole that should be."""
     there = next((path for path in (cache.path, cache.part) if os.path.exists(path)), None)
     if there is None:
         return 0

@@ -1,5 +1,4 @@
-"""Training images: an ImageFolder tree, a .zip of one, EDM2's layout of either, or the built-in set of drawn
-shapes; and the order of reading.
+"""Training images (an ImageFolder tree, a .zip of one, EDM2's layout, or drawn shapes) and their order.
 
 Needs numpy, pillow and torch; imports nothing of this project, so the file can be lifted out alone.
 
@@ -66,8 +65,9 @@ def _visible(name):
 
 
 def _shared_folders(names):
-    """Number of leading folders that all images lie in, above their class folder: 1 for
-    train/n01440764/x.JPEG, usually 0. Counted on the names that end like an image's, where there are any."""
+    """Number of leading folders that all images lie in, above their class folder: usually 0.
+
+    It is 1 for train/n01440764/x.JPEG. Counted on the names that end like an image's, where there are any."""
     names = [name for name in names if name.lower().endswith(EXTENSIONS)] or names
     first, last = min(names).split("/"), max(names).split("/")  # what these two share, all share
     shared = next((k for k, pair in enumerate(zip(first, last)) if pair[0] != pair[1]), 0)
@@ -94,8 +94,9 @@ def _scan(folder, prefix="", above=()):
 
 @lru_cache(maxsize=4)
 def _open_zip(path):
-    """Opens a .zip once per process -> (descriptor, {file: row}, folders (ending in "/"), table int64 [files,
-    5] of offset, packed size, size, method and CRC).
+    """Opens a .zip once per process -> (descriptor, {file: row}, folders (ending in "/"), table).
+
+    table: int64 [files, 5] of offset, packed size, size, method and CRC.
 
     Members are read with os.pread, which has no file position, so descriptor and table are shared with forked
     worker processes; a zipfile.ZipFile would have to be opened again in each (about 14 s and 0.7 GB for
@@ -157,8 +158,7 @@ def _read(path, name, size=None):
 
 
 def _listing(path):
-    """(names of the files that may be images, sorted; names of the folders; how many folders they all
-    share)."""
+    """(names of files that may be images, sorted; names of folders; how many folders they all share)."""
     path = str(path)
     if os.path.isdir(path):
         entries = list(_scan(path))
@@ -269,12 +269,11 @@ def _is_image(head):
 
 
 def check_images(path, names, threads=8, say=print):
-    """Names of the files that are no images, in the order of `names`: a look at the first bytes of each, in
-    threads.
+    """Names of the files that are no images, in the order of `names`, by the first bytes of each.
 
-    A damaged image with a sound beginning passes; it is found when it is decoded. A look that takes long
-    `say`s how far it is. Several processes each look at their share(names, rank, world_size). Raises OSError
-    for a file that is there but cannot be read.
+    A damaged image with a sound beginning passes; it is found when it is decoded. Threads look, and
+    `say` how far they are if it takes long. Several processes each look at their share(names, rank,
+    world_size). Raises OSError for a file that is there but cannot be read.
     """
     path = str(path)
     quiet_pillow()
@@ -318,8 +317,7 @@ def center_crop(image, size):
 # ---------------------------------------------------------------- data sets
 
 def flips(seed, epoch, index):
-    """Whether the image is flipped in this epoch: of these three alone, so that a resumed run sees the same
-    images."""
+    """Whether the image is flipped in this epoch: of these three alone, so a resumed run flips the same."""
     return np.random.default_rng((seed, epoch, index)).random() < 0.5
 
 
@@ -330,8 +328,9 @@ def _to_tensor(array, flip):
 
 
 def _labels(names, path, folders, depth):
-    """Class of each image: its first folder below the folders that all images share (so that a .zip holding
-    train/n01.../ gives the classes n01...) -> (sorted class names, int64 labels)."""
+    """Class of each image, its first folder below those that all share -> (sorted names, int64 labels).
+
+    So a .zip holding train/n01.../ gives the classes n01..."""
     flat = next((name for name in names if "/" not in name), None)
     if flat is not None:
         raise ValueError(f"{path}: {flat} lies in no class folder; {EXPECTED}")
@@ -470,8 +469,7 @@ class ImageData(Dataset):
 
 
 def _outlines():
-    """The ten shapes -> {name: (outline [N, 2], hole [M, 2] or None)}, within the unit circle, y pointing
-    down."""
+    """The ten shapes -> {name: (outline [N, 2], hole [M, 2] or None)} in the unit circle, y pointing down."""
     def polygon(n, radius=1.0, start=-90.0, center=(0.0, 0.0)):
         angle = np.deg2rad(start + np.arange(n) * 360 / n)
         return np.stack([np.cos(angle), np.sin(angle)], 1) * np.reshape(radius, (-1, 1)) + center
@@ -545,8 +543,7 @@ class ShapesData(Dataset):
 
 
 def identity(data, probes=64):
-    """What a run was trained on, to be kept with it and compared when it continues: a dict that JSON can
-    hold.
+    """What a run was trained on, kept with it and compared when it continues: a dict for JSON.
 
     classes: names in the order of their labels; images: their number; labels, files: sha256 (hex) over the
     label of each image, and over the file names and the content of `probes` files spread evenly over them. A
@@ -561,9 +558,10 @@ def identity(data, probes=64):
 
 
 def check_same_data(before, now, where):
-    """Raise a one-line ValueError if two identities differ in their classes: a label would mean another class
-    from here on. Returns a line for the log if only their files differ, "" if nothing does. `where` is the
-    run, for the message.
+    """Raise a one-line ValueError if two identities differ in their classes: labels would change meaning.
+
+    Returns a line for the log if only their files differ, "" if nothing does. `where` is the run, for the
+    message.
     """
     old, new = before["classes"], now["classes"]
     if old != new:
@@ -624,8 +622,10 @@ def start_worker(_):
 
 
 class _Loader(DataLoader):
-    """DataLoader for which a worker's sudden end is always the RuntimeError that worker_death knows: when it
-    dies while a batch is handed over, torch lets the broken connection through."""
+    """DataLoader for which a worker's sudden end is always the RuntimeError that worker_death knows.
+
+    Where it dies while a batch is handed over, torch lets the broken connection through.
+    """
 
     def __iter__(self):
         def batches(iterator):

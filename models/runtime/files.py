@@ -38,16 +38,14 @@ class NotFinite(ValueError):
 
 
 class Damaged(ValueError):
-    """A file that is proved damaged: its digest differs, it ends early, or it is no file of its kind at
-    all."""
+    """A file proved damaged: its digest differs, it ends early, or it is no file of its kind."""
 
 
 # ---------------------------------------------------------------- writing
 
 @contextlib.contextmanager
 def replace(path):
-    """Context manager: gives a temporary path beside `path`; on success it is synced to disk and renamed to
-    `path`.
+    """Context: a temporary path beside `path`, on success synced to disk and renamed to `path`.
 
     An interrupted write leaves whatever `path` held before. Missing parent folders are made. A full disk
     gives one OSError that says so, whatever the writer made of it.
@@ -80,8 +78,7 @@ def replace(path):
 
 
 def temporary_name(path, end="tmp"):
-    """The name under which this process writes `path`: .NAME.PID@HOST.tmp beside it; see
-    `remove_leftovers`."""
+    """Where this process writes `path` first: .NAME.PID@HOST.tmp beside it; see `remove_leftovers`."""
     folder, name = os.path.split(path)
     return os.path.join(folder, f".{name}.{os.getpid()}@{_host()}.{end}")
 
@@ -132,8 +129,7 @@ def _is_alive(pid):
 
 
 def save(obj, path):
-    """torch.save of `obj` to `path`, whole or not at all, with a digest that `load` checks and a format
-    version.
+    """torch.save `obj` to `path`, whole or not at all, with a digest, which `load` checks, and a version.
 
     The digest is the CRC-32 that the zip format keeps of each tensor and that torch writes anyway. A tensor
     that is not finite is refused (NotFinite): it would be taken for a good checkpoint later.
@@ -203,8 +199,10 @@ def save_array(array, path):
 
 
 def first_non_finite(obj, name=""):
-    """Name ("ema.blocks.0.mlp.fc1.weight") of a floating tensor in nested dicts and lists that holds NaN or
-    infinity, or None. The tensors are looked at where they are, and the host waits once per device."""
+    """Name of a tensor in nested dicts and lists that holds NaN or infinity ("ema.bn.running_var"), or None.
+
+    The tensors are looked at where they are, and the host waits once per device.
+    """
     extremes = {}  # device -> ([names], [smallest and largest value of each, which are NaN where one is])
     for key, tensor in _tensors(obj, name):
         if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
@@ -229,8 +227,7 @@ def _tensors(obj, name):
 
 
 def check_writable(path, inputs=()):
-    """Raise a one-line OSError or ValueError unless the file `path` can be written, before work whose result
-    it takes.
+    """Raise a one-line OSError or ValueError unless `path` can be written, before work whose result it takes.
 
     It may exist, but must not be one of the files `inputs`, which it would replace. Nothing is left behind.
     """
@@ -340,8 +337,7 @@ def load(path, verify=True):
 
 
 def check_zip(path, verify=True):
-    """Raise Damaged unless each member of a zip file has the CRC-32 that the file says; torch.load does not
-    look.
+    """Raise Damaged unless each member of a zip has the CRC-32 that it states; torch.load does not look.
 
     Takes 1.2 s per GiB where sha256 takes 2.2. Files that torch wrote without CRCs (torch.serialization.
     set_crc32_options) and that have no mark of `save` pass.
@@ -427,8 +423,7 @@ def load_json(path):
 
 
 def training_args(content, path):
-    """The flags a checkpoint was trained with, a dict: its own `args`, or args.json beside it or in its run
-    folder."""
+    """The flags a checkpoint was trained with: its `args`, or args.json beside it or in its run folder."""
     args = content.get("args")
     if args is not None:
         if not isinstance(args, (dict, argparse.Namespace)):
@@ -459,16 +454,14 @@ def check_state(module, state, what):
 
 
 def load_weights(module, state, what):
-    """Strict load_state_dict of `state` (name -> tensor) into `module`; `what` names the source in the
-    error."""
+    """Strict load_state_dict of `state` (name -> tensor) into `module`; errors name the source `what`."""
     check_state(module, state, what)
     module.load_state_dict(state)
     return module
 
 
 def check_optimizer_state(optimizer, state, what):
-    """Raise a one-line ValueError unless `state` is a state dict of `optimizer` (AdamW) with the shapes of
-    its parameters.
+    """Raise a one-line ValueError unless `state` is one of `optimizer` (AdamW) with its parameters' shapes.
 
     load_state_dict does not look at shapes, and the fused kernels then read and write past the end of the
     moments. A parameter without state passes: it has had no gradient yet.
@@ -548,8 +541,7 @@ class _Again(Exception):
 
 
 def _with_retries(fetch, url, path):
-    """fetch() -> result, up to TRIES times where it fails in a way that may pass; every failure becomes one
-    line."""
+    """fetch() -> result, up to TRIES times if it fails in a way that may pass; failures become one line."""
     for attempt in range(1, TRIES + 1):
         try:
             return fetch()
@@ -581,8 +573,7 @@ def _check_status(response):
 
 
 def download(url, path, size=None, sha256_prefix=None, headers=None):
-    """Fetch an https URL to `path` unless it is there; size in bytes and leading sha256 digits are checked
-    first.
+    """Fetch an https URL to `path` unless it is there; size and leading sha256 digits are checked first.
 
     Tried three times when the server fails, stalls or stops early. Raises OSError if it cannot be fetched,
     ValueError if what came is not the file that was promised; then nothing is kept.
@@ -620,8 +611,7 @@ def download(url, path, size=None, sha256_prefix=None, headers=None):
 
 
 def hub_file(repo, filename):
-    """Path of {filename} of huggingface.co/{repo}, from the cache or fetched with the size and sha256 the hub
-    states.
+    """Path of huggingface.co/{repo}'s {filename}: cached, or fetched and checked by the hub's own sha256.
 
     The token of a gated repository is taken from the environment variable HF_TOKEN.
     """

@@ -155,9 +155,9 @@ class RunLog:
                  f"{left} left{skipped}  {losses}")
 
     def watch(self, step, longest, good, means, first_bad):
-        """Raise Collapse after 50 skipped steps in a row or a run of nothing else, or when the SiT's or VAE's
-        gradient norm is 0 or falls to 1e-4 of the largest logged.
+        """Raise Collapse after 50 skipped steps in a row, or when the SiT's or VAE's gradient vanishes.
 
+        That is a norm of 0, or of 1e-4 of the largest logged. A run of nothing but skipped steps counts too.
         (The discriminator's may well be 0: the hinge loss is, where it is sure.)
         """
         self.any_good |= good > 0

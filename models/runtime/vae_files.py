@@ -1,8 +1,6 @@
-"""VAE files: CompVis .pt, diffusers AutoencoderKL folders and hub names, with the latent statistics that come
-along.
+"""VAE files: CompVis .pt, diffusers' AutoencoderKL folders, hub names; latent statistics come along.
 
-`open_vae` is the one way to open a VAE, whatever it comes in; `export_vae` the one way to write one for
-others.
+`open_vae` opens any VAE, whatever it comes in; `export_vae` writes one for others.
 
 Names used in this project are those of CompVis (encoder.down.0.block.1.conv1.weight ...). The renaming
 functions are pure: dict in, dict out, no file touched. Latent statistics are a pair (latents_scale,
@@ -63,8 +61,7 @@ def _rename(name, pieces, levels):
 
 
 def _rename_attention(name, table):
-    """The last part of an attention weight's name, in diffusers' layout, through `table`; other names as they
-    are."""
+    """An attention weight's name in diffusers' layout, its last part through `table`; other names stay."""
     match = re.fullmatch(r"(.*\.attentions\.\d+)\.([\w.]+)\.(weight|bias)", name)
     if not match:
         return name
@@ -87,8 +84,7 @@ def to_diffusers(state):
 
 
 def from_diffusers(state):
-    """The inverse of `to_diffusers`; also takes the attention names of diffusers before 0.17 (query, key
-    ...)."""
+    """The inverse of `to_diffusers`; also takes the attention names before diffusers 0.17 (query ...)."""
     levels = _levels(state, "encoder.down_blocks.")
     back = tuple((new, old) for old, new in _PIECES)
     out = {}
@@ -122,8 +118,7 @@ def vae_name(state):
 # ---------------------------------------------------------------- writing
 
 def diffusers_config(state, stats=None, sample_size=256, source=None):
-    """The config.json (a dict) of an AutoencoderKL that holds `to_diffusers(state)`; sizes are read off the
-    tensors.
+    """An AutoencoderKL's config.json (a dict) for `to_diffusers(state)`; sizes are read off the tensors.
 
     Pipelines take latents z from the scale of their network to that of the VAE as z / scaling_factor +
     shift_factor. `source`, the config that the VAE came with (see `source_config`), keeps these numbers and
@@ -195,8 +190,7 @@ def check_export(out, state, stats=None, format="diffusers", force=False):
 
 def export_vae(out, state, stats=None, format="diffusers", sample_size=256, force=False, source=None,
                discriminator=None):
-    """Write a VAE (state dict in CompVis names) and its statistics as a new folder `out`, whole or not at
-    all.
+    """Write a VAE (state dict in CompVis names) and its statistics as a folder `out`, whole or not at all.
 
     format "diffusers": config.json and diffusion_pytorch_model.safetensors, what
     AutoencoderKL.from_pretrained loads; `source`: see `diffusers_config`. "compvis": <folder's name>.pt and
@@ -277,16 +271,14 @@ def stats_from_config(config, channels):
 
 
 def _scalars(config):
-    """The numbers of a diffusers config that its pipelines read, with the defaults of
-    diffusers.AutoencoderKL."""
+    """The numbers in a diffusers config that pipelines read, with diffusers.AutoencoderKL's defaults."""
     values = {key: default if config.get(key) is None else _number(config[key], f"config.json: {key}")
               for key, default in (("scaling_factor", 0.18215), ("shift_factor", 0.0))}
     return values | {"force_upcast": config.get("force_upcast") is not False}
 
 
 def _checked_stats(scale, bias, what):
-    """(latents_scale, latents_bias), each float32 [1, C, 1, 1]; ValueError unless finite, of one length, the
-    scale above 0."""
+    """(latents_scale, latents_bias), each float32 [1, C, 1, 1]; ValueError if not finite, or scale <= 0."""
     if not all(torch.is_tensor(v) and v.numel() for v in (scale, bias)) or scale.numel() != bias.numel():
         raise ValueError(f"{what}: latents_scale and latents_bias must have one number per latent channel")
     scale, bias = (v.detach().float().view(1, -1, 1, 1) for v in (scale, bias))
@@ -306,8 +298,7 @@ def load_stats_file(path):
 # ---------------------------------------------------------------- reading
 
 def open_vae(source, name=None, stats_file=None):
-    """(key of VAE_models, state dict in CompVis names, (latents_scale, latents_bias) or None) of any VAE, all
-    checked.
+    """(key of VAE_models, state dict in CompVis names, statistics or None) of any VAE, all checked.
 
     `source`: see `load_vae_file`. Raises ValueError if it is not of architecture `name`, where one is given,
     or does not hold exactly that architecture's weights. The statistics are those of `stats_file` if given.
@@ -390,8 +381,7 @@ def vae_in(content, path, _followed=()):
 
 
 def _frozen_vae(content, path, followed):
-    """(state, statistics) of the VAE that a checkpoint of frozen-VAE training was trained on: the file its
-    args name."""
+    """(state, statistics) of the VAE that a frozen-VAE checkpoint was trained on: the file its args name."""
     settings = files.training_args(content, path)
     source = settings.get("vae_ckpt")
     remedy = "name the VAE itself, with --vae-ckpt or in place of this checkpoint"
@@ -411,8 +401,7 @@ def _frozen_vae(content, path, followed):
 
 
 def _own_names(state, path):
-    """The VAE of a state dict in CompVis names, from those of CompVis, of diffusers, or of a whole latent
-    diffusion model."""
+    """The VAE in CompVis names, out of those, diffusers' names, or a whole latent diffusion model."""
     state = {k: v for k, v in state.items() if isinstance(k, str) and torch.is_tensor(v)}
     whole = "first_stage_model."  # Stable Diffusion in one file
     state = {k.removeprefix(whole): v for k, v in state.items() if k.startswith(whole)} or state
@@ -480,12 +469,12 @@ def _load_folder(folder):
 
 
 def source_config(source, trained=False):
-    """The scaling_factor, shift_factor and force_upcast (and latents_mean, if any) that a VAE came with in
-    diffusers; {} if it did not, or if that can no longer be told. For `export_vae`.
+    """What `export_vae` keeps of a VAE's diffusers config; {} if it has none, or if that can't be told.
 
-    finetune_vae.py keeps them with its checkpoints: a VAE refined with a frozen encoder has the latents of
-    the one it began as, and so its numbers. `trained`: its encoder was trained since; then only force_upcast
-    is kept, which is about the range of activations.
+    That is scaling_factor, shift_factor, force_upcast and whether latents_mean is there. finetune_vae.py keeps
+    them with its checkpoints: a VAE refined with a frozen encoder has the latents of the one it began as, and
+    so its numbers. `trained`: its encoder was trained since; then only force_upcast is kept, which is about
+    the range of activations.
     """
     path = _path_of(source)
     is_folder = os.path.isdir(path)

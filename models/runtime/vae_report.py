@@ -1,5 +1,4 @@
-"""Behind `finetune_vae.py --eval`: several VAEs measured side by side on held-out images, a table, and a
-picture.
+"""Behind `finetune_vae.py --eval`: several VAEs measured on held-out images, as a table and a picture.
 
 `evaluate(args)` is the whole of it; `measure` gives the figures of one VAE as a dict, `picture` the
 reconstructions. The formulas are in models/metrics.py. Every process works on its share of the images. Errors
@@ -94,9 +93,10 @@ def reconstructions(vae, batches, device, sums, dtype=torch.float32, lpips=None,
 
 def measure(vae, batches, device, dtype=torch.float32, lpips=None, features=None, reference=None, tokens=None,
             progress=lambda done: None):
-    """Figures of a VAE on all processes' batches: a dict with psnr, ssim, lpips (if given), spatial_variance,
-    total_variation, latents_mean and latents_std (lists of C, of sampled latents) and, in the main process,
-    rfid.
+    """Figures of a VAE on all processes' batches, as a dict.
+
+    Its keys: psnr, ssim, lpips (if given), spatial_variance, total_variation, latents_mean and latents_std
+    (lists of C, of sampled latents) and, in the main process, rfid.
 
     features: function that takes the stream of uint8 reconstructions and returns their {"mu", "sigma"}, as
     features.extract does; reference: the same of the originals. progress: called with the number of images
@@ -122,8 +122,7 @@ def measure(vae, batches, device, dtype=torch.float32, lpips=None, features=None
 
 
 class TokenPairs:
-    """Collects, for CKNNA, the tokens of a SiT at its encoder_depth and those of an encoder, averaged over
-    positions.
+    """Collects for CKNNA the mean tokens, over positions, of a SiT at its encoder_depth and of an encoder.
 
     Called with images uint8 [b, 3, R, R] and their latents z [b, C, h, w]. The SiT sees z with seeded noise
     at time t and the null label (without one: the last class).
@@ -159,8 +158,10 @@ class TokenPairs:
 
 @torch.inference_mode()
 def picture(images, vaes, captions):
-    """PIL.Image: images (uint8 [N, 3, H, W]) in one row, then for each VAE their reconstructions and their
-    latents' first three principal components as colours."""
+    """PIL.Image: images (uint8 [N, 3, H, W]) in one row; for each VAE their copies, and their latents.
+
+    Colours of latents are their first three principal components.
+    """
     rows, labels = [images.permute(0, 2, 3, 1)], ["original"]
     for vae, caption in zip(vaes, captions, strict=True):
         z = vae.encode(images.to(next(vae.parameters()).device).float() / 127.5 - 1).mean
@@ -232,9 +233,7 @@ def _evaluate(args):
 
 
 def open_vae(source, resolution, name=None):
-    """Any VAE, in eval mode on the CPU; ValueError if it is not of type `name` or does not fit the
-    resolution.
-    """
+    """Any VAE, in eval mode on the CPU; ValueError if not of type `name` or misfit to the resolution."""
     found, state, _ = vae_files.open_vae(source, name)
     vae = VAE_models[found]().eval().requires_grad_(False)
     vae.load_state_dict(state)
@@ -245,9 +244,7 @@ def open_vae(source, resolution, name=None):
 
 
 def open_sit(args, source, vae):
-    """The SiT whose tokens CKNNA compares for this VAE: of --model-ckpt, or of the VAE's own checkpoint; or
-    None.
-    """
+    """The SiT whose tokens CKNNA compares: of --model-ckpt, of the VAE's own checkpoint, or None."""
     path = args.model_ckpt or source
     content = files.load(path) if os.path.isfile(path) else {}
     if "ema" not in content:
@@ -265,8 +262,7 @@ def open_sit(args, source, vae):
 
 
 def prepare(args, device):
-    """All that --eval needs, or a one-line error before any long work: VAEs and SiTs by source, images,
-    LPIPS, Inception, encoder."""
+    """VAEs and SiTs by source, images, LPIPS, Inception, encoder; or a one-line error before long work."""
     wanted = [m for m in args.metrics.split(",") if m]
     if not wanted or set(wanted) - set(METRICS):
         raise ValueError(f"--metrics {args.metrics}: known are {', '.join(METRICS)}")

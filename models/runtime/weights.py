@@ -24,8 +24,7 @@ from models.vae import VAE_models
 
 
 def load(path, vae_ckpt=None):
-    """(sit, vae, settings, source of the VAE) of a training checkpoint, both networks in eval mode on the
-    CPU.
+    """(sit, vae, settings, source of the VAE) of a training checkpoint, both in eval mode on the CPU.
 
     The SiT has the EMA weights and no alignment heads, which do not act on samples: no encoder is needed.
     Label sit.num_classes is the null class where the label table has a row for it. `settings` holds the
@@ -48,8 +47,7 @@ def load(path, vae_ckpt=None):
 
 
 def build_sit(state, settings, path):
-    """The SiT of an `ema` state dict, in eval mode: its name from the settings, every size from the
-    tensors."""
+    """The SiT of an `ema` state dict, in eval mode: named by the settings, all sizes from the tensors."""
     if settings.get("model") not in list(SiT_models):  # a list: whatever the file says may be compared
         raise ValueError(f"{path}: model {settings.get('model')!r} is none of {', '.join(SiT_models)}")
     state = {k: v for k, v in state.items() if not k.startswith("projectors.")}
@@ -86,8 +84,10 @@ def with_own_heads(state, sit):
 
 
 def initial_sit(path, sit):
-    """The averaged SiT weights of the training checkpoint `path`, ours or a released one, as `with_own_heads`
-    gives them. ValueError if anything does not fit, or is not finite."""
+    """The averaged SiT weights of the training checkpoint `path`, as `with_own_heads` gives them.
+
+    Ours or a released one; ValueError if anything does not fit, or is not finite.
+    """
     content = files.load(path)
     if not isinstance(content.get("ema"), dict):
         raise ValueError(f"{path}: checkpoint of another layout, it has no 'ema' weights")
@@ -99,8 +99,7 @@ def initial_sit(path, sit):
 
 
 def build_vae(content, settings, path, vae_ckpt=None):
-    """(vae in eval mode, its source): `vae_ckpt`, else the checkpoint's own VAE, else the file its settings
-    name."""
+    """(vae in eval mode, its source): `vae_ckpt`, else the checkpoint's own, else the file its args name."""
     if vae_ckpt:
         name, state, _ = open_vae(vae_ckpt)
         source = vae_ckpt
@@ -131,8 +130,7 @@ LPIPS_SHA256 = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868
 
 
 def lpips(remedy="pass --perceptual-weight 0"):
-    """LPIPS with torchvision's VGG16 and the published linear weights, both fetched once. `remedy` ends the
-    error."""
+    """LPIPS with torchvision's VGG16 and its linear weights, both fetched once. `remedy` ends the error."""
     # vgg16-397923af.pth: the sha256 begins like that
     url = torchvision.models.VGG16_Weights.IMAGENET1K_V1.url
     name = os.path.basename(url)
@@ -152,8 +150,10 @@ WITH_DISCRIMINATOR = ("REPA-E/sdvae", "REPA-E/invae", "REPA-E/vavae")  # release
 
 
 def discriminator(source, vae_name):
-    """The discriminator from `source`: a weights file or training checkpoint, the hub name of a released VAE,
-    or "none" (from scratch)."""
+    """The discriminator of `source`: a file, a released VAE's hub name, or "none" (from scratch).
+
+    The file holds its weights or is a training checkpoint.
+    """
     disc = Discriminator()
     if source == "none":
         return disc
@@ -197,8 +197,10 @@ BUFFERS = ("bn.running_mean", "bn.running_var", "num_batches_tracked", "running_
 
 
 def optimizer_state(content, key, optimizer, names):
-    """The optimiser state content[key] for `optimizer`, whose parameters have `names`: see
-    map_optimizer_state. One that is missing, or that no names can be found for, starts anew as a whole."""
+    """The optimiser state content[key] for `optimizer`, whose parameters have `names`.
+
+    See map_optimizer_state. One that is missing, or whose names can't be found, starts anew as a whole.
+    """
     try:
         return map_optimizer_state(content[key], optimizer_names(content, key), optimizer, names)
     except (AttributeError, LookupError, TypeError, ValueError):
@@ -206,8 +208,7 @@ def optimizer_state(content, key, optimizer, names):
 
 
 def optimizer_names(content, key):
-    """Names of the parameters that the optimiser state content[key] ("opt", "opt_vae", "opt_disc") covers, in
-    its order.
+    """Names of the parameters that content[key] ("opt", "opt_vae", "opt_disc") covers, in its order.
 
     A state knows numbers only; the order is that of the network's weights without buffers. In the reference's
     files `opt` has the position table first, which is a buffer here unless --learn-pos-embed trains it, and
@@ -232,8 +233,7 @@ def optimizer_names(content, key):
 
 
 def map_optimizer_state(state, names_in_file, optimizer, names):
-    """An optimiser state in a file's order -> (state dict for `optimizer`, names of its parameters that start
-    anew).
+    """An optimiser state in a file's order -> (state dict for `optimizer`, names that start anew).
 
     names_in_file: of the parameters that `state` counts, in its order (`optimizer_names`); names: of the
     parameters of `optimizer`, in its own. A state goes over where the name is known and the moments have the
