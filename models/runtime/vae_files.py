@@ -471,10 +471,10 @@ def _load_folder(folder):
 def source_config(source, trained=False):
     """What `export_vae` keeps of a VAE's diffusers config; {} if it has none, or if that can't be told.
 
-    That is scaling_factor, shift_factor, force_upcast and whether latents_mean is there. finetune_vae.py keeps
-    them with its checkpoints: a VAE refined with a frozen encoder has the latents of the one it began as, and
-    so its numbers. `trained`: its encoder was trained since; then only force_upcast is kept, which is about
-    the range of activations.
+    That is scaling_factor, shift_factor, force_upcast and whether latents_mean is there.
+    finetune_vae.py keeps them with its checkpoints: a VAE refined with a frozen encoder has the latents of
+    the one it began as, and so its numbers. `trained`: its encoder was trained since; then only force_upcast
+    is kept, which is about the range of activations.
     """
     path = _path_of(source)
     is_folder = os.path.isdir(path)
