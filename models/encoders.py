@@ -25,10 +25,14 @@ Errors a user can cause are ValueError with a message of one line.
 """
 
 import difflib
+import errno
+import http.client
 import math
 import os
 import re
+import shutil
 import sys
+import time
 import urllib.error
 import urllib.request
 import zipfile
@@ -210,6 +214,41 @@ def _reach(url):
             raise OSError(f"not in the local cache, and no network ({reason})") from None
 
 
+class _StaysHttps(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, request, answer, code, message, headers, url):
+        if not url.startswith("https:"):
+            raise ValueError(f"{request.full_url} leads to an address that is not https")
+        return super().redirect_request(request, answer, code, message, headers, url)
+
+
+TRIES, BACK_OFF, TIMEOUT = 3, 1.0, 30.0     # seconds before the second try, doubled after it; without a byte
+
+
+def _download(url, path):
+    """Fetch `url` to `path`, whole or not at all; again where the server fails, stalls or stops early."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    opener, part = urllib.request.build_opener(_StaysHttps), f"{path}.{os.getpid()}.partial"
+    for left in range(TRIES - 1, -1, -1):
+        try:
+            with opener.open(url, timeout=TIMEOUT) as answer, open(part, "wb") as file:
+                shutil.copyfileobj(answer, file, 1 << 20)
+                size = int(answer.headers.get("Content-Length") or file.tell())
+                if file.tell() != size:
+                    raise OSError(f"{file.tell()} of {size} bytes came")
+            return os.replace(part, path)
+        except (OSError, http.client.HTTPException) as error:
+            refused = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429
+            if refused or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            if not left:
+                reason = str(error) or type(error).__name__
+                raise OSError(f"{url} cannot be fetched ({reason}; {TRIES} tries)") from None
+            time.sleep(BACK_OFF * 2 ** (TRIES - 1 - left))
+        finally:
+            if os.path.exists(part):
+                os.remove(part)
+
+
 def _fetch(name, cfg):
     """Pretrained state dict of a named encoder: from timm's or torch.hub's cache, or downloaded there."""
     with _one_line(f"weights of encoder {name}", "give them with --encoder-ckpt PATH, or take --encoder hog"):
@@ -223,8 +262,7 @@ def _fetch(name, cfg):
         path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
         if not os.path.exists(path):
             _reach(url)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            torch.hub.download_url_to_file(url, path, progress=False)
+            _download(url, path)
         try:
             return _read_state(path)
         except ValueError:  # a download that ended early shall not stay

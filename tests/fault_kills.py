@@ -5,7 +5,7 @@ import signal
 import time
 
 from fault_tools import (HOG, REFINE, SAMPLE, TRAIN, assert_done, copy, digests, execute, read_state, same_state,
-                         set_constant, start)
+                         set_constant, small_inception, start)
 
 import processes
 
@@ -36,22 +36,9 @@ WRITERS = {
     "export over an older one": ("finetune_vae", ["--ckpt", "{have}/vae.pt", "--export", "{tmp}/compvis", "--format", "compvis",
                                                   "--force"]),
     "evaluate with a cache": ("evaluate_fid", [*HOG, "--cache", "{tmp}/cache", "{have}/r.npz", "{have}/s.npz"]),
-    "save a reference": ("evaluate_fid", ["--save-ref", "{tmp}/ref.npz", "--batch-size", "4", "{have}/r.npz"]),
+    "save a reference": ("evaluate_fid", ["--save-ref", "{tmp}/ref.npz", "--batch-size", "4", "{have}/r.npz",
+                                          "--inception-weights", "{have}/inception.pt"]),
 }
-
-
-def stand_in():
-    """Instead of the Inception network: its outputs' sizes, out of the pixels."""
-    import evaluate_fid
-    import torch
-
-    class StandIn(torch.nn.Module):
-        path, sha256 = None, "none"
-
-        def forward(self, images):
-            x = images.flatten(1).float() / 64
-            return x[:, :2048], x[:, :2023]
-    evaluate_fid.load_inception = lambda path, device: StandIn()
 
 
 def kill_loop(kills, folder, have, say=print, seed=0):
@@ -61,7 +48,7 @@ def kill_loop(kills, folder, have, say=print, seed=0):
     for k in range(kills):
         name = names[k % len(names)]
         script, flags = WRITERS[name]
-        hooks = [(stand_in,), (set_constant, "finetune_vae", "STATS_IMAGES", 4)]
+        hooks = [(small_inception,), (set_constant, "finetune_vae", "STATS_IMAGES", 4)]
         if name not in wholes:
             tmp = folder / f"whole-{len(wholes)}"
             tmp.mkdir()

@@ -4,6 +4,7 @@ A case is a function of (tmp, have) that raises AssertionError where something d
 its own, have the folder that `make_world` filled, which no case may change. Cases are registered by `case` and
 `refused`; what they run are the scripts' own main functions, in processes forked from one that has imported them.
 """
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -11,6 +12,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import threading
 import time
 import traceback
@@ -19,12 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import loopback
 import numpy as np
 import processes
 import torch
 from PIL import Image
 
-from models.runtime import files
+from models import encoders
+from models.runtime import features, files
 
 SECONDS, GIB = 30, 2        # what a process may take, beside what it has mapped when it begins
 NOBODY = 65534              # a user without rights; only root can become it
@@ -99,6 +103,19 @@ def attempt(a_case, folder, have):
         return str(error) if isinstance(error, AssertionError) and str(error) else traceback.format_exc()
     finally:
         remove(folder)
+
+
+@contextlib.contextmanager
+def small_disk(folder, size):
+    """Context in which `folder` is a disk of `size` bytes; Skip where this machine does not let us."""
+    folder.mkdir(exist_ok=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "faults", folder], capture_output=True)
+    if mounted.returncode:
+        raise Skip(f"no disk can be mounted here ({mounted.stderr.decode().strip()})")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
 
 
 class Skip(Exception):
@@ -240,6 +257,37 @@ def slow_saves(seconds):
     files.save = lambda *arguments: (time.sleep(seconds), save(*arguments))
 
 
+def to_loopback(port):
+    """The internet is the loopback.Server at this port, with little patience for it."""
+    files.https_session = loopback.sessions(port)
+    files.BACK_OFF, files.TIMEOUT = 0.01, (1, 1)
+    encoders.BACK_OFF, encoders.TIMEOUT = 0.01, 1
+    encoders.MOCOV3_URL = f"http://127.0.0.1:{port}/{{0}}.pth.tar"
+    for name in ("HTTPS_PROXY", "https_proxy", "HF_HUB_OFFLINE"):
+        os.environ.pop(name)
+
+
+class SmallInception(torch.nn.Module):
+    """Instead of the Inception network: outputs of its sizes, out of the pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(64.0))
+
+    def forward(self, images):
+        x = images.flatten(1).float() / self.scale
+        return x[:, :2048], x[:, :2023]
+
+    def logits(self, pool):
+        return pool[:, :1008] / 50
+
+
+def small_inception(digest=None):
+    """evaluate_fid.py's network is SmallInception; digest: of the file that is downloaded for it."""
+    features.FIDInception = SmallInception
+    features.WEIGHTS_SHA256 = digest or features.WEIGHTS_SHA256
+
+
 def set_constant(module, name, value):
     """Replace a constant of a module."""
     setattr(importlib.import_module(module), name, value)
@@ -275,6 +323,7 @@ def _networks(have):
     stats = {"latents_scale": torch.tensor([0.5, 1.0, 2.0, 4.0]).view(1, 4, 1, 1),
              "latents_bias": torch.tensor([0.1, 0.2, 0.3, -0.4]).view(1, 4, 1, 1)}
     files.save(stats, f"{have}/vae-latents-stats.pt")
+    files.save(SmallInception().state_dict(), f"{have}/inception.pt")
 
 
 def pictures(n, seed=0, size=32):

@@ -21,6 +21,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import fault_cases  # noqa: F401
 import fault_fuzz
 import fault_kills
+import fault_network  # noqa: F401
 import fault_tools
 
 

@@ -3,19 +3,17 @@ downloader."""
 
 import argparse
 import hashlib
-import http.server
 import multiprocessing
 import os
 import resource
 import signal
 import struct
-import threading
 import time
 import zipfile
 
+import loopback
 import numpy as np
 import pytest
-import requests
 import torch
 
 from models.runtime import files
@@ -475,89 +473,16 @@ def test_args(tmp_path):
 
 # ---------------------------------------------------------------- the downloader
 
-class Server(http.server.BaseHTTPRequestHandler):
-    """Answers as its `plan` says, one entry per request; the last one for all that follow."""
-    plan, requests, body = [], [], b""
-
-    def do_GET(self):
-        Server.requests.append((self.command, self.path, dict(self.headers)))
-        kind = Server.plan.pop(0) if len(Server.plan) > 1 else Server.plan[0]
-        if kind == "redirect to http":
-            self.send_response(302)
-            self.send_header("Location", f"http://127.0.0.1:{self.server.server_port}/x")
-        elif kind == "redirect":
-            self.send_response(302)
-            self.send_header("Location", "https://cdn.example/x")
-        elif isinstance(kind, int):
-            self.send_response(kind)
-        else:
-            self.send_response(200)
-            if kind not in ("no length", "long"):
-                self.send_header("Content-Length", str(len(self.body)))
-            self.send_header("X-Linked-Size", str(len(self.body)))
-            self.send_header(
-                "X-Linked-ETag", '"5feceb66ffc86f38d952786c6d696c79c2dbc239dd4e91b46729d73a27fb57e9"'
-            )
-        self.end_headers()
-        if self.command == "HEAD" or isinstance(kind, int) or kind.startswith("redirect"):
-            return
-        if kind == "stall":
-            time.sleep(0.6)
-        body = {"cut": self.body[:-10], "wrong": b"0" * len(self.body), "long": self.body * 1000}.get(
-            kind, self.body
-        )
-        try:
-            self.wfile.write(body)
-        except OSError:
-            pass  # the client had enough
-
-    do_HEAD = do_GET
-
-    def log_message(self, *_):
-        pass
-
-
-class ToLoopback(requests.adapters.HTTPAdapter):
-    """https://anywhere/ goes to the server above: the addresses are https, and no certificate is needed."""
-
-    def __init__(self, port):
-        super().__init__()
-        self.port = port
-
-    def send(self, request, **options):
-        address, request.url = request.url, f"http://127.0.0.1:{self.port}/{request.url.split('/', 3)[3]}"
-        answer = super().send(request, **options)
-        request.url = answer.url = address
-        return answer
-
-
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    session = files.https_session
-
-    def to_loopback():
-        it = session()
-        it.mount("https://", ToLoopback(server.server_port))
-        return it
-    monkeypatch.setattr(files, "https_session", to_loopback)
+    server = loopback.Server(b"the weights, all of them" * 100)
+    monkeypatch.setattr(files, "https_session", loopback.sessions(server.server_port))
     monkeypatch.setattr(files, "BACK_OFF", 0.01)
     monkeypatch.setattr(files, "TIMEOUT", (0.2, 0.2))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    Server.requests, Server.body = [], b"the weights, all of them" * 100
-
-    def plan(*kinds):
-        Server.plan = list(kinds)
-        Server.requests.clear()
-    yield plan
-    server.shutdown()
-    server.server_close()
-
-
-def digest(body):
-    return hashlib.sha256(body).hexdigest()
+    yield server
+    server.close()
 
 
 @pytest.mark.parametrize(
@@ -567,22 +492,23 @@ def digest(body):
         ([500, 503, "whole"], 3),
         (["cut", "whole"], 2),
         (["stall", "whole"], 2),
+        (["close", "silent", "whole"], 3),
         ([429, "redirect", "whole"], 3),
         (["no length"], 1),
     ],
 )
 def test_download(tmp_path, server, plan, tries):
-    server(*plan)
+    server.plan(*plan)
     path = files.download(
-        "https://example.org/w.pt", tmp_path / "c" / "w.pt", len(Server.body), digest(Server.body)[:8]
+        "https://example.org/w.pt", tmp_path / "c" / "w.pt", len(server.body), server.digest[:8]
     )
     assert (
-        open(path, "rb").read() == Server.body
-        and len(Server.requests) == tries
+        open(path, "rb").read() == server.body
+        and len(server.requests) == tries
         and os.listdir(tmp_path / "c") == ["w.pt"]
     )
     files.download("https://example.org/w.pt", path)  # it is there
-    assert len(Server.requests) == tries
+    assert len(server.requests) == tries
 
 
 @pytest.mark.parametrize(
@@ -591,6 +517,9 @@ def test_download(tmp_path, server, plan, tries):
         ([500], 3, "HTTP 500; 3 tries"),
         (["cut"], 3, "3 tries"),
         (["stall"], 3, "3 tries"),
+        (["close"], 3, "3 tries"),
+        (["silent"], 3, "3 tries"),
+        (["short"], 3, "3 tries"),
         ([404], 1, "HTTP 404"),
         ([403], 1, "HF_TOKEN"),
         (["wrong"], 1, "sha256"),
@@ -600,17 +529,23 @@ def test_download(tmp_path, server, plan, tries):
     ],
 )
 def test_download_that_fails(tmp_path, server, plan, tries, words):
-    server(*plan)
+    server.plan(*plan)
     with pytest.raises((OSError, ValueError)) as error:
         files.download(
-            "https://example.org/w.pt", tmp_path / "c" / "w.pt", len(Server.body), digest(Server.body)
+            "https://example.org/w.pt", tmp_path / "c" / "w.pt", len(server.body), server.digest
         )
     one_line(error, "https://example.org/w.pt", words)
-    assert len(Server.requests) == tries and os.listdir(tmp_path / "c") == []
+    assert len(server.requests) == tries and os.listdir(tmp_path / "c") == []
+
+
+def test_a_killed_download_leaves_nothing_for_ever(tmp_path, server):
+    (tmp_path / f".w.pt.4194305@{files._host()}.tmp").write_bytes(b"half of it")    # beyond the largest process id
+    files.download("https://example.org/w.pt", tmp_path / "w.pt")
+    assert os.listdir(tmp_path) == ["w.pt"]
 
 
 def test_cut_without_a_known_size(tmp_path, server):
-    server("cut")
+    server.plan("cut")
     with pytest.raises(OSError, match="3 tries"):
         files.download("https://example.org/w.pt", tmp_path / "w.pt")
     assert os.listdir(tmp_path) == []
@@ -632,14 +567,14 @@ def test_no_network_is_said_at_once(tmp_path):
 def test_hub_file(server, monkeypatch):
     """Size and digest are the hub's word before the redirect; the token goes to the hub alone."""
     monkeypatch.setenv("HF_TOKEN", "secret")
-    Server.body = b"0"
-    server(500, "whole", "redirect", "whole")
+    server.body, server.digest = b"0", hashlib.sha256(b"0").hexdigest()
+    server.plan(500, "whole", "redirect", "whole")
     path = files.hub_file("REPA-E/sdvae", "sdvae-f8d4.pt")
     assert open(path, "rb").read() == b"0" and path == files.cache_path("REPA-E/sdvae", "sdvae-f8d4.pt")
-    assert [r[0] for r in Server.requests] == ["HEAD", "HEAD", "GET", "GET"]
-    assert ["Authorization" in r[2] for r in Server.requests] == [True, True, True, False]
-    Server.body = b"1"
-    server("whole")
+    assert [r[0] for r in server.requests] == ["HEAD", "HEAD", "GET", "GET"]
+    assert ["Authorization" in r[2] for r in server.requests] == [True, True, True, False]
+    server.body = b"1"
+    server.plan("whole")
     with pytest.raises(ValueError, match="sha256"):
         files.hub_file("REPA-E/sdvae", "other.pt")
     assert not os.path.exists(files.cache_path("REPA-E/sdvae", "other.pt"))

@@ -25,6 +25,7 @@ import zipfile
 import numpy as np
 import requests
 import torch
+from urllib3.exceptions import ProtocolError    # what requests itself is made of
 
 # Stands in the zip comment of every file of `save`: who wrote it, in which layout. Other files have no such
 # comment.
@@ -544,7 +545,8 @@ def _with_retries(fetch, url, path):
     """fetch() -> result, up to TRIES times if it fails in a way that may pass; failures become one line."""
     for attempt in range(1, TRIES + 1):
         try:
-            return fetch()
+            with _broken_off():
+                return fetch()
         except (_Again, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
             known = isinstance(error, _Again)
             reason = str(error) if known else f"{type(error).__name__}, no whole answer came"
@@ -566,6 +568,18 @@ def _with_retries(fetch, url, path):
                           ) from error
 
 
+@contextlib.contextmanager
+def _broken_off():
+    """Context in which a connection that was made, and ended without an answer, is _Again; where there is no
+    network requests raises the same type, but not for this reason."""
+    try:
+        yield
+    except requests.ConnectionError as error:
+        if not error.args or not isinstance(error.args[0], ProtocolError):
+            raise
+        raise _Again("the connection was broken off") from error
+
+
 def _check_status(response):
     if response.status_code >= 500 or response.status_code == 429:
         raise _Again(f"HTTP {response.status_code}")
@@ -582,6 +596,7 @@ def download(url, path, size=None, sha256_prefix=None, headers=None):
         return path
     if not url.startswith("https://"):
         raise ValueError(f"{url}: only https downloads are allowed")
+    remove_leftovers(os.path.dirname(os.path.abspath(path)))    # of downloads that were killed
 
     def fetch():
         plain = {"Accept-Encoding": "identity"} | (headers or {})  # so that lengths are those of the file
