@@ -1,12 +1,14 @@
-"""Speed of the evaluator beside the plain way, and torch-fidelity and pytorch-fid where installed; one JSON line each.
+"""Speed of the evaluator beside the plain way, torch-fidelity and pytorch-fid; one JSON line each.
 
-    python tests/bench_eval.py [--plain | --peers] [--images 64] [--rounds 3] [--points 10000] [--threads 2] [--device cuda]
+    python tests/bench_eval.py [--plain | --peers] [--images 64] [--rounds 3] [--points 10000] [--threads 2]
+                               [--device cuda]
 
-Same PNG files, same (random) weights, same device, from files to pool features, each program with its own reading and
-resizing; the programs take turns and the best round of each counts. Then precision and recall at points x points x
-2048, half and float32, and the Frechet distance at 2048 dimensions. The plain way: files read one after the other
-between the batches, whole matrices of distances, scipy's matrix square root; --plain runs nothing else. --peers: the
-figures themselves instead of times, from images to FID, KID and Inception Score by each program with equal weights.
+Same PNG files, same (random) weights, same device, from files to pool features, each program with its own
+reading and resizing; the programs take turns and the best round of each counts. The two peers take part where
+they are installed. Then precision and recall at points x points x 2048, half and float32, and
+the Frechet distance at 2048 dimensions. The plain way: files read one after the other between the batches,
+whole matrices of distances, scipy's matrix square root; --plain runs nothing else. --peers: the figures
+themselves instead of times, from images to FID, KID and Inception Score by each program with equal weights.
 """
 import argparse
 import contextlib
@@ -16,6 +18,7 @@ import os
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +38,7 @@ def emit(**figures):
 
 
 def clocks(device):
-    """(seconds, CPU seconds of this process and of those it has waited for) once all work on the device is done."""
+    """(seconds, CPU seconds of this process and those it has waited for) once the device is done."""
     if device == "cuda":
         torch.cuda.synchronize()
     return np.array([time.perf_counter(), sum(os.times()[:4])])
@@ -44,8 +47,8 @@ def clocks(device):
 def best_of(programs, rounds, device):
     """{name: (seconds, CPU seconds), the least of all rounds of each}, after one round to warm up.
 
-    The programs take turns, so that a slow minute hits all; CPU seconds do not count what other programs of a shared
-    machine take away.
+    The programs take turns, so that a slow minute hits all; CPU seconds do not count what other programs of
+    a shared machine take away.
     """
     found = {name: [] for name in programs}
     for program in programs.values():
@@ -78,7 +81,8 @@ def plain_precision_recall(ref, samples, device):
     ref, samples = (torch.from_numpy(x).to(device) for x in (ref, samples))
     radii = [torch.cdist(x, x).kthvalue(4, dim=1).values for x in (ref, samples)]
     distances = torch.cdist(ref, samples)
-    return ((distances <= radii[0][:, None]).any(0).float().mean().item(), (distances <= radii[1]).any(1).float().mean().item())
+    return ((distances <= radii[0][:, None]).any(0).float().mean().item(),
+            (distances <= radii[1]).any(1).float().mean().item())
 
 
 def peers(folder, weights, device):
@@ -87,8 +91,9 @@ def peers(folder, weights, device):
     with contextlib.suppress(ImportError):
         import pytorch_fid.inception
         from pytorch_fid.fid_score import get_activations
-        pytorch_fid.inception.load_state_dict_from_url = lambda *a, **k: torch.load(weights, weights_only=True)
-        first = pytorch_fid.inception.InceptionV3([3]).to(device)
+        inception = pytorch_fid.inception
+        inception.load_state_dict_from_url = lambda *a, **k: torch.load(weights, weights_only=True)
+        first = inception.InceptionV3([3]).to(device)
         programs["pytorch_fid"] = lambda: get_activations(files, first, 50, 2048, device, 2)
     with contextlib.suppress(ImportError):
         from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_from_input_id
@@ -127,7 +132,8 @@ def bench_features(args):
         net.to(args.device)
         programs = {"plain": lambda: plain_features(images, net, args.device)}
         if not args.plain:
-            programs |= {"ours": lambda: ours(str(images), net, args.device)} | peers(str(images), weights, args.device)
+            programs["ours"] = lambda: ours(str(images), net, args.device)
+            programs |= peers(str(images), weights, args.device)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             features = {name: program() for name, program in programs.items()}
             seconds = best_of(programs, args.rounds, args.device)
@@ -141,7 +147,7 @@ def bench_features(args):
 
 
 def bench_peers(args):
-    """FID, KID and Inception Score of two sets of images by us, torch-fidelity and pytorch-fid, and the differences."""
+    """FID, KID and Inception Score of two sets by us, torch-fidelity and pytorch-fid, and the differences."""
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_isc import isc_features_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
@@ -155,34 +161,40 @@ def bench_peers(args):
         sets = [write_images(Path(folder) / name, args.images, k, cells)
                 for k, (name, cells) in enumerate((("ref", 16), ("samples", 6)))]
         images = [open_input(str(path)) for path in sets]
-        ref, samples = (evaluate_fid.extract(x.read(32), [evaluate_fid.inception_features(net)], "cpu") for x in images)
+        ref, samples = (evaluate_fid.extract(x.read(32), [evaluate_fid.inception_features(net)], "cpu")
+                        for x in images)
         found = evaluate_fid.score(samples, ref, net, exact_is=True, extras=["kid"], kid=tuple(kid.values()))
-        emit(program="ours", images=args.images, **{k: found[k] for k in ("fid", "kid", "kid_std", "inception_score")})
+        emit(program="ours", images=args.images,
+             **{k: found[k] for k in ("fid", "kid", "kid_std", "inception_score")})
 
         with contextlib.redirect_stdout(io.StringIO()):
-            peer = create_feature_extractor("inception-v3-compat", ["2048", "logits_unbiased"], cuda=False, verbose=False,
-                                            feature_extractor_weights_path=weights)
+            peer = create_feature_extractor("inception-v3-compat", ["2048", "logits_unbiased"], cuda=False,
+                                            verbose=False, feature_extractor_weights_path=weights)
         with torch.no_grad():
-            theirs = [[torch.cat(x) for x in zip(*(peer(torch.from_numpy(b).permute(0, 3, 1, 2)) for b in x.read(32)))]
+            theirs = [[torch.cat(x) for x in zip(*(peer(torch.from_numpy(b).permute(0, 3, 1, 2))
+                                                   for b in x.read(32)))]
                       for x in images]
         (pool_ref, _), (pool, logits) = theirs
         scores = [isc_features_to_metric(logits, splits, shuffle)["inception_score_mean"]
                   for splits, shuffle in ((1, False), (10, True))]
-        theirs = kid_features_to_metric(pool, pool_ref, kid_subsets=20, kid_subset_size=kid["subset_size"], verbose=False)
+        theirs = kid_features_to_metric(pool, pool_ref, kid_subsets=20, kid_subset_size=kid["subset_size"],
+                                        verbose=False)
         statistics = (fid_features_to_statistics(x) for x in (pool, pool_ref))
         fid = fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]
         emit(program="torch_fidelity", fid=fid, kid=theirs["kernel_inception_distance_mean"],
-             kid_std=theirs["kernel_inception_distance_std"], inception_score_of_ten_shuffled_splits=scores[1],
-             inception_score_of_one_split=scores[0])
+             kid_std=theirs["kernel_inception_distance_std"],
+             inception_score_of_ten_shuffled_splits=scores[1], inception_score_of_one_split=scores[0])
         largest = float(np.abs(samples["pool"] - pool.numpy()).max() / np.abs(samples["pool"]).max())
-        emit(difference="torch_fidelity", features_of_largest=largest, fid_relative=abs(found["fid"] / fid - 1),
+        emit(difference="torch_fidelity", features_of_largest=largest,
+             fid_relative=abs(found["fid"] / fid - 1),
              kid_relative=abs(found["kid"] / theirs["kernel_inception_distance_mean"] - 1),
              kid_std_relative=abs(found["kid_std"] / theirs["kernel_inception_distance_std"] - 1),
              inception_score_relative=abs(found["inception_score"] / scores[0] - 1))
 
         import pytorch_fid.inception
         from pytorch_fid.fid_score import calculate_fid_given_paths
-        pytorch_fid.inception.load_state_dict_from_url = lambda *a, **k: torch.load(weights, weights_only=True)
+        inception = pytorch_fid.inception
+        inception.load_state_dict_from_url = lambda *a, **k: torch.load(weights, weights_only=True)
         with contextlib.redirect_stderr(io.StringIO()):
             fid = calculate_fid_given_paths([str(sets[1]), str(sets[0])], 32, "cpu", 2048, 0)
         emit(program="pytorch_fid", fid=fid, relative_to_ours=fid / found["fid"] - 1,
@@ -191,25 +203,30 @@ def bench_peers(args):
 
 def bench_precision_recall(args):
     random = np.random.default_rng(0)
-    ref, samples = (np.maximum(random.standard_normal((args.points, 2048), dtype=np.float32), 0) for _ in range(2))
+    ref, samples = (np.maximum(random.standard_normal((args.points, 2048), dtype=np.float32), 0)
+                    for _ in range(2))
     programs = {"plain": lambda: plain_precision_recall(ref, samples, args.device)}
     if not args.plain:
-        programs |= {name: lambda exact=exact: evaluate_fid.precision_recall(ref, samples, exact=exact, device=args.device)
-                     for name, exact in (("half", False), ("exact", True))}
+        for name, exact in (("half", False), ("exact", True)):
+            programs[name] = partial(evaluate_fid.precision_recall, ref, samples, exact=exact,
+                                     device=args.device)
     seconds = best_of(programs, 1, args.device)
-    emit(bench="precision_recall", points=args.points, device=args.device, **{f"{k}_s": v[0] for k, v in seconds.items()},
+    emit(bench="precision_recall", points=args.points, device=args.device,
+         **{f"{k}_s": v[0] for k, v in seconds.items()},
          **({} if args.plain else {"speedup": seconds["plain"][0] / seconds["exact"][0]}))
 
 
 def bench_frechet(args):
     width = args.dimensions
     random, scale = np.random.default_rng(0), 1 / (1 + np.arange(width) / 64)
-    a, b = (evaluate_fid.feature_statistics(random.standard_normal((2 * width, width)) * scale + m) for m in (0, 0.1))
+    a, b = (evaluate_fid.feature_statistics(random.standard_normal((2 * width, width)) * scale + m)
+            for m in (0, 0.1))
 
     def by_root():
         root = scipy.linalg.sqrtm(a[1] @ b[1]).real
         return float((a[0] - b[0]) @ (a[0] - b[0]) + np.trace(a[1]) + np.trace(b[1]) - 2 * np.trace(root))
-    seconds = best_of({"plain": by_root} if args.plain else {"plain": by_root, "ours": lambda: evaluate_fid.frechet_distance(*a, *b)},
+    seconds = best_of({"plain": by_root} if args.plain
+                      else {"plain": by_root, "ours": lambda: evaluate_fid.frechet_distance(*a, *b)},
                       args.rounds, "cpu")
     emit(bench="frechet", dimensions=width, **{f"{k}_s": v[0] for k, v in seconds.items()},
          **({} if args.plain else {"speedup": seconds["plain"][0] / seconds["ours"][0]}))
@@ -218,7 +235,8 @@ def bench_frechet(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plain", action="store_true")
-    parser.add_argument("--peers", action="store_true", help="compare the figures with those of the installed peers")
+    parser.add_argument("--peers", action="store_true",
+                        help="compare the figures with those of the installed peers")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--points", type=int, default=10_000, help="rows of each set in precision and recall")

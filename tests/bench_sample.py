@@ -1,12 +1,12 @@
 """Sampling speed, each figure beside the plain float32 path in the same run; one JSON line per figure.
 
-    python tests/bench_sample.py            CPU at a small size always; SiT-B/2 and SiT-XL/2 at full size where a GPU is
+    python tests/bench_sample.py            small on the CPU; SiT-B/2 and SiT-XL/2 where a GPU is
     python tests/bench_sample.py --plain    the plain path alone
-    python tests/bench_sample.py --writer   20,000 256-pixel images through the .npz writer: seconds and peak memory
+    python tests/bench_sample.py --writer   20,000 256-pixel images through the .npz writer: time and memory
 
 Plain float32 path: one batch, no autocast, no TF32, and with guidance both halves at every step. Ours: what
-sample_ddp.py does by default, null half inside the interval [0, 0.65] only. Euler-Maruyama; images/s are for 250 steps,
-from a shorter run of the same solver, without decoding.
+sample_ddp.py does by default, null half inside the interval [0, 0.65] only. Euler-Maruyama; images/s are for
+250 steps, from a shorter run of the same solver, without decoding.
 """
 import argparse
 import json
@@ -46,9 +46,11 @@ def run(network, batch, size, steps, guided, plain, device, autocast):
     if guided and plain:
         velocity = samplers.guided(usual, y, 1000)
     else:
-        velocity = samplers.guided(lambda x, t, y: network(x, t, y)[0], y, 1000, 2.0 if guided else 1.0, high=0.65)
+        velocity = samplers.guided(lambda x, t, y: network(x, t, y)[0], y, 1000, 2.0 if guided else 1.0,
+                                   high=0.65)
     with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
-        return samplers.euler_maruyama(velocity, noise(), samplers.time_grid(steps, "sde"), noise, interpolant)
+        return samplers.euler_maruyama(velocity, noise(), samplers.time_grid(steps, "sde"), noise,
+                                       interpolant)
 
 
 def seconds(function, device, repeats):
@@ -74,18 +76,21 @@ def report(name, size, batch, steps, guided, device, times):
     images = {k: round(batch * steps / 250 / t, 4) for k, t in times.items()}
     speedup = {k: round(times["plain"] / t, 2) for k, t in times.items() if k != "plain"}
     print(json.dumps({"bench": "sample", "model": name, "latents": size, "batch": batch, "guided": guided,
-                      "device": device, "torch": torch.__version__, "images_per_s": images, "speedup": speedup}), flush=True)
+                      "device": device, "torch": torch.__version__, "images_per_s": images,
+                      "speedup": speedup}), flush=True)
 
 
 def bench_cpu(name, size, only_plain, batch=16, steps=5):
-    """Blocks of 4 on one thread each, as sample_ddp.py, against one batch with all threads inside each operation."""
+    """Blocks of 4 on a thread each, as sample_ddp.py, against one batch with all threads."""
     device, threads = torch.device("cpu"), torch.get_num_threads()
     sit = model(name, size, device)
     for guided in (False, True):
-        times = {"plain": seconds(lambda: run(sit, batch, size, steps, guided, True, device, False), device, 2)}
+        times = {"plain": seconds(lambda: run(sit, batch, size, steps, guided, True, device, False), device,
+                                  2)}
         torch.set_num_threads(1)
         with ThreadPoolExecutor(threads) as pool:
-            def blocks(): return list(pool.map(lambda _: run(sit, 4, size, steps, guided, False, device, False),
+            def blocks():
+                return list(pool.map(lambda _: run(sit, 4, size, steps, guided, False, device, False),
                                                range(batch // 4)))
             times |= {} if only_plain else {"ours": seconds(blocks, device, 2)}
         torch.set_num_threads(threads)
@@ -98,10 +103,12 @@ def bench_gpu(name, only_plain, size=32, batch=64, steps=20):
     compiled = torch.compile(sit, dynamic=False)
     for guided in (False, True):
         torch.backends.cudnn.allow_tf32 = False
-        times = {"plain": seconds(lambda: run(sit, batch, size, steps, guided, True, device, False), device, 2)}
+        times = {"plain": seconds(lambda: run(sit, batch, size, steps, guided, True, device, False), device,
+                                  2)}
         torch.backends.cudnn.allow_tf32 = True
         for key, network in () if only_plain else (("ours", sit), ("ours_compiled", compiled)):
-            times[key] = seconds(lambda: run(network, batch, size, steps, guided, False, device, True), device, 2)
+            times[key] = seconds(lambda: run(network, batch, size, steps, guided, False, device, True),
+                                 device, 2)
         report(name, size, batch, steps, guided, torch.cuda.get_device_name(), times)
 
 
@@ -114,11 +121,13 @@ def bench_writer(number=20000):
         images.write_npz(path, rows, (number, 256, 256, 3), arr_1=np.zeros(number, np.int64))
         print(json.dumps({"bench": "writer", "images": number, "gib": round(os.path.getsize(path) / 2**30, 2),
                           "seconds": round(time.perf_counter() - begin, 1),
-                          "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}))
+                          "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+                                                   2)}))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--writer", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="one small figure alone")

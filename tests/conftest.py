@@ -1,4 +1,4 @@
-"""Shared by all tests: the golden vectors (GOLDEN_DIR, or the copy in tests/data/golden), the device and the threads."""
+"""Shared by all tests: the golden vectors (GOLDEN_DIR, or tests/data/golden), the device and the threads."""
 import json
 import os
 import sys
@@ -24,14 +24,17 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish(session):
-    if any(hasattr(item.module, "processes") for item in session.items) and not session.config.option.collectonly:
+    uses_processes = any(hasattr(item.module, "processes") for item in session.items)
+    if uses_processes and not session.config.option.collectonly:
         processes.begin()
 
 
 @pytest.hookimpl(tryfirst=True)  # before the fixtures of whole modules too
 def pytest_runtest_setup(item):
-    """The same number of threads for every test (sample_ddp.main leaves one), and the CPU, but for tests marked gpu: the suite
-    compares runs bit by bit and with other processes."""
+    """The same number of threads for every test (sample_ddp.main leaves one); the CPU for all but gpu tests.
+
+    The suite compares runs bit by bit and with other processes.
+    """
     torch.set_num_threads(THREADS)
     on_gpu = item.get_closest_marker("gpu") is not None
     torch.cuda.is_available = lambda: GPU and on_gpu
@@ -41,12 +44,13 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture
 def golden():
-    """golden(name) -> (config, tensors): the npz of that name, its JSON config as a dict and its arrays as tensors."""
+    """golden(name) -> (config, tensors): the JSON config of that .npz as a dict, its arrays as tensors."""
     def load(name):
         with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:
             config = json.loads(str(file["config"]))
             arrays = {k: file[k] for k in file.files if k != "config"}
-        tensors = {k: torch.from_numpy(np.ascontiguousarray(v)).reshape(v.shape) if v.dtype.kind != "U" else v.tolist()
+        tensors = {k: torch.from_numpy(np.ascontiguousarray(v)).reshape(v.shape) if v.dtype.kind != "U"
+                   else v.tolist()
                    for k, v in arrays.items()}
         return config, tensors
     return load
@@ -72,7 +76,7 @@ def close():
 
 @pytest.fixture
 def plain_convolutions():
-    """torch's own convolutions instead of oneDNN's, which on some CPUs round to 1.3e-5 where the tolerance is 1e-5."""
+    """torch's own convolutions: oneDNN's round to 1.3e-5 on some CPUs where the tolerance is 1e-5."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.backends.mkldnn.flags(enabled=False):
@@ -90,7 +94,8 @@ def flops_counted_once(monkeypatch):
 
     def remembered(module, count):
         def step_flops(args, *rest):
-            key = module.__name__, str([v for k, v in vars(args).items() if k not in ("output_dir", "max_train_steps", "resume")])
+            key = module.__name__, str([v for k, v in vars(args).items()
+                                        if k not in ("output_dir", "max_train_steps", "resume")])
             if key not in COUNTED:
                 COUNTED[key] = count(args, *rest)
             return COUNTED[key]

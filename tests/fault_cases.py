@@ -233,7 +233,7 @@ for name, change, flags in [
     case("data", f"survived: {name}")(trains_on(change, *flags))
 
 
-# ---------------------------------------------------------------- checkpoints: resume, sample, export, evaluate
+# -------------------------------------------------------------- checkpoints: resume, sample, export, evaluate
 
 LAST = "exps/run/checkpoints/0000003.pt"
 MORE = [*TRAIN, "--max-train-steps", "4"]

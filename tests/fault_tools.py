@@ -229,7 +229,7 @@ def small_networks():
         module.matmul_rate = lambda *_: 1e9
 
 
-# ---------------------------------------------------------------- hooks: what is done to a process before it begins
+# ---------------------------------------------------------- hooks: what is done to a process before it begins
 
 def limit_files(size):
     """No file can grow beyond `size` bytes: a disk that fills."""

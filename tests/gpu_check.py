@@ -90,7 +90,7 @@ def counted_memory(tiny):
     return figures
 
 
-# ------------------------------------------------------------------------------------------- pieces that are commands
+# ----------------------------------------------------------------------------------- pieces that are commands
 
 def lines_of(command, **more):
     """What a command prints, as lines; AssertionError with its last words if it fails."""
@@ -172,7 +172,7 @@ PIECES = {gpu_tests: 120, parity: 90, twenty_steps: 120, counted_memory: 150, tr
           two_processes: 150, resume: 150}  # seconds allowed
 
 
-# ------------------------------------------------------------------------------------------------------ the command
+# ------------------------------------------------------------------------------------------------ the command
 
 def run_piece(name, limit, tiny):
     """The record of one piece, run in a process of its own: ok, seconds, and its figures or what went wrong."""

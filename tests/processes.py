@@ -1,4 +1,4 @@
-"""The scripts in other processes, forked from one that has imported them already: each import takes many seconds on two cores."""
+"""The scripts in other processes, forked from one that has imported them: an import takes many seconds."""
 import importlib
 import multiprocessing
 import os
@@ -39,8 +39,10 @@ def _main(script, arguments, log, settings, environment):
 
 
 def start(script, arguments, log, settings={}, **environment):
-    """main(arguments) of a script, given without .py, in a process of its own with one thread; its output goes to `log`.
-    `settings` replace constants of the script."""
+    """main(arguments) of a script, given without .py, in a process of its own with one thread.
+
+    Its output goes to `log`; `settings` replace constants of the script.
+    """
     process = context.Process(target=_main, args=(script, arguments, str(log), settings, environment))
     process.start()
     return process
@@ -51,8 +53,8 @@ def start_two(script, arguments, log, settings={}):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    return [start(script, arguments, log, settings, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                  MASTER_PORT=port) for rank in ("0", "1")]
+    return [start(script, arguments, log, settings, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2",
+                  MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in ("0", "1")]
 
 
 def run_two(script, arguments, log, settings={}):

@@ -26,8 +26,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models.runtime import data as data_module
 from models.runtime.data import (H5_ANSWER, EndlessSampler, ImageData, ImageError, ShapesData, center_crop,
-                                 check_images, check_same_data, find_images, identity, make_loader, open_image, share,
-                                 worker_death)
+                                 check_images, check_same_data, find_images, identity, make_loader,
+                                 open_image, share, worker_death)
 
 
 @pytest.fixture

@@ -23,19 +23,24 @@ NUMBERS = {"f8d4": {}, "f8d16": {"scaling_factor": 0.3611, "shift_factor": 0.115
 
 @pytest.fixture(scope="module", params=NUMBERS)
 def vaes(request, tmp_path_factory):
-    """Folders for diffusers by kind: "original", a VAE as others publish it, and "exported", what --export makes of
-    it; "refined", its decoder changed as a refinement with a frozen encoder does, under the original's config, and
-    "refined-exported", what --export makes of that refinement's training checkpoint."""
+    """Folders for diffusers by kind.
+
+    "original" is a VAE as others publish it, and "exported" what --export makes of it; "refined", its decoder
+    changed as a refinement with a frozen encoder does, under the original's config, and "refined-exported"
+    what --export makes of that refinement's training checkpoint.
+    """
     name, folder = request.param, tmp_path_factory.mktemp("vae")
     vae = fill_(VAE_models[name]()).eval()
-    vae.decoder.conv_out.weight.data *= 0.3     # random weights give pictures far beyond [-1, 1], which pipelines clip
+    # random weights give pictures far beyond [-1, 1], which pipelines clip
+    vae.decoder.conv_out.weight.data *= 0.3
     vae.decoder.conv_out.bias.data *= 0.3
     refined = {k: v * 1.1 if k.startswith("decoder.mid") else v for k, v in vae.state_dict().items()}
     for kind, state in (("original", vae.state_dict()), ("refined", refined)):
         peer = diffusers.AutoencoderKL(
             block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=vae.latent_channels,
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-            use_quant_conv=name == "f8d4", use_post_quant_conv=name == "f8d4", sample_size=64, **NUMBERS[name])
+            use_quant_conv=name == "f8d4", use_post_quant_conv=name == "f8d4", sample_size=64,
+            **NUMBERS[name])
         peer.load_state_dict(vae_files.to_diffusers(state))
         peer.save_pretrained(folder / kind)
         if not NUMBERS[name]:

@@ -1,4 +1,4 @@
-"""The evaluator's numbers: every array of adm_*.npz (ADM.md beside them, sections 8 to 11), closed forms, peers."""
+"""The evaluator's numbers: every array of adm_*.npz (ADM.md there, sections 8 to 11), closed forms, peers."""
 import functools
 import json
 import math
@@ -13,13 +13,15 @@ from conftest import GOLDEN
 from fill import fill_
 
 import evaluate_fid
-from evaluate_fid import feature_statistics, frechet_distance, inception_score, kernel_distance, precision_recall
+from evaluate_fid import (feature_statistics, frechet_distance, inception_score, kernel_distance,
+                          precision_recall)
 from models.inception import FIDInception, resize_tf1
-from models.metrics import (Moments, _map_distances, clip_distance, float32_exactly, frechet_distance_of_features,
-                            frechet_infinity, half_norms, inception_score_splits, kernel_distances, manifold_radii, psnr)
+from models.metrics import (Moments, _map_distances, clip_distance, float32_exactly,
+                            frechet_distance_of_features, frechet_infinity, half_norms,
+                            inception_score_splits, kernel_distances, manifold_radii, psnr)
 
 
-# ---------------------------------------------------------------- the inputs of the golden files, from their seeds
+# ----------------------------------------------------------- the inputs of the golden files, from their seeds
 
 def noise(seed, n, h, w):
     return np.random.default_rng(seed).integers(0, 256, (n, h, w, 3), dtype=np.uint8)
@@ -108,7 +110,8 @@ def test_resize_is_tensorflows_bit_for_bit(case):
     data, (h, w) = adm("resize"), map(int, case.split("x"))
     images = same_input(noise(int(data[f"{case}/seed"]), 2, h, w), data[f"{case}/input_crc32"])
     out = (resize_tf1(torch.from_numpy(images)).sub_(128).mul_(0.0078125)).numpy()
-    for name, part in (("grid7", out[:, ::7, ::7]), ("last_row", out[:, -1, ::7]), ("last_col", out[:, ::7, -1])):
+    for name, part in (("grid7", out[:, ::7, ::7]), ("last_row", out[:, -1, ::7]),
+                       ("last_col", out[:, ::7, -1])):
         np.testing.assert_array_equal(part, data[f"{case}/{name}"])
     moments = out.mean(dtype=np.float64), out.std(dtype=np.float64)
     np.testing.assert_allclose(moments, data[f"{case}/mean_std"], atol=1e-7)
@@ -134,8 +137,8 @@ def test_inception_features(filling):
         with torch.inference_mode():
             pool, spatial = net(inception_images(data, which))
             logits = net.logits(pool)
-        for name, value, tolerance in (("pool3", pool, 1e-5), ("spatial", spatial, 1e-5), ("logits", logits, 1e-5),
-                                       ("softmax", logits.softmax(1), 5e-5)):
+        for name, value, tolerance in (("pool3", pool, 1e-5), ("spatial", spatial, 1e-5),
+                                       ("logits", logits, 1e-5), ("softmax", logits.softmax(1), 5e-5)):
             of_largest(value, data[f"{filling}/{which}/{name}"], tolerance)
 
 
@@ -143,7 +146,8 @@ def test_inception_stages():
     data = adm("inception")
     net, seen, at = inception(data), {}, "gain/x64/stage_"
     for name, module in net.named_children():
-        module.register_forward_hook(lambda m, _, out, name=name: seen.update({name: out.permute(0, 2, 3, 1).numpy()}))
+        module.register_forward_hook(
+            lambda m, _, out, name=name: seen.update({name: out.permute(0, 2, 3, 1).numpy()}))
     with torch.inference_mode():
         net(inception_images(data, "x64"))
     compared = 0
@@ -156,7 +160,7 @@ def test_inception_stages():
         moments = x.mean(dtype=np.float64), x.std(dtype=np.float64)
         np.testing.assert_allclose(moments, data[at + "mean_std"][k], rtol=1e-5)
         np.testing.assert_allclose(probe, data[at + "probe"][k], atol=1e-5 * np.abs(x).max())
-    assert compared >= 14, f"only {compared} of the stages {data[at + 'names'].tolist()} were found in {sorted(seen)}"
+    assert compared >= 14, f"only {compared} of {data[at + 'names'].tolist()} were found in {sorted(seen)}"
 
 
 # ---------------------------------------------------------------- Frechet distance and statistics
@@ -168,7 +172,8 @@ def test_frechet_distance_from_features(case):
     for k, side in enumerate(("ref", "sample")):
         features = fid_features(int(data[f"{case}/{side}_seed"]), data[f"{case}/{side}_params"])
         found.append(feature_statistics(same_input(features, data[f"{case}/crc32"][k])))
-        np.testing.assert_array_equal(found[k][0], data[f"{case}/mu_{side}"])     # the float32 mean, bit for bit
+        # the float32 mean, bit for bit
+        np.testing.assert_array_equal(found[k][0], data[f"{case}/mu_{side}"])
         assert found[k][0].dtype == np.float32 and found[k][1].dtype == np.float64
         if f"{case}/sigma_{side}" in data:
             np.testing.assert_allclose(found[k][1], data[f"{case}/sigma_{side}"], rtol=0, atol=1e-12)
@@ -183,7 +188,8 @@ def test_frechet_distance_from_features(case):
 
 def test_frechet_distance_of_given_statistics():
     data = adm("fid")
-    ref, sample = (given_stats(int(data[f"given/{side}_seed"]), int(data["given/dim"])) for side in ("ref", "sample"))
+    ref, sample = (given_stats(int(data[f"given/{side}_seed"]), int(data["given/dim"]))
+                   for side in ("ref", "sample"))
     assert frechet_distance(*sample, *ref) == pytest.approx(float(data["given/fid_adm"]), rel=1e-6)
 
 
@@ -210,7 +216,8 @@ def test_frechet_distance_refuses_what_it_cannot_use():
 def test_frechet_distance_without_covariances():
     rng = np.random.default_rng(1)
     for n, m in ((7, 5), (40, 60)):       # fewer and more rows than dimensions
-        x, y = rng.standard_normal((n, 12)).astype(np.float32), (rng.standard_normal((m, 12)) + 1).astype(np.float32)
+        x = rng.standard_normal((n, 12)).astype(np.float32)
+        y = (rng.standard_normal((m, 12)) + 1).astype(np.float32)
         expected = frechet_distance(*feature_statistics(x), *feature_statistics(y))
         assert frechet_distance_of_features(x, y) == pytest.approx(expected, rel=1e-6)
 
@@ -228,7 +235,8 @@ def test_frechet_distance_at_infinity():
     for _ in range(4):
         order = random.permutation(301)
         halves += [fid(x[order[:150]]), fid(x[order[150:300]])]
-    assert limit == pytest.approx(2 * fid(x) - np.mean(halves)) and error == pytest.approx(np.std(halves, ddof=1))
+    assert limit == pytest.approx(2 * fid(x) - np.mean(halves))
+    assert error == pytest.approx(np.std(halves, ddof=1))
     few = rng.standard_normal((6, 6))       # fewer rows than dimensions in each half
     assert np.isfinite(frechet_infinity(few, *ref)).all()
 
@@ -261,7 +269,8 @@ def test_inception_score(case):
     data = adm("is")
     weight = np.random.default_rng(int(data["weight_seed"])).standard_normal((64, 1008))
     weight = same_input(weight.astype(np.float32), data["weight_crc32"])
-    features = same_input(is_features(int(data[f"{case}/seed"]), data[f"{case}/params"]), data[f"{case}/crc32"])
+    features = same_input(is_features(int(data[f"{case}/seed"]), data[f"{case}/params"]),
+                          data[f"{case}/crc32"])
     score = inception_score(features @ weight)
     assert score == pytest.approx(float(data[f"{case}/is_adm"]), rel=1e-5, nan_ok=True)
     if not math.isnan(score):
@@ -295,7 +304,8 @@ def pr_case(data, case):
 
 def points(pair, expected, shape, allowed):
     n, m, _ = map(int, shape)
-    return [abs(a - b) * count <= allowed + 1e-9 for a, b, count in zip(pair, expected, (m, n))] == [True, True]
+    return [abs(a - b) * count <= allowed + 1e-9
+            for a, b, count in zip(pair, expected, (m, n))] == [True, True]
 
 
 @pytest.mark.parametrize("case", adm("pr")["cases"].tolist())
@@ -311,7 +321,8 @@ def test_precision_and_recall(case):
     if case == "half_range":        # at this norm float32 itself is noisy
         np.testing.assert_allclose(exact, data[f"{case}/pr_f32"], atol=0.02)
     else:
-        assert points(exact, data[f"{case}/pr_f32"], shape, 3) and points(exact, data[f"{case}/pr_f64"], shape, 3)
+        assert points(exact, data[f"{case}/pr_f32"], shape, 3)
+        assert points(exact, data[f"{case}/pr_f64"], shape, 3)
     for which, features in (("ref", ref), ("sample", sample)):
         features = torch.from_numpy(features)
         radii = manifold_radii(features, block=block).numpy()
@@ -335,7 +346,8 @@ def test_half_precision_blocks_survive_where_tensorflows_do(case):
                 strips = _map_distances(rows, columns, False, lambda d, _: torch.equal(d.half().float(), d))
                 used.append(all(strips))     # float32 distances are no float16 numbers
         assert used == data[f"{case}/fp16_used_{which}"].tolist()
-    distance = torch.cat(_map_distances(sides[0][:block[0]], sides[1][:block[1]], False, lambda d, _: d))[:8, :8]
+    distance = torch.cat(_map_distances(sides[0][:block[0]], sides[1][:block[1]],
+                                        False, lambda d, _: d))[:8, :8]
     if data[f"{case}/fp16_used_cross"][0]:
         np.testing.assert_array_equal(distance.numpy(), data[f"{case}/dist_tf_8x8"])
     else:
@@ -354,8 +366,10 @@ def test_precision_and_recall_of_known_sets():
     line = np.arange(10, dtype=np.float32)[:, None] * np.ones(4, np.float32)
     assert precision_recall(line, line) == (1.0, 1.0)
     assert precision_recall(line, line + 1000) == (0.0, 0.0)
-    half_inside = np.concatenate([line[:5], line[:5] + 500])     # sample 4 reaches 3 further: 8 and 9 are not recalled
-    assert precision_recall(line, half_inside) == precision_recall(line, half_inside, exact=True) == (0.5, 0.8)
+    # sample 4 reaches 3 further: 8 and 9 are not recalled
+    half_inside = np.concatenate([line[:5], line[:5] + 500])
+    for exact in (False, True):
+        assert precision_recall(line, half_inside, exact=exact) == (0.5, 0.8)
     with pytest.raises(ValueError, match="more than 3"):
         precision_recall(line[:3], line)
     seen = []
@@ -376,8 +390,10 @@ def test_kernel_distance_by_hand():
 def test_kernel_distance_is_torch_fidelitys():
     kid = pytest.importorskip("torch_fidelity.metric_kid", reason="torch-fidelity is not installed")
     rng = np.random.default_rng(4)
-    x, y = (torch.from_numpy((rng.standard_normal((n, 64)) + m).astype(np.float32)) for n, m in ((300, 0), (260, 0.3)))
-    expected = kid.kid_features_to_metric(x, y, kid_subsets=10, kid_subset_size=100, rng_seed=2020, verbose=False)
+    x, y = (torch.from_numpy((rng.standard_normal((n, 64)) + m).astype(np.float32))
+            for n, m in ((300, 0), (260, 0.3)))
+    expected = kid.kid_features_to_metric(x, y, kid_subsets=10, kid_subset_size=100, rng_seed=2020,
+                                          verbose=False)
     ours = kernel_distances(y, x, subsets=10, subset_size=100)
     assert ours.mean() == kernel_distance(y, x, subsets=10, subset_size=100)
     assert ours.mean() == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-4)
@@ -388,7 +404,8 @@ def test_clip_distance_by_hand():
     rng, seen = np.random.default_rng(5), []
     x, y = rng.standard_normal((6, 9)), rng.standard_normal((8, 9)) + 0.5
     a, b = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (x, y))
-    kernel = [np.exp(-((u[:, None] - v[None]) ** 2).sum(-1) / 200).mean() for u, v in ((a, a), (b, b), (a, b))]
+    kernel = [np.exp(-((u[:, None] - v[None]) ** 2).sum(-1) / 200).mean()
+              for u, v in ((a, a), (b, b), (a, b))]
     expected = 1000 * (kernel[0] + kernel[1] - 2 * kernel[2])
     found = clip_distance(x, y, progress=lambda *done: seen.append(done))
     assert found == pytest.approx(expected, rel=1e-4) and seen[-1] == (148, 148)
@@ -397,7 +414,8 @@ def test_clip_distance_by_hand():
 # ---------------------------------------------------------------- what the library refuses
 
 @pytest.mark.parametrize("call", [
-    feature_statistics, inception_score, lambda x: precision_recall(x, np.eye(9)), lambda x: kernel_distance(np.eye(9), x),
+    feature_statistics, inception_score,
+    lambda x: precision_recall(x, np.eye(9)), lambda x: kernel_distance(np.eye(9), x),
     lambda x: clip_distance(x, np.eye(9)), lambda x: frechet_infinity(x, np.zeros(9), np.eye(9)),
     lambda x: frechet_distance_of_features(x, np.eye(9))])
 def test_rows_that_no_metric_can_use(call):
@@ -405,8 +423,10 @@ def test_rows_that_no_metric_can_use(call):
     call(good * 1)                                          # detached by itself
     bad = good.detach().clone()
     bad[3, 3] = math.nan
-    for rows, words in ((bad, "non-finite"), (good[:1], "1 rows of"), (good[0], "one row per image|a row per image"),
-                        (torch.zeros(9, 9, dtype=torch.uint8), "uint8"), (torch.zeros(2, 3, 8, 8), r"\[2, 3, 8, 8\]")):
+    for rows, words in ((bad, "non-finite"), (good[:1], "1 rows of"),
+                        (good[0], "one row per image|a row per image"),
+                        (torch.zeros(9, 9, dtype=torch.uint8), "uint8"),
+                        (torch.zeros(2, 3, 8, 8), r"\[2, 3, 8, 8\]")):
         with pytest.raises(ValueError, match=words) as error:
             call(rows)
         assert "\n" not in str(error.value)
@@ -414,9 +434,11 @@ def test_rows_that_no_metric_can_use(call):
 
 def test_images_that_the_network_cannot_use():
     net = FIDInception()
-    for images, words in ((torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "looks like NCHW"), (torch.rand(1, 8, 8, 3), "255"),
-                          (torch.rand(1, 8, 8, 3) * 2 - 1, "0..255"), (torch.full((1, 8, 8, 3), math.nan), "0..255"),
-                          (torch.zeros(8, 8, 3), r"\[8, 8, 3\]"), (torch.zeros(0, 8, 8, 3), r"\[0, 8, 8, 3\]")):
+    for images, words in ((torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "looks like NCHW"),
+                          (torch.rand(1, 8, 8, 3), "255"), (torch.rand(1, 8, 8, 3) * 2 - 1, "0..255"),
+                          (torch.full((1, 8, 8, 3), math.nan), "0..255"),
+                          (torch.zeros(8, 8, 3), r"\[8, 8, 3\]"),
+                          (torch.zeros(0, 8, 8, 3), r"\[0, 8, 8, 3\]")):
         with pytest.raises(ValueError, match=words):
             net(images)
     pool, _ = net(torch.full((1, 8, 8, 3), 200.0, requires_grad=True))
@@ -430,7 +452,7 @@ def test_images_that_the_network_cannot_use():
 # ---------------------------------------------------------------- precision of the arithmetic
 
 def precision_flags():
-    """Every switch that float32_exactly sets, and cuDNN's own; "raises" where torch refuses to say (mixed settings)."""
+    """Every switch that float32_exactly sets, and cuDNN's; "raises" if torch won't say (mixed settings)."""
     b = torch.backends
     read = [lambda: b.cudnn.enabled, lambda: b.cudnn.allow_tf32, lambda: b.cudnn.benchmark,
             torch.get_float32_matmul_precision, lambda: b.cuda.matmul.allow_fp16_reduced_precision_reduction]
@@ -518,7 +540,8 @@ def e2e():
     net = inception(data)
     found = []
     for k, (side, n) in enumerate((("ref", 64), ("sample", 48))):
-        images = same_input(blocks(int(data[f"{side}_seed"]), n, 32, *data[f"{side}_blocks_params"]), data["crc32"][k])
+        images = same_input(blocks(int(data[f"{side}_seed"]), n, 32, *data[f"{side}_blocks_params"]),
+                            data["crc32"][k])
         keep = {}
         network = evaluate_fid.inception_features(net)
 
@@ -544,7 +567,8 @@ def test_features_end_to_end(e2e):
 
 
 def stored(data, side):
-    pool, spatial = (given_stats(int(data[f"stats/{side}_{mu}_seed"]), d) for mu, d in (("mu", 2048), ("mu_s", 2023)))
+    pool, spatial = (given_stats(int(data[f"stats/{side}_{mu}_seed"]), d)
+                     for mu, d in (("mu", 2048), ("mu_s", 2023)))
     return {"mu": pool[0], "sigma": pool[1], "mu_s": spatial[0], "sigma_s": spatial[1]}
 
 
@@ -576,14 +600,16 @@ def test_a_set_is_at_distance_zero_from_itself_in_any_order(e2e):
 
 def test_distance_grows_with_noise():
     images, random = blocks(8, 300, 32), np.random.default_rng(0)
-    noisy = [np.clip(images + random.normal(0, s, images.shape), 0, 255).astype(np.uint8) for s in (0, 5, 20, 80)]
+    noisy = [np.clip(images + random.normal(0, s, images.shape), 0, 255).astype(np.uint8)
+             for s in (0, 5, 20, 80)]
     found = [evaluate_fid.extract(iter([x]), [evaluate_fid.hog_features(32)], "cpu") for x in noisy]
     distances = [evaluate_fid.score(f, found[0])["fd_hog"] for f in found]
     assert abs(distances[0]) < 1e-3 < distances[1] < distances[2] < distances[3]
 
 
 def test_pool_features_are_torch_fidelitys(tmp_path, e2e):
-    peer = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="torch-fidelity is not installed")
+    peer = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3",
+                               reason="torch-fidelity is not installed")
     net = e2e[1]
     torch.save(net.state_dict(), tmp_path / "w.pth")
     other = peer.FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], str(tmp_path / "w.pth")).eval()

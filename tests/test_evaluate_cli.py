@@ -1,4 +1,4 @@
-"""evaluate_fid.py as a program: inputs, references, the JSON, cache, processes, the training script's hook, bad input."""
+"""evaluate_fid.py as a program: inputs, references, JSON, cache, processes, training's hook, bad input."""
 import json
 import os
 import shutil
@@ -71,16 +71,18 @@ def weights(tmp_path_factory):
 
 def test_every_kind_of_input_gives_the_same_figures(tmp_path, capsys):
     samples, images = pictures(40, 1), write_folder(tmp_path / "ref", pictures(50))
-    np.savez(tmp_path / "samples.npz", samples, np.arange(40), protocol=np.array('{"mode": "sde", "num_steps": 250}'))
+    np.savez(tmp_path / "samples.npz", samples, np.arange(40),
+             protocol=np.array('{"mode": "sde", "num_steps": 250}'))
     np.savez(tmp_path / "plain.npz", images)
     np.savez_compressed(tmp_path / "packed.npz", arr_0=images)
     write_zip(tmp_path / "ref.zip", tmp_path / "ref")
-    results = [figures(tmp_path, "--features", "hog", "--batch-size", 7, tmp_path / ref, tmp_path / "samples.npz")
+    results = [figures(tmp_path, "--features", "hog", "--batch-size", 7, tmp_path / ref,
+                       tmp_path / "samples.npz")
                for ref in ("plain.npz", "packed.npz", "ref", "ref.zip")]
     assert "FD-hog: " in capsys.readouterr().out
     assert "fid" not in results[0]
     assert len({r["fd_hog"] for r in results}) == 1 and results[0]["fd_hog"] > 0
-    assert len({r["ref"]["sha256"] for r in results}) == 4 and len({r["samples"]["sha256"] for r in results}) == 1
+    assert [len({r[side]["sha256"] for r in results}) for side in ("ref", "samples")] == [4, 1]
     assert results[0]["samples"]["protocol"] == {"mode": "sde", "num_steps": 250}
     assert results[0]["ref"]["protocol"] is None
     assert results[0]["ref"]["images"] == 50 and results[0]["samples"]["size"] == [32, 32]
@@ -106,13 +108,15 @@ def test_other_modes_are_converted_and_counted(tmp_path, capsys):
     folder = tmp_path / "mixed"
     write_folder(folder, pictures(6))
     rgb = Image.fromarray(pictures(1, 5)[0])
-    for name, image in (("grey", rgb.convert("L")), ("alpha", rgb.convert("RGBA")), ("palette", rgb.quantize(16))):
+    for name, image in (("grey", rgb.convert("L")), ("alpha", rgb.convert("RGBA")),
+                        ("palette", rgb.quantize(16))):
         image.save(folder / f"{name}.png")
     np.savez(tmp_path / "s.npz", pictures(20, 1))
     result = figures(tmp_path, "--features", "hog", folder, tmp_path / "s.npz")
     assert result["ref"]["converted"] == 3 and result["ref"]["images"] == 9
     assert "3 grey, palette or transparent images" in capsys.readouterr().err
-    alpha, _, grey, _ = next(open_input(str(folder)).read(9))[[0, 1, -2, -1]]     # alpha, class*/..., grey, palette
+    # alpha, class*/..., grey, palette
+    alpha, _, grey, _ = next(open_input(str(folder)).read(9))[[0, 1, -2, -1]]
     assert (np.ptp(grey, axis=-1) == 0).all()
     np.testing.assert_array_equal(alpha, np.asarray(rgb))
 
@@ -140,7 +144,7 @@ def test_limit_takes_the_first_images(tmp_path):
 # ---------------------------------------------------------------- references, the JSON, further metrics
 
 class StandIn(torch.nn.Module):
-    """What FIDInception gives, out of the pixels themselves: quick, and of the right sizes. Images of 32 x 32."""
+    """What FIDInception gives, of 32 x 32 images, out of the pixels themselves: quick, of the right sizes."""
     path, sha256 = "stand-in", "no digest"
 
     def __init__(self):
@@ -172,8 +176,8 @@ FIVE = ("inception_score", "fid", "sfid", "precision", "recall")
 def test_saved_reference_cache_and_online_score(tmp_path, stand_in, capsys):
     images, samples = write_folder(tmp_path / "images", pictures(12)), pictures(10, 1)
     np.savez(tmp_path / "s.npz", samples)
-    evaluate_fid.main([str(a) for a in ("--save-ref", tmp_path / "ref.npz", "--save-ref-images", 6, "--batch-size", 5,
-                                        tmp_path / "images")])
+    evaluate_fid.main([str(a) for a in ("--save-ref", tmp_path / "ref.npz", "--save-ref-images", 6,
+                                        "--batch-size", 5, tmp_path / "images")])
     with np.load(tmp_path / "ref.npz", allow_pickle=False) as file:
         assert sorted(file.files) == ["arr_0", "mu", "mu_s", "protocol", "sigma", "sigma_s"]
         np.testing.assert_array_equal(file["arr_0"], images[[0, 2, 4, 7, 9, 11]])
@@ -181,8 +185,8 @@ def test_saved_reference_cache_and_online_score(tmp_path, stand_in, capsys):
         statistics = {key: file[key] for key in ("mu", "sigma", "mu_s", "sigma_s")}
 
     # 1. statistics of all twelve images come from the file, precision and recall from its six images
-    args = ["--metrics", "kid,fid_infinity", "--kid-subsets", 5, "--kid-subset-size", 5, "--batch-size", 5, "--cache",
-            tmp_path / "cache", tmp_path / "ref.npz", tmp_path / "s.npz"]
+    args = ["--metrics", "kid,fid_infinity", "--kid-subsets", 5, "--kid-subset-size", 5, "--batch-size", 5,
+            "--cache", tmp_path / "cache", tmp_path / "ref.npz", tmp_path / "s.npz"]
     stored = figures(tmp_path, *args)
     output = capsys.readouterr()
     printed = [line.split(":")[0] for line in output.out.splitlines()]
@@ -190,7 +194,8 @@ def test_saved_reference_cache_and_online_score(tmp_path, stand_in, capsys):
     assert printed[-6:-3] == ["F-score", "KID", "KID, spread of its subsets"]
     assert stored["ref"]["statistics"] == "stored" and stored["samples"]["statistics"] == "computed"
     assert any("10 samples" in note and "biased" in note for note in stored["notes"])
-    assert any("of 12 images" in note and "precision and recall its 6 images" in note for note in stored["notes"])
+    assert any("of 12 images" in note and "precision and recall its 6 images" in note
+               for note in stored["notes"])
     assert "precision and recall: 100 %, 0:00 left" in output.err and "KID: 100 %" in output.err
     ref = evaluate_fid.load_reference(str(tmp_path / "ref.npz"), stand_in, pool=False)
     features = evaluate_fid.extract(iter([images]), [evaluate_fid.inception_features(stand_in)], "cpu")
@@ -207,8 +212,9 @@ def test_saved_reference_cache_and_online_score(tmp_path, stand_in, capsys):
     assert stand_in.seen == 0 and {n: again[n] for n in (*FIVE, "kid", "kid_std")} == {
         n: stored[n] for n in (*FIVE, "kid", "kid_std")}
 
-    # 4. statistics alone, as pytorch-fid writes them, and with sFID's: what needs images is left out, and said
-    for name, keys, found in (("fid", ("mu", "sigma"), {"fid"}), ("both", tuple(statistics), {"fid", "sfid"})):
+    # 4. statistics alone, as pytorch-fid writes them, and with sFID's: what needs images is left out and said
+    for name, keys, found in (("fid", ("mu", "sigma"), {"fid"}),
+                              ("both", tuple(statistics), {"fid", "sfid"})):
         np.savez(tmp_path / f"{name}.npz", **{key: statistics[key] for key in keys})
         alone = figures(tmp_path, *args[:-2], tmp_path / f"{name}.npz", tmp_path / "s.npz")
         assert {n for n in FIVE if n in alone} == {"inception_score", *found} and "kid" not in alone
@@ -227,7 +233,7 @@ def test_the_json_proves_the_number(tmp_path, stand_in):
     assert found["weights"]["inception"] == {"path": stand_in.path, "sha256": files.sha256(stand_in.path)}
     assert any("not the FID Inception" in note for note in found["notes"])
     assert found["versions"]["torch"] == torch.__version__ and len(found["versions"]["code_sha256"]) == 64
-    assert found["arithmetic"]["precision_recall"] == "float32" and found["arithmetic"]["inception_score"] == "float32"
+    assert {found["arithmetic"][name] for name in ("precision_recall", "inception_score")} == {"float32"}
     assert found["seeds"]["kid"] == 5 and found["settings"]["kid_subsets"] == 100 and found["device"]
 
 
@@ -235,13 +241,16 @@ def test_scores_per_class_where_classes_are_stored(tmp_path, stand_in, capsys):
     ref, samples, labels = pictures(12), pictures(9, 1), np.arange(9) % 3
     np.savez(tmp_path / "r.npz", ref, np.arange(12) % 4)
     np.savez(tmp_path / "s.npz", samples, labels)
-    found = figures(tmp_path, "--metrics", "fid_per_class", tmp_path / "r.npz", tmp_path / "s.npz")["fid_per_class"]
+    found = figures(tmp_path, "--metrics", "fid_per_class", tmp_path / "r.npz",
+                    tmp_path / "s.npz")["fid_per_class"]
     assert list(found) == ["0", "1", "2"] and "FID per class: " in capsys.readouterr().out
     x, y = (torch.from_numpy(a).flatten(1)[:, :2048] / 64 for a in (samples[labels == 1], ref[1::4]))
-    expected = evaluate_fid.frechet_distance(*evaluate_fid.feature_statistics(x), *evaluate_fid.feature_statistics(y))
+    expected = evaluate_fid.frechet_distance(*evaluate_fid.feature_statistics(x),
+                                             *evaluate_fid.feature_statistics(y))
     assert found["1"] == pytest.approx(expected, rel=1e-5)
     np.savez(tmp_path / "r.npz", ref)
-    assert "a label per image" in refused(capsys, "--metrics", "fid_per_class", tmp_path / "r.npz", tmp_path / "s.npz")
+    assert "a label per image" in refused(capsys, "--metrics", "fid_per_class", tmp_path / "r.npz",
+                                          tmp_path / "s.npz")
 
 
 def test_weights_are_found_where_the_peers_keep_them(tmp_path, weights, monkeypatch):
@@ -249,17 +258,21 @@ def test_weights_are_found_where_the_peers_keep_them(tmp_path, weights, monkeypa
     monkeypatch.setattr(features, "WEIGHTS_SHA256", files.sha256(weights)[:8])
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
-    (folder / "pt_inception-2015-12-05-6726825d.pth").write_bytes(b"cut off")           # passed over: wrong digest
+    # passed over: wrong digest
+    (folder / "pt_inception-2015-12-05-6726825d.pth").write_bytes(b"cut off")
     shutil.copy(weights, folder / "weights-inception-2015-12-05-6726825d.pth")
     net = features.load_inception()
-    assert net.path == str(folder / "weights-inception-2015-12-05-6726825d.pth") and net.sha256 == files.sha256(weights)
+    assert net.path == str(folder / "weights-inception-2015-12-05-6726825d.pth")
+    assert net.sha256 == files.sha256(weights)
 
 
 def test_clip_embeddings(tmp_path, monkeypatch):
     torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224").eval()        # stands in for CLIP, which needs a network
+    # stands in for CLIP, which needs a network
+    model = timm.create_model("vit_tiny_patch16_224").eval()
     torch.save(model.state_dict(), tmp_path / "clip.pth")
-    embed = features.clip_features(str(tmp_path / "clip.pth"), name="vit_tiny_patch16_224.augreg_in21k_ft_in1k")
+    embed = features.clip_features(str(tmp_path / "clip.pth"),
+                                   name="vit_tiny_patch16_224.augreg_in21k_ft_in1k")
     images = torch.from_numpy(pictures(2))
     with torch.no_grad():
         x = torch.nn.functional.interpolate(images.permute(0, 3, 1, 2) / 255, (224, 224), mode="bicubic")
@@ -301,9 +314,11 @@ def test_a_stopped_run_goes_on_from_its_pieces(tmp_path, monkeypatch, capsys):
     assert stop.value.code == 130 and output[-1].startswith("stopped by SIGINT: the same command goes on")
     assert not any("Traceback" in line for line in output)
     pieces = sorted((tmp_path / "cache").glob("*/*.npz"))
-    assert [p.name for p in pieces] == ["00000000-00000008.npz", "00000008-00000016.npz", "00000016-00000024.npz"]
+    assert [p.name for p in pieces] == ["00000000-00000008.npz", "00000008-00000016.npz",
+                                        "00000016-00000024.npz"]
 
-    data = bytearray(pieces[2].read_bytes())        # the last one is damaged: eight images are done again, no more
+    # the last one is damaged: eight images are done again, no more
+    data = bytearray(pieces[2].read_bytes())
     data[-3000] ^= 255
     pieces[2].write_bytes(data)
     seen.clear()
@@ -341,24 +356,29 @@ def test_frechet_distance_on_an_encoder_has_its_own_name(tmp_path, weights):
     assert features(torch.from_numpy(pictures(2)))["_fdd"].shape == (2, 192)
     first, second = ({"mu_fdd": np.full(2, m), "sigma_fdd": np.eye(2)} for m in (0, 1))
     assert evaluate_fid.score(first, second) == {"fdd": pytest.approx(2)}
-    result = figures(tmp_path, "--inception-weights", weights, "--metrics", "fdd", "--encoder", "vit_tiny_patch16_224",
-                     "--encoder-ckpt", tmp_path / "vit.pth", tmp_path / "r.npz", tmp_path / "s.npz")
+    result = figures(tmp_path, "--inception-weights", weights, "--metrics", "fdd", "--encoder",
+                     "vit_tiny_patch16_224", "--encoder-ckpt", tmp_path / "vit.pth", tmp_path / "r.npz",
+                     tmp_path / "s.npz")
     assert result["fd_vit_tiny_patch16_224"] > 0 and "fdd" not in result
 
 
 def test_two_processes_give_the_figures_of_one(tmp_path, monkeypatch):
     np.savez(tmp_path / "r.npz", pictures(45))
-    np.savez(tmp_path / "s.npz", pictures(23, 1))     # 5 batches: the second process is left without one at the end
-    args = ["--features", "hog", "--batch-size", 5, "--cache", tmp_path / "cache", tmp_path / "r.npz", tmp_path / "s.npz"]
+    # 5 batches: the second process is left without one at the end
+    np.savez(tmp_path / "s.npz", pictures(23, 1))
+    args = ["--features", "hog", "--batch-size", 5, "--cache", tmp_path / "cache", tmp_path / "r.npz",
+            tmp_path / "s.npz"]
     one = figures(tmp_path, *args)
-    for piece in (tmp_path / "cache").glob("*/*-00000045.npz"):        # of the reference, which both make again together
+    # of the reference, which both make again together
+    for piece in (tmp_path / "cache").glob("*/*-00000045.npz"):
         piece.unlink()
     processes.run_two("evaluate_fid", [*args, "--json", tmp_path / "two.json"], tmp_path / "log")
     two = json.loads((tmp_path / "two.json").read_text())
     assert two["fd_hog"] == pytest.approx(one["fd_hog"], rel=1e-9)  # threads of the two runs may differ
     assert two["ref"]["sha256"] == one["ref"]["sha256"]
     assert (tmp_path / "log").read_text().count("FD-hog") == 1
-    monkeypatch.setattr(evaluate_fid, "hog_features", lambda *a: lambda images: pytest.fail("it is all in the cache"))
+    monkeypatch.setattr(evaluate_fid,
+                        "hog_features", lambda *a: lambda images: pytest.fail("it is all in the cache"))
     assert figures(tmp_path, *args)["fd_hog"] == pytest.approx(one["fd_hog"], rel=1e-9)
 
 
@@ -429,9 +449,9 @@ def broken(name, folder):
     return folder / "nothing", "no images"
 
 
-@pytest.mark.parametrize("name", ["missing", "no_arr_0", "float", "nchw", "fortran", "grey", "none", "few", "empty",
-                                  "truncated", "short", "pickled", "no_mu_s", "pickled_mu", "wrong_mu", "stats_only", "mu_only",
-                                  "text_image", "no_images"])
+@pytest.mark.parametrize("name", ["missing", "no_arr_0", "float", "nchw", "fortran", "grey", "none", "few",
+                                  "empty", "truncated", "short", "pickled", "no_mu_s", "pickled_mu",
+                                  "wrong_mu", "stats_only", "mu_only", "text_image", "no_images"])
 def test_bad_inputs(tmp_path, capsys, name):
     np.savez(tmp_path / "good.npz", pictures(8))
     path, word = broken(name, tmp_path)
@@ -457,7 +477,8 @@ def test_every_flag_is_read():
 
 def test_outputs_are_checked_before_any_work(tmp_path, capsys):
     """Nothing is computed: the weights, which are asked for later, do not exist."""
-    good, link, late = tmp_path / "good.npz", tmp_path / "link.npz", ["--inception-weights", tmp_path / "gone.pth"]
+    good, link = tmp_path / "good.npz", tmp_path / "link.npz"
+    late = ["--inception-weights", tmp_path / "gone.pth"]
     np.savez(good, pictures(8))
     content = good.read_bytes()
     link.symlink_to(good)
@@ -466,10 +487,12 @@ def test_outputs_are_checked_before_any_work(tmp_path, capsys):
     assert "would be replaced" in refused(capsys, *late, "--json", good, good, good)
     assert "must end in .npz" in refused(capsys, *late, "--save-ref", tmp_path / "ref", good)
     (tmp_path / "file").write_text("")
-    for flags in (["--json", tmp_path / "file" / "x.json", good, good], ["--cache", tmp_path / "file", good, good],
+    for flags in (["--json", tmp_path / "file" / "x.json", good, good],
+                  ["--cache", tmp_path / "file", good, good],
                   ["--save-ref", tmp_path / "file" / "x.npz", good]):
         assert "cannot be written" in refused(capsys, *late, *flags)
-    assert good.read_bytes() == content and sorted(p.name for p in tmp_path.iterdir()) == ["file", "good.npz", "link.npz"]
+    assert good.read_bytes() == content
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "good.npz", "link.npz"]
 
 
 def test_statistics_that_are_no_covariance_are_refused(tmp_path, capsys):
@@ -478,15 +501,18 @@ def test_statistics_that_are_no_covariance_are_refused(tmp_path, capsys):
     negative[0, 0], lopsided[3, 4] = -5, 1
     for sigma, word in ((negative, "negative eigenvalue -5"), (lopsided, "not symmetric")):
         np.savez(tmp_path / "r.npz", mu=np.zeros(2048), sigma=sigma)
-        line = refused(capsys, "--inception-weights", tmp_path / "gone.pth", tmp_path / "r.npz", tmp_path / "s.npz")
+        line = refused(capsys, "--inception-weights", tmp_path / "gone.pth", tmp_path / "r.npz",
+                       tmp_path / "s.npz")
         assert word in line and "r.npz: sigma" in line
 
 
 def test_help_and_flags_answer_before_torch_is_imported():
     begin = time.monotonic()
-    page = subprocess.run([sys.executable, "evaluate_fid.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    page = subprocess.run([sys.executable, "evaluate_fid.py", "--help"], cwd=ROOT, capture_output=True,
+                          text=True)
     assert page.returncode == 0 and time.monotonic() - begin < 3
-    assert all(word in page.stdout for word in ("--save-ref ref.npz", "further metrics:", "--kid-subsets", "torchrun"))
+    assert all(word in page.stdout for word in ("--save-ref ref.npz", "further metrics:", "--kid-subsets",
+                                                "torchrun"))
 
 
 def test_bad_settings(tmp_path, capsys, weights, monkeypatch):
@@ -495,15 +521,16 @@ def test_bad_settings(tmp_path, capsys, weights, monkeypatch):
     assert "unknown" in refused(capsys, "--metrics", "lpips", good, good)
     assert "--save-ref" in refused(capsys, good)
     assert "FD-hog alone" in refused(capsys, "--features", "hog", "--metrics", "kid", good, good)
-    for flag, value in (("--limit", 2), ("--limit", 0), ("--kid-subset-size", 1), ("--seed", -1), ("--batch-size", "nan"),
-                        ("--resolution", "inf"), ("--kid-subsets", "1e3")):
+    for flag, value in (("--limit", 2), ("--limit", 0), ("--kid-subset-size", 1), ("--seed", -1),
+                        ("--batch-size", "nan"), ("--resolution", "inf"), ("--kid-subsets", "1e3")):
         assert f"{flag}: " in refused(capsys, flag, value, good, good)
     assert "gone.pth" in refused(capsys, "--inception-weights", tmp_path / "gone.pth", good, good)
     state = FIDInception().state_dict() | {"fc.bias": torch.full((1008,), torch.nan)}
     torch.save(state, tmp_path / "nan.pth")
     assert "fc.bias holds NaN" in refused(capsys, "--inception-weights", tmp_path / "nan.pth", good, good)
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
-    assert "another architecture" in refused(capsys, "--inception-weights", tmp_path / "other.pth", good, good)
+    assert "another architecture" in refused(capsys, "--inception-weights", tmp_path / "other.pth", good,
+                                             good)
     fdd = ["--inception-weights", weights, "--metrics", "fdd", "--encoder", "x"]
     assert "unknown encoder" in refused(capsys, *fdd, good, good)
     np.savez(tmp_path / "wide.npz", pictures(8, 0, 64))

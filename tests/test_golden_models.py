@@ -1,4 +1,4 @@
-"""Parity with the reference's numbers: networks, losses and their gradients (tests/data/golden/README.md, 2 to 6)."""
+"""Parity with the reference's numbers: networks, losses, gradients (tests/data/golden/README.md, 2 to 6)."""
 import numpy as np
 import pytest
 import torch
@@ -153,7 +153,8 @@ def test_discriminator(golden, close):
 
 
 def filled_lpips(salt):
-    return fill_(LPIPS(), salt=salt, post=lambda name, value: np.abs(value) if name.startswith("lin") else value)
+    return fill_(LPIPS(), salt=salt, post=lambda name, value: np.abs(value) if name.startswith("lin")
+                 else value)
 
 
 def test_lpips(golden, close):
@@ -175,8 +176,9 @@ def test_vae_loss_and_gradients(golden, close, kind):
     distance = lpips if kind == "std" else lambda a, b: lpips(2 * a - 1, 2 * b - 1)
     discriminator = fill_(Discriminator(), salt=config["salt"]).train()
     recon, moments = (g[name].clone().requires_grad_() for name in ("in.recon", "in.moments"))
-    parts = reconstruction_losses(g["in.image"], recon, Posterior(moments), distance, weights["reconstruction_weight"],
-                                  weights["perceptual_weight"], weights["kl_weight"])
+    parts = reconstruction_losses(g["in.image"], recon, Posterior(moments), distance,
+                                  weights["reconstruction_weight"], weights["perceptual_weight"],
+                                  weights["kl_weight"])
     gan = gan_loss(discriminator, recon)
     weighted_gan = weights["discriminator_weight"] * weights["discriminator_factor"] * gan
     total = sum(parts.values())
@@ -189,7 +191,8 @@ def test_vae_loss_and_gradients(golden, close, kind):
     assert all(p.grad is None for p in discriminator.parameters())
     if kind == "quirk":
         return
-    close(total, g["out.prestart_total_loss"])  # before the discriminator's start the generator has no GAN term
+    # before the discriminator's start the generator has no GAN term
+    close(total, g["out.prestart_total_loss"])
     check_statistics(close, discriminator, g, "out.after_generator")
     d_loss, real, fake = discriminator_loss(discriminator, g["in.image"], recon)
     d_loss.backward()
@@ -208,7 +211,8 @@ def test_lpips_in_chunks_has_the_gradient_of_the_whole(dtype, tolerance):
     torch.manual_seed(0)
     net = LPIPS().to(dtype)
     net.chunk = 2  # the last of three images comes alone
-    images, recon, weights = (torch.rand(*shape, dtype=dtype) for shape in ((3, 3, 32, 32), (3, 3, 32, 32), (3,)))
+    images, recon, weights = (torch.rand(*shape, dtype=dtype)
+                              for shape in ((3, 3, 32, 32), (3, 3, 32, 32), (3,)))
     recon.requires_grad_()
     actual, expected = net(images, recon), net.layer_terms(images, recon).sum(1)
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=0)

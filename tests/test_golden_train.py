@@ -1,7 +1,7 @@
 """The whole step against the reference's trajectory (tests/data/golden/README.md, section 8).
 
-With torch's own convolutions: oneDNN's round differently from one number of threads to the next, and one sign that this flips in
-Adam's first update moves the later float32 losses beyond their tolerance.
+With torch's own convolutions: oneDNN's round differently from one number of threads to the next, and
+one sign that this flips in Adam's first update moves the later float32 losses beyond their tolerance.
 """
 import copy
 from types import SimpleNamespace
@@ -18,9 +18,9 @@ from models.lpips import LPIPS
 from models.sit import SiT
 from models.vae import VAE_models
 
-LOSSES = ("reconstruction_loss", "perceptual_loss", "kl_loss", "weighted_gan_loss", "gan_loss", "vae_align_loss", "vae_loss",
-          "grad_norm_vae", "d_loss", "logits_real", "logits_fake", "grad_norm_disc", "denoising_loss", "proj_loss", "sit_loss",
-          "grad_norm_sit")
+LOSSES = ("reconstruction_loss", "perceptual_loss", "kl_loss", "weighted_gan_loss", "gan_loss",
+          "vae_align_loss", "vae_loss", "grad_norm_vae", "d_loss", "logits_real", "logits_fake",
+          "grad_norm_disc", "denoising_loss", "proj_loss", "sit_loss", "grad_norm_sit")
 ALIGNED = ("step_vae_align_loss", "step_vae_loss", "step_proj_loss", "step_sit_loss")
 
 
@@ -29,10 +29,10 @@ def build(config, g, dtype):
     args = train.parse_args(["--learn-pos-embed"])
     vars(args).update(
         adam_beta1=config["betas"][0], adam_beta2=config["betas"][1], adam_epsilon=config["adam_eps"],
-        adam_weight_decay=config["weight_decay"], learning_rate=config["lr"], max_grad_norm=config["max_grad_norm"],
-        ema_decay=config["ema_decay"], path_type=config["path_type"], proj_coeff=config["proj_coeff"],
-        vae_align_proj_coeff=config["vae_align_coeff"], kl_weight=config["loss"]["kl_weight"],
-        reconstruction_weight=config["loss"]["reconstruction_weight"],
+        adam_weight_decay=config["weight_decay"], learning_rate=config["lr"],
+        max_grad_norm=config["max_grad_norm"], ema_decay=config["ema_decay"], path_type=config["path_type"],
+        proj_coeff=config["proj_coeff"], vae_align_proj_coeff=config["vae_align_coeff"],
+        kl_weight=config["loss"]["kl_weight"], reconstruction_weight=config["loss"]["reconstruction_weight"],
         perceptual_weight=config["loss"]["perceptual_weight"],
         disc_weight=config["loss"]["discriminator_weight"] * config["loss"]["discriminator_factor"])
     fill = lambda module, **more: fill_(module, salt=config["salt"], **more).to(dtype)  # noqa: E731
@@ -45,7 +45,8 @@ def build(config, g, dtype):
     nets.sit.bn.running_var.copy_(g["in.latents_scale"].to(dtype).flatten() ** -2.0)
     nets.ema = copy.deepcopy(nets.sit).eval().requires_grad_(False)
     nets.ddp = {name: getattr(nets, name) for name in nets.trained}
-    nets.opts = {name: trainer.adamw(net.parameters(), args, args.learning_rate) for name, net in nets.ddp.items()}
+    nets.opts = {name: trainer.adamw(net.parameters(), args, args.learning_rate)
+                 for name, net in nets.ddp.items()}
     nets.statistics = [nets.sit.bn.running_mean, nets.sit.bn.running_var]
     nets.dtype, nets.loss_scale = dtype, trainer.LossScale(False, "cpu")
     return nets, args
@@ -62,7 +63,8 @@ def test_trajectory(golden, plain_convolutions, dtype):
         expected, value = g[prefix + name][index].double(), torch.as_tensor(value).detach().double()
         if dtype == torch.float64:
             tolerance = 1e-8 * expected.abs() + 1e-9
-            if name in ALIGNED:  # the reference adds up its alignment loss in a float32 tensor even in this run
+            # the reference adds up its alignment loss in a float32 tensor even in this run
+            if name in ALIGNED:
                 tolerance = tolerance + 1e-7
         else:
             tolerance = 10 * g["spread." + name][index] + 1e-6 * expected.abs() + 1e-7
@@ -71,12 +73,14 @@ def test_trajectory(golden, plain_convolutions, dtype):
 
     for k in range(config["steps"]):
         batch = SimpleNamespace(
-            images=g["in.images_uint8"].to(dtype) / 127.5 - 1, labels=g["in.labels"], labels_dropped=g["in.labels"],
-            zs=[g[name].to(dtype) for name in sorted(g) if name.startswith("in.zs")], eps=g["in.posterior_eps"][k].to(dtype),
+            images=g["in.images_uint8"].to(dtype) / 127.5 - 1, labels=g["in.labels"],
+            labels_dropped=g["in.labels"], eps=g["in.posterior_eps"][k].to(dtype),
+            zs=[g[name].to(dtype) for name in sorted(g) if name.startswith("in.zs")],
             noise=g["in.noises"][k].to(dtype), t=g["in.time_input"][k].to(dtype).flatten())
         with torch.no_grad():
             compare("step_z_l2", nets.vae(batch.images, batch.eps)[1].norm(), k)
-        metrics, skip = train.train_step(nets, args, batch, use_gan=k >= config["loss"]["discriminator_start"])
+        metrics, skip = train.train_step(nets, args, batch,
+                                         use_gan=k >= config["loss"]["discriminator_start"])
         assert skip == 0
         for name in LOSSES:
             compare(f"step_{name}", metrics[name], k)

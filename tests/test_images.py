@@ -1,4 +1,4 @@
-"""models/runtime/images.py: one reader and one writer for each format; what is damaged or hostile is one line."""
+"""models/runtime/images.py: one reader and one writer a format; what is damaged or hostile is one line."""
 import errno
 import io
 import json
@@ -37,13 +37,15 @@ def one_line(error):
 def test_written_and_read(tmp_path):
     data, path = pictures(10), str(tmp_path / "a.npz")
     mu = np.asfortranarray(np.arange(6.0).reshape(2, 3))
-    images.write_npz(path, [data[:3], data[3:4], data[4:]], data.shape, arr_1=np.arange(10), text="xyz", mu2=mu)
+    images.write_npz(path, [data[:3], data[3:4], data[4:]], data.shape, arr_1=np.arange(10), text="xyz",
+                     mu2=mu)
     with np.load(path, allow_pickle=False) as content:
         assert content.files == ["arr_0", "arr_1", "text", "mu2"]
         assert np.array_equal(content["arr_0"], data) and np.array_equal(content["mu2"], mu)
     found = images.open_npz(path)
     assert (found.count, found.size, found.protocol, found.statistics) == (10, (8, 8), None, {})
-    assert np.array_equal(found.array("mu2"), mu) and str(found.array("text")) == "xyz" and found.array("gone") is None
+    assert np.array_equal(found.array("mu2"),
+                          mu) and str(found.array("text")) == "xyz" and found.array("gone") is None
     assert np.array_equal(np.concatenate(list(found.read(4))), data)
     assert np.array_equal(np.concatenate(list(found.read(4, 1, 2))), data[4:8])
     assert np.array_equal(np.concatenate(list(found.read(2, rows=[0, 1, 5, 7, 8]))), data[[0, 1, 5, 7, 8]])
@@ -53,7 +55,8 @@ def test_written_and_read(tmp_path):
 
 
 @pytest.mark.parametrize("rows, message", [
-    ([pictures(3)], "3 images instead of 4"), ([pictures(4).astype(float)], "float64"), ([pictures(4, 9)], "9, 9, 3")])
+    ([pictures(3)], "3 images instead of 4"), ([pictures(4).astype(float)], "float64"),
+    ([pictures(4, 9)], "9, 9, 3")])
 def test_rows_that_do_not_fit_leave_no_file(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
         images.write_npz(str(tmp_path / "a.npz"), rows, (4, 8, 8, 3))
@@ -85,15 +88,18 @@ def header(shape, descr="|u1"):
 
 
 HOSTILE = {
-    "promises more than there is": (lambda m: m.update({"arr_0.npy": header((9, 8, 8, 3)) + bytes(8 * 192)}), "ends early"),
+    "promises more than there is": (lambda m: m.update({"arr_0.npy": header((9, 8, 8, 3)) + bytes(8 * 192)}),
+                                    "ends early"),
     "promises terabytes": (lambda m: m.update({"arr_0.npy": header((1 << 40, 8, 8, 3))}), "ends early"),
     "negative": (lambda m: m.update({"arr_0.npy": header((-1, -8, 8, 3)) + bytes(192)}), "ends early"),
-    "huge images": (lambda m: m.update({"arr_0.npy": header((1, 4097, 4096, 3)) + bytes(4097 * 4096 * 3)}), "pixels"),
+    "huge images": (lambda m: m.update({"arr_0.npy": header((1, 4097, 4096, 3)) + bytes(4097 * 4096 * 3)}),
+                    "pixels"),
     "header is no header": (lambda m: m.update({"arr_0.npy": b"\x93NUMPY\1\0\4\0(((("}), "empty, truncated"),
     "version 9": (lambda m: m.update({"arr_0.npy": b"\x93NUMPY\x09\0" + bytes(99)}), "empty, truncated"),
     "no array": (lambda m: m.update({"arr_0.npy": b""}), "empty, truncated"),
     "pickle": (lambda m: m.update({"arr_0.npy": header((4,), "|O") + b"c"}), "pickled"),
-    "statistics of terabytes": (lambda m: [m.update({f"{k}.npy": header((1 << 40,), "<f8")}) for k in images.STATISTICS],
+    "statistics of terabytes": (lambda m: [m.update({f"{k}.npy": header((1 << 40,), "<f8")})
+                                           for k in images.STATISTICS],
                                 "statistics cannot be read"),
 }
 
@@ -122,7 +128,7 @@ def test_other_arrays_are_looked_at_before_memory_is_taken(tmp_path):
 
 
 def test_mutated_npz_are_one_line_or_the_same_images(tmp_path):
-    """Cut, flipped and spliced copies of a sound file: InputError, or exactly the right images; nothing else."""
+    """Cut, flipped and spliced copies of a sound file: InputError, or the right images; nothing else."""
     data, path = pictures(6), tmp_path / "a.npz"
     images.write_npz(str(path), [data], data.shape, protocol=json.dumps({"mode": "sde"}))
     whole, random, outcomes = path.read_bytes(), np.random.default_rng(0), {"refused": 0, "same": 0}
@@ -132,7 +138,8 @@ def test_mutated_npz_are_one_line_or_the_same_images(tmp_path):
         if kind == 0:
             del mutated[random.integers(len(whole)):]
         elif kind == 1:  # mostly in what is not pixels
-            for at in random.integers(0, len(whole), 3) if number % 2 else len(whole) - random.integers(1, 600, 3):
+            for at in random.integers(0, len(whole),
+                                      3) if number % 2 else len(whole) - random.integers(1, 600, 3):
                 mutated[at] = random.integers(256)
         else:
             a, b = sorted(random.integers(0, len(whole), 2))
@@ -173,13 +180,15 @@ def test_folders(tmp_path):
     data = pictures(5, 16)
     images.write_pngs(str(tmp_path / "a"), iter([data[:2], data[2:]]))
     found = images.open_input(str(tmp_path / "a"))
-    assert found.names == [f"{i:06d}.png" for i in range(5)] and found.size == (16, 16) and found.converted == 0
+    assert found.names == [f"{i:06d}.png"
+                           for i in range(5)] and found.size == (16, 16) and found.converted == 0
     assert np.array_equal(np.concatenate(list(found.read(2))), data)
     assert np.array_equal(np.concatenate(list(found.read(2, 1, 2, rows=[0, 2, 3, 4]))), data[[3, 4]])
     # a PNG whose header declares 20 gigapixels
     picture = (tmp_path / "a" / "000003.png").read_bytes()
     bomb = b"IHDR" + (1 << 17).to_bytes(4, "big") * 2 + b"\x08\2\0\0\0"
-    (tmp_path / "a" / "000003.png").write_bytes(picture[:12] + bomb + zlib.crc32(bomb).to_bytes(4, "big") + picture[33:])
+    bomb += zlib.crc32(bomb).to_bytes(4, "big")
+    (tmp_path / "a" / "000003.png").write_bytes(picture[:12] + bomb + picture[33:])
     with pytest.raises(images.InputError) as error:
         images.open_input(str(tmp_path / "a"))
     assert "000003.png" in one_line(error)

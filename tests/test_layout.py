@@ -29,7 +29,7 @@ def test_a_file_of_models_imports_nothing_of_the_project(path):
 
 
 def test_files_of_models_import_alone(tmp_path):
-    """Each copied into an empty folder; one process imports them all, each with only its own folder on the path."""
+    """Each copied into a folder of its own; one process imports them all, each with only that on the path."""
     for path in PAPER:
         (tmp_path / path.stem).mkdir()
         shutil.copy(path, tmp_path / path.stem)
@@ -38,16 +38,19 @@ def test_files_of_models_import_alone(tmp_path):
             "    sys.path.insert(0, f'{sys.argv[1]}/{name}')\n"
             "    __import__(name, fromlist=line.split(' import ')[1].split(', ') if line else [])\n"
             "    if line:\n"
-            "        assert all(hasattr(sys.modules[name], n) for n in line.split(' import ')[1].split(', '))\n"
+            "        for n in line.split(' import ')[1].split(', '):\n"
+            "            assert hasattr(sys.modules[name], n), n\n"
             "    sys.path.pop(0)\n")
     section = (ROOT / "README.md").read_text().split("## Copying a part")[1].split("```")[1]
-    lines = {line.split()[1]: line.split("  ")[0] for line in section.splitlines() if line.startswith("from ")}
+    lines = {line.split()[1]: line.split("  ")[0] for line in section.splitlines()
+             if line.startswith("from ")}
     assert len(lines) == 4
     arguments = [word for path in PAPER for word in (path.stem, lines.get(path.stem, ""))]
     subprocess.run([sys.executable, "-I", "-c", code, str(tmp_path), *arguments], check=True, cwd=tmp_path)
 
 
-@pytest.mark.parametrize("path", [*PAPER, *RUNTIME, *(ROOT / f"{s}.py" for s in SCRIPTS)], ids=lambda p: p.name)
+@pytest.mark.parametrize("path", [*PAPER, *RUNTIME, *(ROOT / f"{s}.py" for s in SCRIPTS)],
+                         ids=lambda p: p.name)
 def test_lines_end_at_110_columns(path):
     assert not [line for line in path.read_text().splitlines() if len(line) > 110]
 

@@ -1,4 +1,4 @@
-"""Reconstruction and latent metrics: closed forms, slow direct computations, and the packages people compare with."""
+"""Reconstruction and latent metrics: closed forms, slow direct computations, and other packages."""
 import json
 import math
 import shutil
@@ -11,7 +11,8 @@ from fill import fill_
 from PIL import Image
 
 from models.lpips import LPIPS
-from models.metrics import cknna, latent_moments, principal_colors, psnr, spatial_variance, ssim, total_variation
+from models.metrics import (cknna, latent_moments, principal_colors, psnr, spatial_variance, ssim,
+                            total_variation)
 from models.runtime import files, vae_report
 from models.runtime.data import ShapesData
 from models.vae import Posterior, VAE_models
@@ -21,7 +22,8 @@ def pairs(n=4, size=48):
     """n pairs of uint8 images [n, 3, size, size]: shapes, and themselves with noise."""
     data, generator = ShapesData(n, size), torch.Generator().manual_seed(0)
     a = torch.stack([data[i][0] for i in range(n)])
-    noise = torch.randn(a.shape, generator=generator) * torch.tensor([2.0, 10.0, 30.0, 60.0])[:n, None, None, None]
+    deviation = torch.tensor([2.0, 10.0, 30.0, 60.0])[:n, None, None, None]
+    noise = torch.randn(a.shape, generator=generator) * deviation
     return a, (a + noise).clamp(0, 255).to(torch.uint8)
 
 
@@ -45,7 +47,8 @@ def test_ssim_by_its_formula():
             cov = (window * (p - mean_p) * (q - mean_q)).sum()
             var = (window * (p - mean_p) ** 2).sum() + (window * (q - mean_q) ** 2).sum()
             c1, c2 = 2.55 ** 2, 7.65 ** 2
-            values.append((2 * mean_p * mean_q + c1) * (2 * cov + c2) / ((mean_p ** 2 + mean_q ** 2 + c1) * (var + c2)))
+            values.append((2 * mean_p * mean_q + c1) * (2 * cov + c2)
+                          / ((mean_p ** 2 + mean_q ** 2 + c1) * (var + c2)))
         expected.append(np.mean(values))
     assert ssim(*(torch.from_numpy(v) for v in (a, b))).tolist() == pytest.approx(expected, abs=1e-10)
     assert ssim(*[pairs()[0]] * 2).tolist() == pytest.approx([1.0] * 4)
@@ -59,17 +62,18 @@ def test_scikit_image_agrees():
     for x, y, p, s in zip(a, b, psnr(a, b), ssim(a, b)):
         x, y = (v.permute(1, 2, 0).numpy() for v in (x, y))
         assert p.item() == pytest.approx(metrics.peak_signal_noise_ratio(x, y, data_range=255), abs=1e-4)
-        expected = metrics.structural_similarity(x, y, channel_axis=2, data_range=255, gaussian_weights=True, sigma=1.5,
-                                                 use_sample_covariance=False)
+        expected = metrics.structural_similarity(x, y, channel_axis=2, data_range=255, gaussian_weights=True,
+                                                 sigma=1.5, use_sample_covariance=False)
         assert s.item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_lpips_package_agrees(monkeypatch):
-    """Its own trained linear weights in both, and the same made-up VGG, whose trained weights need a network."""
+    """Its own linear weights in both, and the same made-up VGG, whose trained weights need a network."""
     package = pytest.importorskip("lpips", reason="the lpips package is not installed")
     peer = package.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
     ours = fill_(LPIPS(), post=lambda name, value: np.abs(value) if name.startswith("lin") else value)
-    names = {f"features.{index}": layer for part in range(1, 6) for index, layer in getattr(peer.net, f"slice{part}").named_children()}
+    names = {f"features.{index}": layer for part in range(1, 6)
+             for index, layer in getattr(peer.net, f"slice{part}").named_children()}
     with torch.no_grad():
         for name, layer in names.items():
             for kind, weight in layer.named_parameters():
@@ -83,7 +87,8 @@ def test_lpips_package_agrees(monkeypatch):
 
 
 def test_latent_numbers_of_known_latents():
-    ramp = torch.arange(8.0).expand(1, 2, 8, 8) * torch.tensor([1.0, 3.0]).view(1, 2, 1, 1)  # rises along the width
+    # rises along the width
+    ramp = torch.arange(8.0).expand(1, 2, 8, 8) * torch.tensor([1.0, 3.0]).view(1, 2, 1, 1)
     assert spatial_variance(ramp).item() == pytest.approx((5.25 + 9 * 5.25) / 2)
     assert total_variation(ramp).item() == pytest.approx((56 + 3 * 56) / 2)
     assert total_variation(ramp.transpose(2, 3)).item() == pytest.approx(112)
@@ -92,7 +97,8 @@ def test_latent_numbers_of_known_latents():
     moments = torch.cat([ramp, torch.full_like(ramp, 2 * math.log(3.0))], 1)
     mean, square = latent_moments(Posterior(moments))
     assert mean.tolist() == pytest.approx([3.5, 10.5])
-    assert (square - mean.square()).tolist() == pytest.approx([5.25 + 9, 9 * 5.25 + 9])  # the posterior's own spread adds
+    # the posterior's own spread adds
+    assert (square - mean.square()).tolist() == pytest.approx([5.25 + 9, 9 * 5.25 + 9])
 
 
 def test_principal_colors():
@@ -122,10 +128,12 @@ def naive_cknna(a, b, k):
 
     def hsic(x, y):
         one = np.ones(n)
-        return (np.trace(x @ y) + one @ x @ one * (one @ y @ one) / ((n - 1) * (n - 2)) - 2 / (n - 2) * one @ x @ y @ one) / (n * (n - 3))
+        both = one @ x @ one * (one @ y @ one) / ((n - 1) * (n - 2)) - 2 / (n - 2) * one @ x @ y @ one
+        return (np.trace(x @ y) + both) / (n * (n - 3))
     masks = neighbours(K), neighbours(L)
     both = masks[0] * masks[1]
-    return hsic(both * K, both * L) / np.sqrt(hsic(masks[0] * K, masks[0] * K) * hsic(masks[1] * L, masks[1] * L))
+    norms = hsic(masks[0] * K, masks[0] * K) * hsic(masks[1] * L, masks[1] * L)
+    return hsic(both * K, both * L) / np.sqrt(norms)
 
 
 def test_cknna():
@@ -165,10 +173,11 @@ def vae_paths(tmp_path_factory):
 
 def settings(tmp_path, vaes, **more):
     """The settings that --eval reads, on the built-in shapes."""
-    return SimpleNamespace(**{"eval": vaes, "data_dir": "shapes", "resolution": 16, "limit": 8, "metrics": "psnr,rfid,latents",
-                              "vae": None, "encoder": "hog", "encoder_ckpt": None, "model_ckpt": None, "seed": 0,
-                              "inception_weights": None, "mixed_precision": "auto", "output_dir": str(tmp_path),
-                              "exp_name": "eval", "dry_run": False} | more)
+    return SimpleNamespace(**{"eval": vaes, "data_dir": "shapes", "resolution": 16, "limit": 8,
+                              "metrics": "psnr,rfid,latents", "vae": None, "encoder": "hog",
+                              "encoder_ckpt": None, "model_ckpt": None, "seed": 0,
+                              "inception_weights": None, "mixed_precision": "auto",
+                              "output_dir": str(tmp_path), "exp_name": "eval", "dry_run": False} | more)
 
 
 def test_a_stopped_comparison_goes_on_with_the_vaes_that_are_left(tmp_path, vae_paths, monkeypatch, capsys):
@@ -194,11 +203,13 @@ def test_a_stopped_comparison_goes_on_with_the_vaes_that_are_left(tmp_path, vae_
 
     vae_report.evaluate(args)
     found = json.loads(path.read_text())
-    assert len(measured) == 3 and list(found["vaes"]) == vae_paths and found["vaes"][vae_paths[0]] == first[vae_paths[0]]
+    assert len(measured) == 3 and list(found["vaes"]) == vae_paths
+    assert found["vaes"][vae_paths[0]] == first[vae_paths[0]]
     assert "1 of 2 VAEs are measured already" in capsys.readouterr().out
     vae_report.evaluate(args)                                                # nothing is left to do
     assert len(measured) == 3 and json.loads(path.read_text()) == found
-    with pytest.raises(SystemExit):                                          # another one does not fit in there
+    # another one does not fit in there
+    with pytest.raises(SystemExit):
         vae_report.evaluate(settings(tmp_path, vae_paths, limit=7))
     assert "holds another evaluation (of other images)" in capsys.readouterr().err
     assert json.loads(path.read_text()) == found
@@ -215,7 +226,8 @@ def test_evaluations_are_numbered(tmp_path, vae_paths, monkeypatch, capsys):
                                        (vae_paths[:1], 8, 3, 5), ([str(changed)], 8, 4, 6)):
         vae_report.evaluate(settings(tmp_path / "out", vaes, limit=limit, **args))
         assert f"vae-eval-{number}/metrics.json" in capsys.readouterr().out and len(measured) == count
-    files.save(VAE_models["f4d4"]().state_dict(), changed)                   # other weights under the same name
+    # other weights under the same name
+    files.save(VAE_models["f4d4"]().state_dict(), changed)
     vae_report.evaluate(settings(tmp_path / "out", [str(changed)], **args))
     assert "vae-eval-5" in capsys.readouterr().out
     vae_report.evaluate(settings(tmp_path / "out", vae_paths, limit=6, dry_run=True, **args))
@@ -227,7 +239,8 @@ def test_a_limit_takes_images_of_all_classes(tmp_path):
         path = tmp_path / "set" / f"class{k // 4}" / f"{k:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (16, 16), (20 * k, 0, 0)).save(path)
-    np.savez(tmp_path / "set.npz", np.stack([np.asarray(Image.open(p)) for p in sorted((tmp_path / "set").rglob("*.png"))]))
+    np.savez(tmp_path / "set.npz", np.stack([np.asarray(Image.open(p))
+                                             for p in sorted((tmp_path / "set").rglob("*.png"))]))
     for path in (tmp_path / "set", tmp_path / "set.npz"):
         images = vae_report.held_out_images(str(path), 16, limit=4)
         assert images.count == 4 and len(images.shown) == 4

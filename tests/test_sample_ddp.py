@@ -1,4 +1,4 @@
-"""sample_ddp.py: samples depend on the seed and their index alone, runs stop and continue, released files load."""
+"""sample_ddp.py: samples depend on seed and index alone, runs stop and continue, released files load."""
 import argparse
 import contextlib
 import errno
@@ -32,11 +32,13 @@ FAST = ["--num-fid-samples", str(N), "--num-steps", "3", "--cfg-scale", "1.5", "
 
 
 def tiny_checkpoint(path, **changes):
-    """A training checkpoint of the tiny sizes, 10 classes, latents 8x8 with filled (so far from 0 and 1) statistics."""
-    sit = fill_(SiT_models["SiT-Ti/2"](input_size=8, num_classes=10, encoder_depth=4, z_dims=[16], projector_dim=32))
+    """A training checkpoint, tiny, of 10 classes, latents 8x8 with filled (far from 0 and 1) statistics."""
+    sit = fill_(SiT_models["SiT-Ti/2"](input_size=8, num_classes=10, encoder_depth=4, z_dims=[16],
+                                       projector_dim=32))
     vae = fill_(VAE_models["f4d4"]())
     args = {"model": "SiT-Ti/2", "num_classes": 10, "path_type": "linear", "vae": "f4d4", "exp_name": "run"}
-    content = {"model": {}, "ema": sit.state_dict(), "vae": vae.state_dict(), "args": args, "steps": 3} | changes
+    content = {"model": {}, "ema": sit.state_dict(), "vae": vae.state_dict(), "args": args, "steps": 3}
+    content |= changes
     files.save({k: v for k, v in content.items() if v is not None}, path)
     return str(path)
 
@@ -75,7 +77,8 @@ def test_contents(ckpt, reference):
 def test_samples_are_what_the_functions_give(ckpt, reference):
     """Samples 4..7 by hand: float32 network, float64 state, statistics without eps, truncation."""
     content = files.load(ckpt)
-    sit = SiT_models["SiT-Ti/2"](input_size=8, num_classes=10, encoder_depth=4, z_dims=[16], projector_dim=32).eval()
+    sit = SiT_models["SiT-Ti/2"](input_size=8, num_classes=10, encoder_depth=4, z_dims=[16],
+                                 projector_dim=32).eval()
     sit.load_state_dict(content["ema"])
     vae = VAE_models["f4d4"]()
     vae.load_state_dict(content["vae"])
@@ -118,7 +121,8 @@ def test_killed_and_continued(ckpt, tmp_path):
     flags = ["--num-fid-samples", "40", "--num-steps", "8"]
     whole, path = tmp_path / "whole.npz", tmp_path / "a.npz"
     sample_ddp.main(["--ckpt", ckpt, *flags, "--npz", str(whole)])
-    run = processes.start("sample_ddp", ["--ckpt", ckpt, *flags, "--npz", path, "--pproc-batch-size", "4"], tmp_path / "log")
+    run = processes.start("sample_ddp", ["--ckpt", ckpt, *flags, "--npz", path, "--pproc-batch-size", "4"],
+                          tmp_path / "log")
     folder = tmp_path / "a.shards"
     processes.wait_for(lambda: len(shards.list_shards(folder)) >= 2, [run], tmp_path / "log")
     processes.kill(run)
@@ -132,7 +136,8 @@ def test_killed_and_continued(ckpt, tmp_path):
     sample_ddp.main(["--ckpt", ckpt, *flags, "--npz", str(path)])
     assert path.read_bytes() == whole.read_bytes()
     assert not list(tmp_path.rglob("*.tmp"))
-    assert json.loads(path.with_suffix(".json").read_text())["run"]["samples"] == 40 - done  # nothing made twice
+    # nothing made twice
+    assert json.loads(path.with_suffix(".json").read_text())["run"]["samples"] == 40 - done
     assert not folder.exists()
 
 
@@ -168,7 +173,8 @@ SOLVERS = [
 
 @pytest.mark.parametrize("flags, solver", SOLVERS)
 def test_grid_only_with_every_solver(ckpt, tmp_path, flags, solver):
-    path = sample(ckpt, tmp_path / "a.npz", "--grid-only", "--num-fid-samples", "4", "--classes", "2,7", *flags)
+    path = sample(ckpt, tmp_path / "a.npz", "--grid-only", "--num-fid-samples", "4", "--classes", "2,7",
+                  *flags)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.png"] and not path.exists()
     protocol = json.loads((tmp_path / "a.json").read_text())
     assert protocol["solver"] == solver and protocol["classes"] == [2, 7]
@@ -189,7 +195,7 @@ def test_equal_labels_and_folder_flags(ckpt, tmp_path, capsys):
 
 
 def test_args_beside_frozen_vae_and_other_vae_files(ckpt, reference, tmp_path):
-    """args.json in the run folder instead of args; no VAE in the checkpoint, named by its args or by --vae-ckpt."""
+    """args.json in the run folder, not args; no VAE in the checkpoint, named by its args or --vae-ckpt."""
     content = files.load(ckpt)
     frozen = tiny_checkpoint(tmp_path / "exp" / "checkpoints" / "0000003.pt", vae=None, args=None)
     files.save(content["vae"], tmp_path / "vae.pt")
@@ -217,17 +223,21 @@ def test_released_layout_at_full_size(golden_json, tmp_path, monkeypatch):
                 state[key] = torch.rand(shape, generator=g) + 0.5
             else:
                 scale = 0.3 / max(1, int(np.prod(shape[1:]))) ** 0.5
-                state[key] = torch.randn(shape, generator=g).mul_(scale) + (len(shape) == 1 and key.endswith("weight"))
+                is_norm = len(shape) == 1 and key.endswith("weight")
+                state[key] = torch.randn(shape, generator=g).mul_(scale) + is_norm
         return state
 
     sit = weights(names["sit"])
-    args = argparse.Namespace(**keys["repae_args"] | {"model": "SiT-B/1", "vae": "f16d32", "exp_name": "released"})
+    args = argparse.Namespace(**keys["repae_args"] | {"model": "SiT-B/1", "vae": "f16d32",
+                                                      "exp_name": "released"})
     folder = tmp_path / "sit-repae-invae" / "checkpoints"
     folder.mkdir(parents=True)
-    torch.save({"model": sit, "ema": sit, "vae": weights(names["vae"]), "discriminator": {}, "opt": {"state": {}},
-                "opt_vae": {}, "opt_disc": {}, "args": args, "steps": 400000}, folder / "0400000.pt")
-    sample_ddp.main(["--exp-path", str(folder.parent), "--train-steps", "400000", "--npz", str(tmp_path / "a.npz"),
-                     "--num-fid-samples", "1", "--num-steps", "2", "--cfg-scale", "2", "--guidance-high", "0.5"])
+    torch.save({"model": sit, "ema": sit, "vae": weights(names["vae"]), "discriminator": {},
+                "opt": {"state": {}}, "opt_vae": {}, "opt_disc": {}, "args": args, "steps": 400000},
+               folder / "0400000.pt")
+    sample_ddp.main(["--exp-path", str(folder.parent), "--train-steps", "400000", "--npz",
+                     str(tmp_path / "a.npz"), "--num-fid-samples", "1", "--num-steps", "2", "--cfg-scale",
+                     "2", "--guidance-high", "0.5"])
     with np.load(tmp_path / "a.npz") as content:
         assert content["arr_0"].shape == (1, 256, 256, 3) and content["arr_0"].std() > 1
         protocol = json.loads(str(content["protocol"]))
@@ -235,7 +245,7 @@ def test_released_layout_at_full_size(golden_json, tmp_path, monkeypatch):
 
 
 def test_writing_needs_little_memory(tmp_path):
-    """2,000 256-pixel images are 393 MB; the writer must not hold them (20,000 are in tests/bench_sample.py)."""
+    """2,000 256-pixel images are 393 MB, which the writer must not hold (bench_sample.py: 20,000)."""
     code = """
 import resource, sys, numpy as np
 from models.runtime import images
@@ -245,8 +255,9 @@ before = peak()
 images.write_npz(sys.argv[1], (part for _ in range(40)), (2000, 256, 256, 3), arr_1=np.zeros(2000, int))
 print(sum(len(rows) for rows in images.open_npz(sys.argv[1]).read(64)), (peak() - before) / 1024)
 """
-    out = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.npz")], capture_output=True, text=True,
-                         cwd=ROOT, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}).stdout.split()
+    out = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.npz")], capture_output=True,
+                         text=True, cwd=ROOT, check=True,
+                         env=os.environ | {"PYTHONPATH": str(ROOT)}).stdout.split()
     assert int(out[0]) == 2000 and float(out[1]) < 60, f"the writer's memory grew by {out[1]} MiB"
     with np.load(tmp_path / "a.npz", mmap_mode="r") as content:
         assert content["arr_1"].shape == (2000,)
@@ -260,9 +271,10 @@ BAD = [
     (["--classes", "3,10"], "class 10"),
     (["--classes", "cat"], "--classes"),
     (["--range", "9:5"], "--range"),
-    *(([flag, value], flag) for flag in ("--num-fid-samples", "--pproc-batch-size", "--num-steps", "--cfg-scale",
-                                         "--guidance-low", "--guidance-high", "--rtol", "--atol", "--global-seed",
-                                         "--train-steps") for value in ("nan", "inf", "-1", "1e400")),
+    *(([flag, value], flag) for flag in ("--num-fid-samples", "--pproc-batch-size", "--num-steps",
+                                         "--cfg-scale", "--guidance-low", "--guidance-high", "--rtol",
+                                         "--atol", "--global-seed", "--train-steps")
+      for value in ("nan", "inf", "-1", "1e400")),
     (["--num-fid-samples", "0"], "--num-fid-samples"),
     (["--num-fid-samples", "1000000000000"], "--num-fid-samples"),
     (["--pproc-batch-size", "0"], "--pproc-batch-size"),
@@ -286,7 +298,7 @@ BAD = [
 
 
 def refused(capsys, *flags, begun=False):
-    """stderr of a run that must end with one line and exit code 2; before anything is shown, unless it had `begun`."""
+    """stderr of a run that must end in one line and exit code 2; before all output, unless it had `begun`."""
     with pytest.raises(SystemExit) as stop:
         sample_ddp.main([*map(str, flags)])
     captured = capsys.readouterr()
@@ -314,9 +326,10 @@ def test_bad_checkpoints(ckpt, tmp_path, monkeypatch, capsys):
         "null class": dict(ema=no_null), "another architecture": dict(ema=wide),
         "label table": dict(args=content["args"] | {"num_classes": 1000}),
         "names none": dict(vae=None),
-        "REPA-E/e2e-vavae": dict(vae=None, args=content["args"] | {"vae_ckpt": "pretrained/x/e2e-vavae-400k.pt"}),
-        "latent channels": dict(ema=SiT_models["SiT-Ti/2"](input_size=8, in_channels=8, num_classes=10, encoder_depth=1,
-                                                           z_dims=()).state_dict()),
+        "REPA-E/e2e-vavae": dict(vae=None,
+                                 args=content["args"] | {"vae_ckpt": "pretrained/x/e2e-vavae-400k.pt"}),
+        "latent channels": dict(ema=SiT_models["SiT-Ti/2"](input_size=8, in_channels=8, num_classes=10,
+                                                           encoder_depth=1, z_dims=()).state_dict()),
         "not the weights of a VAE": dict(vae={"a": torch.zeros(1)}),
     }
     for message, changes in broken.items():
@@ -340,7 +353,8 @@ def test_output_of_other_settings_is_not_touched(ckpt, reference, tmp_path, caps
         capsys, "--ckpt", ckpt, *FAST, "--cfg-scale", "3", "--npz", path)
     sample(ckpt, tmp_path / "b.npz", "--range", "0:4")
     capsys.readouterr()
-    assert "global_seed" in refused(capsys, "--ckpt", ckpt, *FAST, "--global-seed", "1", "--npz", tmp_path / "b.npz")
+    assert "global_seed" in refused(capsys, "--ckpt", ckpt, *FAST, "--global-seed", "1", "--npz",
+                                    tmp_path / "b.npz")
     path.write_bytes(b"PK")
     assert "truncated or no .npz" in refused(capsys, "--ckpt", ckpt, *FAST, "--npz", path)
     np.savez(path, np.zeros((N, 32, 32, 3), np.uint8))
@@ -350,7 +364,8 @@ def test_output_of_other_settings_is_not_touched(ckpt, reference, tmp_path, caps
 
 def test_samples_that_are_not_finite_stop_the_run(ckpt, tmp_path, capsys):
     content = files.load(ckpt)
-    for value, words, begun in ((float("nan"), "ema.final_layer.linear.bias", False), (3e38, "not finite", True)):
+    for value, words, begun in ((float("nan"), "ema.final_layer.linear.bias", False),
+                                (3e38, "not finite", True)):
         ema = dict(content["ema"], **{"final_layer.linear.bias": torch.full((16,), value)})
         torch.save(content | {"ema": ema}, path := tmp_path / "nan.pt")  # files.save refuses NaN
         assert words in refused(capsys, "--ckpt", path, *FAST, "--npz", tmp_path / "a.npz", begun=begun)
@@ -498,7 +513,7 @@ def test_a_second_run_in_the_same_folder_is_refused(ckpt, tmp_path, capsys):
 
 @pytest.mark.parametrize("where", ["shard", "npz", "json", "png"])
 def test_disk_full(ckpt, reference, tmp_path, capsys, monkeypatch, where):
-    """One line that names the file; what was written before stays, and with room the same command ends the same."""
+    """One line that names the file; what was written stays, and with room the same command ends the same."""
     path, real = tmp_path / "a.npz", files.replace
     wanted = {"shard": "00000016-00000019.npz", "npz": "a.npz", "json": "a.json", "png": "a.png"}[where]
 
@@ -529,7 +544,7 @@ LONG = ["--num-fid-samples", "4000", "--num-steps", "3", "--pproc-batch-size", "
 
 
 def stop(running, folder, log, numbers, to=None):
-    """Send signals to running processes once two shards are there; their exit codes and the seconds they took."""
+    """Send signals to processes once two shards are there; their exit codes and the seconds they took."""
     processes.wait_for(lambda: len(shards.list_shards(folder)) >= 2, running, log)
     begin = time.monotonic()
     for number in numbers:
@@ -547,7 +562,8 @@ def test_a_signal_stops_between_batches(ckpt, tmp_path, number):
     codes, seconds = stop([run], tmp_path / "a.shards", log, [number])
     last = log.read_text().splitlines()[-1]
     assert codes == [0] and seconds < 20
-    assert last.startswith(f"stopped by {number.name}: ") and "a.shards" in last and "Traceback" not in log.read_text()
+    assert last.startswith(f"stopped by {number.name}: ") and "a.shards" in last
+    assert "Traceback" not in log.read_text()
     done = shards.list_shards(tmp_path / "a.shards")
     assert f"{sum(end - first for first, end in done)} samples are in" in last
     for first, end in done:
@@ -610,16 +626,17 @@ def test_a_signal_while_the_npz_is_written(ckpt, reference, tmp_path, capsys, mo
 # ---------------------------------------------------------------- the command line
 
 def test_help_and_mistakes_answer_at_once(tmp_path):
-    """Without torch: the flags come before the heavy imports, and what they name is compared with the code here."""
+    """Without torch: flags come before the heavy imports, and what they name is compared with the code."""
     def run(*flags):
         begin = time.monotonic()
-        done = subprocess.run([sys.executable, ROOT / "sample_ddp.py", *flags], capture_output=True, text=True,
-                              cwd=tmp_path)
+        done = subprocess.run([sys.executable, ROOT / "sample_ddp.py", *flags], capture_output=True,
+                              text=True, cwd=tmp_path)
         return done.returncode, done.stdout, done.stderr, time.monotonic() - begin
 
     code, out, err, seconds = run("--help")
     assert code == 0 and err == "" and seconds < 3
-    for part in ("checkpoint:", "samples:", "solver and guidance:", "output:", "running:", "torchrun --nproc-per-node"):
+    for part in ("checkpoint:", "samples:", "solver and guidance:", "output:", "running:",
+                 "torchrun --nproc-per-node"):
         assert part in out
     code, out, err, seconds = run("--cfg-scale", "nan")
     assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and seconds < 3

@@ -1,4 +1,4 @@
-"""Samplers: golden parity, order of convergence, marginals, guidance, and draws that depend on (seed, index) alone."""
+"""Samplers: golden parity, order of convergence, marginals, guidance, draws of (seed, index) alone."""
 import doctest
 import inspect
 import math
@@ -95,7 +95,8 @@ def test_orders_of_convergence(golden):
     truth = exact(config, x, y, pieces_of(config, y, False))
     velocity = samplers.guided(analytic(config), y, 1000, dtype=torch.float64)
     for solver, order in ((samplers.euler, 1), (samplers.heun, 2)):
-        errors = [(solver(velocity, x, samplers.time_grid(n)) - truth).abs().max().item() for n in (40, 80, 160)]
+        errors = [(solver(velocity, x, samplers.time_grid(n)) - truth).abs().max().item()
+                  for n in (40, 80, 160)]
         for coarse, fine in zip(errors, errors[1:]):
             assert math.log2(coarse / fine) == pytest.approx(order, abs=0.1)
 
@@ -130,7 +131,7 @@ def test_dopri5_gives_up_where_the_velocity_is_not_finite():
 
 @pytest.mark.parametrize("path_type", ["linear", "cosine"])
 def test_sde_ends_in_the_data_distribution(path_type):
-    """Gaussian data of standard deviation 0.5 has a closed-form velocity; the SDE must end at 0.5 for both paths."""
+    """Gaussian data of deviation 0.5 has a closed-form velocity; the SDE must end at 0.5 on both paths."""
     def velocity(x, t):
         var = 0.25
         if path_type == "linear":
@@ -160,7 +161,8 @@ def test_null_rows_run_inside_the_interval_only():
     assert calls == [(1.0, [3, 4]), (0.75, [3, 4, 7, 7]), (0.5, [3, 4, 7, 7]), (0.25, [3, 4])]
     calls.clear()
     samplers.heun(samplers.guided(network, y, 7, 2.0, 0.6), x, samplers.time_grid(2))
-    assert calls == [(1.0, [3, 4, 7, 7]), (0.5, [3, 4, 7, 7]), (0.5, [3, 4])]  # the test is on the step's start
+    # the test is on the step's start
+    assert calls == [(1.0, [3, 4, 7, 7]), (0.5, [3, 4, 7, 7]), (0.5, [3, 4])]
     calls.clear()
     velocity = samplers.guided(network, y, 7, 2.0, 0.5, 0.75)
     samplers.dopri5(velocity, x, samplers.smooth_pieces(2.0, 0.5, 0.75))
@@ -212,7 +214,8 @@ def test_bad_guidance(bad):
 def test_the_docstrings_example():
     """As it stands, with tiny networks."""
     torch.manual_seed(0)
-    sit = SiT(input_size=8, patch_size=4, hidden_size=32, depth=1, num_heads=2, encoder_depth=1, z_dims=()).eval()
+    sit = SiT(input_size=8, patch_size=4, hidden_size=32, depth=1, num_heads=2, encoder_depth=1,
+              z_dims=()).eval()
     vae = VAE_models["f4d4"]().eval()
     names = vars(samplers) | {"sit": sit, "vae": vae, "interpolant": interpolant}
     test, = doctest.DocTestFinder(recurse=False).find(samplers, "samplers", globs=names)

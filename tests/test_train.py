@@ -1,4 +1,4 @@
-"""train_repae_e.py end to end on tiny runs: gradients, accumulation, processes, resuming, flags, and what a user can get wrong."""
+"""train_repae_e.py on tiny runs: gradients, accumulation, processes, resuming, flags, users' mistakes."""
 import ast
 import json
 import os
@@ -19,7 +19,8 @@ from models.runtime import files, flops, runlog, trainer
 from models.runtime.data import ShapesData
 from models.losses import denoising_loss, noisy_latents, reconstruction_losses
 
-TINY = ["--preset", "demo", "--model", "SiT-Ti/4", "--batch-size", "4", "--sampling-steps", "0", "--log-every", "1", "--checkpointing-steps", "2",
+TINY = ["--preset", "demo", "--model", "SiT-Ti/4", "--batch-size", "4", "--sampling-steps", "0",
+        "--log-every", "1", "--checkpointing-steps", "2",
         "--keep-checkpoints", "0", "--disc-weight", "0.1", "--disc-start", "1"]
 
 
@@ -39,7 +40,8 @@ def tiny_nets(*flags):
 
 def tiny_batch(nets, args, step=1):
     data = ShapesData(64, args.resolution)
-    images, labels = (torch.stack([torch.as_tensor(data[i][k]) for i in range(args.batch_size)]) for k in (0, 1))
+    images, labels = (torch.stack([torch.as_tensor(data[i][k]) for i in range(args.batch_size)])
+                      for k in (0, 1))
     return train.make_batch(nets, args, step, images, labels)
 
 
@@ -71,7 +73,7 @@ def assert_same(a, b, path=""):
         assert a == b, path
 
 
-# ------------------------------------------------------------------------------------------------------- gradients
+# -------------------------------------------------------------------------------------------------- gradients
 
 def gradient_norms(net):
     return {n: 0.0 if p.grad is None else p.grad.norm().item() for n, p in net.named_parameters()}
@@ -99,7 +101,8 @@ def test_alignment_reaches_vae_in_its_update_and_nothing_else():
     vae_backward(nets, args, batch)
     norms = gradient_norms(nets.vae)
     assert all(norm > 0 for name, norm in norms.items() if name.startswith("encoder.conv"))
-    assert all(norm == 0 for name, norm in norms.items() if name.startswith("decoder."))  # alignment sees latents only
+    # alignment sees latents only
+    assert all(norm == 0 for name, norm in norms.items() if name.startswith("decoder."))
     assert set(gradient_norms(nets.sit).values()) == {0.0}  # SiT and projector: frozen in this update
 
 
@@ -117,8 +120,8 @@ def test_gan_reaches_the_vae_but_not_the_discriminator():
 @pytest.mark.parametrize("ablation", [False, True])
 def test_diffusion_loss_never_reaches_the_vae_unless_asked(ablation):
     flags = ["--diffusion-to-vae"] if ablation else []
-    nets, args = tiny_nets("--reconstruction-weight", "0", "--kl-weight", "0", "--disc-weight", "0", "--proj-coeff", "0",
-                           "--vae-align-proj-coeff", "0", *flags)
+    nets, args = tiny_nets("--reconstruction-weight", "0", "--kl-weight", "0", "--disc-weight", "0",
+                           "--proj-coeff", "0", "--vae-align-proj-coeff", "0", *flags)
     before = {k: v.clone() for k, v in nets.vae.state_dict().items()}
     batch = tiny_batch(nets, args)
     vae_backward(nets, args, batch)
@@ -142,7 +145,8 @@ def test_both_losses_reach_sit_and_projector_in_its_update():
     assert all(norm > 0 for name, norm in norms.items() if not name.startswith("y_embedder")), norms
     only_diffusion, args0 = tiny_nets("--proj-coeff", "0")
     sit_backward(only_diffusion, args0, batch, z)
-    assert set(v for k, v in gradient_norms(only_diffusion.sit).items() if k.startswith("projectors")) == {0.0}
+    assert set(v for k, v in gradient_norms(only_diffusion.sit).items()
+               if k.startswith("projectors")) == {0.0}
 
 
 def test_learning_the_position_table_is_a_choice():
@@ -153,16 +157,18 @@ def test_learning_the_position_table_is_a_choice():
     assert not torch.equal(before, nets.sit.pos_embed)
 
 
-# ----------------------------------------------------------------------------------------- equal results, other splits
+# -------------------------------------------------------------------------------- equal results, other splits
 
 def test_accumulation_equals_the_whole_batch():
     """All gradients, batch norm statistics and losses, the discriminator's batch norm included."""
     results = []
     for n in (1, 2, 4):
-        nets, args = tiny_nets("--gradient-accumulation-steps", str(n), "--disc-start", "0", "--max-grad-norm", "1e9")
+        nets, args = tiny_nets("--gradient-accumulation-steps", str(n), "--disc-start", "0",
+                               "--max-grad-norm", "1e9")
         nets.opts = {}  # keep the gradients
         values, _ = train.train_step(nets, args, tiny_batch(nets, args))
-        gradients = {f"{name}.{k}": p.grad for name in nets.trained for k, p in getattr(nets, name).named_parameters()}
+        gradients = {f"{name}.{k}": p.grad for name in nets.trained
+                     for k, p in getattr(nets, name).named_parameters()}
         results.append((values, gradients, [b.clone() for b in nets.statistics]))
     for values, gradients, statistics in results[1:]:
         for name in values:
@@ -181,9 +187,11 @@ def test_two_nodes_and_then_one_process_equal_one(tmp_path):
         end = f"127.0.0.1:{s.getsockname()[1]}"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
                 "--rdzv-backend", "c10d", "--rdzv-endpoint", end, "--rdzv-id", "test"]
-    command = [*torchrun, str(ROOT / "train_repae_e.py"), *TINY, "--output-dir", str(tmp_path / "two"), *rates]
+    command = [*torchrun, str(ROOT / "train_repae_e.py"), *TINY, "--output-dir", str(tmp_path / "two"),
+               *rates]
     with open(tmp_path / "log", "w") as log:
-        nodes = [subprocess.Popen([*command, "--max-train-steps", "2"], stdout=log, stderr=log, start_new_session=True,
+        nodes = [subprocess.Popen([*command, "--max-train-steps", "2"], stdout=log, stderr=log,
+                                  start_new_session=True,
                                   env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
                  for _ in range(2)]
     torch.set_num_threads(1)
@@ -207,7 +215,8 @@ def test_killed_and_resumed_gives_the_same_bits(tmp_path):
     flags = ("--max-train-steps", "5", "--hflip", "--num-workers", "1")
     torch.set_num_threads(1)
     whole = final_state(run(tmp_path / "whole", *flags), 5)
-    process = processes.start("train_repae_e", [*TINY, "--output-dir", tmp_path / "killed", *flags], tmp_path / "log")
+    process = processes.start("train_repae_e", [*TINY, "--output-dir", tmp_path / "killed", *flags],
+                              tmp_path / "log")
     folder = tmp_path / "killed" / "demo"
     processes.wait_for((folder / "checkpoints" / "0000002.pt").exists, [process], tmp_path / "log")
     processes.kill(process)
@@ -221,10 +230,12 @@ def test_killed_and_resumed_gives_the_same_bits(tmp_path):
 def test_a_signal_to_one_of_two_processes_saves_and_ends_both(tmp_path):
     """As a cluster sends it; exit code 0 within seconds, and the same command goes on from there."""
     log, folder = tmp_path / "log", tmp_path / "demo"
-    arguments = [*TINY, "--checkpointing-steps", "100000", "--max-train-steps", "100000", "--output-dir", tmp_path]
+    arguments = [*TINY, "--checkpointing-steps", "100000", "--max-train-steps", "100000", "--output-dir",
+                 tmp_path]
     both = processes.start_two("train_repae_e", arguments, log)
     try:
-        processes.wait_for(lambda: (folder / "metrics.jsonl").exists() and len(metrics(folder)) > 2, both, log)
+        processes.wait_for(lambda: (folder / "metrics.jsonl").exists() and len(metrics(folder)) > 2, both,
+                           log)
         os.kill(both[1].pid, signal.SIGTERM)
         processes.wait_for(lambda: all(p.exitcode == 0 for p in both), both, log, seconds=60)
     finally:
@@ -249,21 +260,23 @@ def test_resume_passes_over_a_broken_checkpoint(tmp_path, capsys):
 
 def test_run_folder_and_checkpoint_layout(tmp_path):
     folder = run(tmp_path, "--max-train-steps", "2", "--sampling-steps", "2")
-    assert sorted(p.name for p in folder.iterdir()) == [".lock", "args.json", "checkpoints", "log.txt", "metrics.jsonl",
-                                                        "reconstructions", "samples"]
+    assert sorted(p.name for p in folder.iterdir()) == [".lock", "args.json", "checkpoints", "log.txt",
+                                                        "metrics.jsonl", "reconstructions", "samples"]
     for kind in ("samples", "reconstructions"):
         with Image.open(folder / kind / "0000002.png") as image:
             assert image.format == "PNG" and min(image.size) >= 64
     line = metrics(folder)[-1]
-    names = ("reconstruction_loss kl_loss weighted_gan_loss gan_loss vae_align_loss vae_loss grad_norm_vae d_loss logits_real "
-             "logits_fake grad_norm_disc denoising_loss proj_loss sit_loss grad_norm_sit step images_per_s peak_memory_gib "
-             "seconds_per_step mfu skipped_steps")
+    names = ("reconstruction_loss kl_loss weighted_gan_loss gan_loss vae_align_loss vae_loss grad_norm_vae "
+             "d_loss logits_real logits_fake grad_norm_disc denoising_loss proj_loss sit_loss grad_norm_sit "
+             "step images_per_s peak_memory_gib seconds_per_step mfu skipped_steps")
     assert set(names.split()) <= set(line) and line["step"] == 2 and 0 < line["mfu"] < 2
     state = final_state(folder, 2)
-    assert list(state) == ["model", "ema", "opt", "vae", "opt_vae", "discriminator", "opt_disc", "data", "log",
-                           "loss_scale", "args", "steps"]
-    assert state["args"]["model"] == "SiT-Ti/4" and json.loads((folder / "args.json").read_text()) == state["args"]
-    assert not torch.equal(state["model"]["final_layer.linear.weight"], state["ema"]["final_layer.linear.weight"])
+    assert list(state) == ["model", "ema", "opt", "vae", "opt_vae", "discriminator", "opt_disc", "data",
+                           "log", "loss_scale", "args", "steps"]
+    assert state["args"]["model"] == "SiT-Ti/4"
+    assert json.loads((folder / "args.json").read_text()) == state["args"]
+    assert not torch.equal(state["model"]["final_layer.linear.weight"],
+                           state["ema"]["final_layer.linear.weight"])
 
 
 def test_frozen_vae_run(tmp_path):
@@ -273,24 +286,28 @@ def test_frozen_vae_run(tmp_path):
     state = final_state(folder, 2)
     assert list(state) == ["model", "ema", "opt", "data", "vae_digest", "log", "loss_scale", "args", "steps"]
     bn = {k: v for k, v in state["model"].items() if k.startswith("bn.")}
-    assert bn["bn.num_batches_tracked"] == 0 and not torch.equal(bn["bn.running_var"], torch.ones(4))  # measured, then fixed
+    # measured, then fixed
+    assert bn["bn.num_batches_tracked"] == 0 and not torch.equal(bn["bn.running_var"], torch.ones(4))
     assert "proj_loss" in metrics(folder)[0] and "vae_loss" not in metrics(folder)[0]
 
 
-# ------------------------------------------------------------------------------------------------------- robustness
+# ------------------------------------------------------------------------------------------------- robustness
 
 def test_a_step_that_is_not_finite_changes_nothing():
     nets, args = tiny_nets("--disc-start", "0")
     train.train_step(nets, args, tiny_batch(nets, args))
-    state = lambda: {n: {k: v.clone() for k, v in getattr(nets, n).state_dict().items() if v.is_floating_point()}  # noqa: E731
-                     for n in nets.trained}
+
+    def state():
+        return {n: {k: v.clone() for k, v in getattr(nets, n).state_dict().items() if v.is_floating_point()}
+                for n in nets.trained}
     before, batch = state(), tiny_batch(nets, args, step=2)
     batch.images[0, 0, 0, 0] = float("nan")
     _, skip = train.train_step(nets, args, batch)
     assert skip == 1
     assert_same(before, state())
     _, skip = train.train_step(nets, args, tiny_batch(nets, args, step=3))
-    assert skip == 0 and not torch.equal(before["vae"]["encoder.conv_in.weight"], nets.vae.encoder.conv_in.weight)
+    assert skip == 0 and not torch.equal(before["vae"]["encoder.conv_in.weight"],
+                                         nets.vae.encoder.conv_in.weight)
 
 
 def test_collapse_stops_the_run_and_names_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
@@ -298,7 +315,9 @@ def test_collapse_stops_the_run_and_names_the_last_good_checkpoint(tmp_path, mon
 
     def broken(nets, *rest, **more):
         calls.append(1)
-        return real(nets, *rest, **more) if len(calls) <= 2 else ({"sit_loss": torch.tensor(float("nan"))}, torch.tensor(1.0))
+        if len(calls) <= 2:
+            return real(nets, *rest, **more)
+        return {"sit_loss": torch.tensor(float("nan"))}, torch.tensor(1.0)
     monkeypatch.setattr(train, "train_step", broken)
     with pytest.raises(SystemExit) as stop:
         run(tmp_path, "--max-train-steps", "200", "--log-every", "2", "--checkpointing-steps", "50")
@@ -364,16 +383,19 @@ def test_bf16_step_stays_close_to_float32():
             assert values[name].item() == pytest.approx(reference[name].item(), rel=0.03, abs=0.01), name
 
 
-# ------------------------------------------------------------------------------------------------------------- flags
+# ------------------------------------------------------------------------------------------------------ flags
 
 def test_every_flag_is_read_and_every_setting_is_a_flag():
     used = set()
-    for name in ("train_repae_e.py", "models/runtime/trainer.py", "models/runtime/runlog.py", "models/runtime/online.py"):
+    for name in ("train_repae_e.py", "models/runtime/trainer.py", "models/runtime/runlog.py",
+                 "models/runtime/online.py"):
         used |= {node.attr for node in ast.walk(ast.parse((ROOT / name).read_text()))
-                 if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"}
+                 if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+                 and node.value.id == "args"}
     flags = set(vars(train.parse_args([])))
     assert used <= flags, f"read but no flag: {used - flags}"
-    assert flags - used == {"preset"}, f"a flag that nothing reads: {flags - used}"  # the parser itself reads --preset
+    # the parser itself reads --preset
+    assert flags - used == {"preset"}, f"a flag that nothing reads: {flags - used}"
 
 
 def test_every_flag_has_a_help_line_and_presets_name_flags(capsys):
@@ -400,7 +422,8 @@ def flag_tables():
 
 
 def test_readme_lists_every_flag_with_its_default():
-    assert flag_tables() in (ROOT / "README.md").read_text(), "README.md: put what flag_tables() returns under 'Flags'"
+    readme = (ROOT / "README.md").read_text()
+    assert flag_tables() in readme, "README.md: put what flag_tables() returns under 'Flags'"
 
 
 def test_explicit_flags_win_over_a_preset():
@@ -408,7 +431,7 @@ def test_explicit_flags_win_over_a_preset():
     assert args.batch_size == 7 and args.model == train.PRESETS["demo"]["model"]
 
 
-# --------------------------------------------------------------------------------------------------------- bad input
+# -------------------------------------------------------------------------------------------------- bad input
 
 @pytest.fixture
 def photos(tmp_path):
