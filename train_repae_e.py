@@ -405,8 +405,17 @@ def build_blank(args, device):
 
 
 def blank_step(nets, args, images, labels):
-    """One step for models/runtime/memory.py."""
-    train_step(nets, args, make_batch(nets, args, step=2, images=images, labels=labels))
+    """One step for models/runtime/memory.py, with what the settings have in caches."""
+    latents, tokens, host = [], [], torch.device("cpu")
+    if args.latent_cache:
+        side, channels = nets.sit.input_size, nets.sit.in_channels
+        latents = [torch.zeros(len(labels), channels, side, side, device=host) for _ in ("mean", "std")]
+    if args.cache_features:
+        tokens = [torch.zeros(len(labels), e.grid ** 2, e.embed_dim, dtype=torch.bfloat16, device=host)
+                  for e in nets.encoders]
+    if not reads_images(args, nets):
+        images = images[:, :0]
+    train_step(nets, args, make_batch(nets, args, 2, images, labels, latents, tokens))
 
 
 def set_up(args, folder, device):
@@ -467,8 +476,12 @@ def cached_data(nets, args, dataset, kept):
     if not caches:
         return dataset
     cache.make(caches, dataset, nets.device, args.num_workers)
-    reads_images = not args.latent_cache or bool(nets.encoders and not args.cache_features)
-    return cache.CachedData(dataset, caches, reads_images)
+    return cache.CachedData(dataset, caches, reads_images(args, nets))
+
+
+def reads_images(args, nets):
+    """Whether a step needs the images themselves, or has all that it needs of them in caches."""
+    return not args.latent_cache or bool(nets.encoders and not args.cache_features)
 
 
 def main(argv=None):

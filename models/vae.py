@@ -36,11 +36,15 @@ def no_autocast(x):
     return torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False)
 
 
+# Before torch 2.13 CUDA's kernel rounds mean and 1/std to the type of its input before it uses them.
+ROUNDED_STATISTICS = torch.__version__ < (2, 13)
+
+
 class GroupNorm(nn.GroupNorm):
     """GroupNorm (32 groups from 128 channels on) that keeps the type of its input.
 
-    Statistics are float32 inside the kernel either way, but autocast would store a float32 copy of every
-    activation, half of the VAE's memory.
+    Statistics are float32 all the same, but autocast would store a float32 copy of every activation, half of
+    the VAE's memory.
 
     Narrow layers (f4d4) have groups of 4: groups of one channel would normalise an image's colour away.
     """
@@ -49,8 +53,10 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(min(32, channels // 4), channels, eps=1e-6)
 
     def forward(self, x):
+        wide = torch.promote_types(x.dtype, torch.float32) if ROUNDED_STATISTICS and x.is_cuda else x.dtype
         with no_autocast(x):
-            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+            y = F.group_norm(x.to(wide), self.num_groups, self.weight.to(wide), self.bias.to(wide), self.eps)
+            return y.to(x.dtype)
 
 
 def recomputing_input(function, x):

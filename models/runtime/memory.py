@@ -53,7 +53,7 @@ class Count:
         patch("torch.nn.functional.scaled_dot_product_attention", to=attention)
         patch("torch.autograd._engine_run_backward", to=self.backward)
         patch("torch._C._current_graph_task_id", to=lambda: 0)
-        patch("torch.nn.Module.to", to=to_gpu)
+        patch("torch.nn.Module.to", to=to_device)
         enter(unittest.mock.patch.object(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode,
                                          create=True))
         enter(fake)
@@ -267,6 +267,7 @@ def training_peak(args, build, step, world_size=1):
         patch("runtime.distributed.rank", lambda: 0)
         patch("runtime.distributed.all_reduce_sum", lambda x: x)
         patch("runtime.trainer.wrap_ddp", wrap_ddp)
+        patches.enter_context(unittest.mock.patch("torch.distributed.broadcast"))  # of ShardedAdamW
         for name in ("first_pass", "gan_gradient", "update"):
             function = getattr(trainer, name)
             patch(f"runtime.trainer.{name}", count.in_phase(lambda *a, name=name: name, function))
@@ -286,8 +287,9 @@ def training_peak(args, build, step, world_size=1):
         encoders = {f"encoder {e.name}": e for e in nets.encoders}
         count.watch(VAE=nets.vae, VGG=nets.lpips, SiT=nets.sit, discriminator=nets.disc, **encoders)
         share = args.batch_size // world_size
-        images = torch.zeros(share, 3, args.resolution, args.resolution, dtype=torch.uint8)
-        labels = torch.zeros(share, dtype=torch.long)
+        with torch.device("cpu"):   # where a step's data come from
+            images = torch.zeros(share, 3, args.resolution, args.resolution, dtype=torch.uint8)
+            labels = torch.zeros(share, dtype=torch.long)
         count.reset_peak()
         step(nets, args, images, labels)
     return count
@@ -298,6 +300,11 @@ def training_peak(args, build, step, world_size=1):
 SIZES, BESIDE = (24, 40, 48, 80, 141), 2.0
 
 
+def countable():
+    """Whether a Count works here: before 2.10 torch asks the GPU's driver even where tensors are fake."""
+    return torch.cuda.is_available() or torch.__version__ >= (2, 10)
+
+
 def forecast(args, build, step, world_size=1):
     """What --dry-run says about memory: the predicted peak per GPU, what holds it, where it fits, a remedy.
 
@@ -306,15 +313,11 @@ def forecast(args, build, step, world_size=1):
     missing = list(SIZES)
     if torch.cuda.is_available():
         missing = [torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB]
+    elif not countable():
+        return f"peak per GPU: not predicted; torch {torch.__version__} needs a GPU for it, 2.10 does not"
     lines, least = [], float("inf")
     for flags, more in thriftier(args, world_size):
-        try:
-            count = training_peak(more, build, step, world_size)
-        except RuntimeError as error:
-            if "CUDA driver" not in str(error):
-                raise
-            # torch 2.6 asks for a driver even where tensors are fake
-            return f"peak per GPU: not predicted, torch {torch.__version__} needs a GPU for it"
+        count = training_peak(more, build, step, world_size)
         if not lines:
             lines = [f"predicted peak per GPU ({world_size} x {args.batch_size // world_size} images; CUDA's "
                      f"context, cuDNN's workspaces, fragmentation come on top, about {BESIDE:g} GiB):",
@@ -375,15 +378,16 @@ class _Watch(TorchDispatchMode):
         return results
 
 
-def to_gpu(module, *args, **kwargs):
-    """Module.to, whatever it is asked for: fake parameters cannot be moved, only made anew."""
+def to_device(module, *args, **kwargs):
+    """Module.to of a device: fake parameters cannot be moved, only made anew. Other changes are left out."""
+    device = "cpu" if "cpu" in args else "cuda"
     for part in module.modules():
         for name, p in part.named_parameters(recurse=False):
-            if not p.is_cuda:
-                setattr(part, name, torch.nn.Parameter(torch.empty_like(p, device="cuda"), p.requires_grad))
+            if p.device.type != device:
+                setattr(part, name, torch.nn.Parameter(torch.empty_like(p, device=device), p.requires_grad))
         for name, buffer in part.named_buffers(recurse=False):
-            if not buffer.is_cuda:
-                setattr(part, name, torch.empty_like(buffer, device="cuda"))
+            if buffer.device.type != device:
+                setattr(part, name, torch.empty_like(buffer, device=device))
     return module
 
 

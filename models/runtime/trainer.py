@@ -236,6 +236,9 @@ def compile_blocks(nets):
     limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
     # every width and resolution of the VAE is one more graph of the same code
     setattr(torch._dynamo.config, limit, 64)
+    # In DistributedDataParallel the compiler would cut every block of over 1 MB into pieces, to send
+    # gradients while it runs backward; block by block they are sent early enough.
+    torch._dynamo.config.optimize_ddp = False
     blocks = [m for m in nets.vae.modules() if isinstance(m, ResnetBlock)]
     if nets.sit is not None:
         # Not the average's: it samples now and then only, and while the evaluator's thread has set other
