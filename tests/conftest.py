@@ -5,6 +5,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import jobs
 import numpy as np
 import processes
 import pytest
@@ -19,14 +20,28 @@ sys.path.insert(0, str(GOLDEN if (GOLDEN / "fill.py").exists() else ROOT / "test
 THREADS, GPU = torch.get_num_threads(), torch.cuda.is_available()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--jobs", type=int, default=1, help="share the test files out among so many processes")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU, and skips where there is none")
 
 
-def pytest_collection_finish(session):
-    uses_processes = any(hasattr(item.module, "processes") for item in session.items)
-    if uses_processes and not session.config.option.collectonly:
+def begin(session, jobs=1):
+    """What a process does before its first test; `jobs` of them share the machine."""
+    global THREADS
+    THREADS = max(1, THREADS // jobs)
+    if any(hasattr(item.module, "processes") for item in session.items):
         processes.begin()
+
+
+def pytest_runtestloop(session):
+    wanted = session.config.option.jobs
+    if wanted > 1 and not GPU:  # which a forked process could not use
+        return jobs.run(session, lambda: begin(session, wanted))
+    if not session.config.option.collectonly:
+        begin(session)
 
 
 @pytest.hookimpl(tryfirst=True)  # before the fixtures of whole modules too
