@@ -20,7 +20,7 @@ from models.runtime.data import EndlessSampler
 
 def main(argv):
     """What each of two processes does; `processes` starts it."""
-    {"hang": hang, "shard": shard}[argv[0]](argv[1])
+    {"hang": hang, "shard": shard, "meet": meet}[argv[0]](argv[1])
 
 
 def hang(done):
@@ -56,6 +56,28 @@ def test_a_process_that_hangs_is_named_and_one_at_work_is_waited_for(tmp_path):
         line, = (line for line in text.splitlines() if line.startswith(begin))
         assert "process 1 (pid " in line and "process 0" not in line
     assert distributed.lost_process(RuntimeError("another kind")) is None
+
+
+def meet(done):
+    """Join the others, and die without a farewell."""
+    rank, _, _ = distributed.init()
+    assert distributed.gather(rank) == [0, 1]
+    open(done + str(rank), "w").close()
+    time.sleep(600)
+
+
+def test_processes_that_torchrun_starts_anew_find_one_another(tmp_path):
+    """torchrun --max-restarts keeps its store, which then holds the addresses of those who died."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+              "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for count in ("0", "1"):
+        log, done = tmp_path / "log", tmp_path / f"done {count} "
+        both = [processes.start("test_scale", ["meet", done], log, RANK=rank, LOCAL_RANK=rank, **common,
+                                TORCHELASTIC_RESTART_COUNT=count) for rank in ("0", "1")]
+        processes.wait_for(lambda done=done: all(os.path.exists(f"{done}{r}") for r in (0, 1)), both, log, 60)
+        for process in both:
+            processes.kill(process)
 
 
 # ---------------------------------------------------------------- moments shared out

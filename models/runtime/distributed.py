@@ -2,9 +2,9 @@
 batch of all of them.
 
 Two kinds of waiting are told apart. Collectives (all_reduce, broadcast) are for the middle of a step, where
-all processes are about equally far; torch ends them after PATIENCE. Where a process may be late they meet in
-`any_process`, `barrier`, `gather`, `from_main` or `main_first`: there the others say for whom they wait and
-what it does (`busy`), and end the run with its name if it stays away.
+all processes are about equally far; torch ends them a little after PATIENCE. Where a process may be late
+they meet in `any_process`, `barrier`, `gather`, `from_main` or `main_first`: there the others say for whom
+they wait and what it does (`busy`), and end the run with its name if it stays away.
 """
 import contextlib
 import datetime
@@ -41,8 +41,14 @@ def init():
                              f"start torchrun with --nproc-per-node {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(seconds=PATIENCE),
+        # Longer than the others wait in `any_process`: they know the name, NCCL's watchdog does not.
+        timeout = datetime.timedelta(seconds=1.2 * PATIENCE)
+        store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+        # What torchrun --max-restarts starts anew finds the store of before, with the addresses of the dead.
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store.set_timeout(timeout)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, store=store,
+                                rank=rank, world_size=world_size,
                                 device_id=device if device.type == "cuda" else None)
         open_table()
     return int(os.environ.get("RANK", 0)), world_size, device
