@@ -98,21 +98,24 @@ def plain_convolutions():
             yield
 
 
-COUNTED = {}  # FLOPs of the runs so far
+COUNTED = {}  # FLOPs of the runs so far, by what they depend on
+ARITHMETIC = ("vae", "resolution", "model", "num_classes", "encoder", "encoder_depth", "projector",
+              "freeze_vae", "train_encoder", "proj_coeff", "vae_align_proj_coeff")
 
 
 @pytest.fixture(autouse=True)
 def flops_counted_once(monkeypatch):
-    """Counting a step's FLOPs takes a second at the start of every run: here once for each kind of run."""
+    """Counting a step's FLOPs takes as long as a step, at the start of every run: here once for each kind."""
     import finetune_vae
     import train_repae_e
 
     def remembered(module, count):
-        def step_flops(args, *rest):
-            key = module.__name__, str([v for k, v in vars(args).items()
-                                        if k not in ("output_dir", "max_train_steps", "resume")])
+        def step_flops(args, nets, *rest):
+            key = (module.__name__, nets.lpips is None, nets.disc is None, len(nets.encoders),
+                   *(getattr(args, name, None) for name in ARITHMETIC),
+                   *(bool(getattr(args, name, None)) for name in ("latent_cache", "cache_features")))
             if key not in COUNTED:
-                COUNTED[key] = count(args, *rest)
+                COUNTED[key] = count(args, nets, *rest)
             return COUNTED[key]
         return step_flops
     for module, name in ((finetune_vae, "vae_step_flops"), (train_repae_e, "step_flops")):

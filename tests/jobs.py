@@ -1,4 +1,4 @@
-"""`pytest --jobs 2`: the test files shared out among processes, which are forked once all tests are collected.
+"""`pytest --jobs 2`: the test files shared out among processes, forked once all tests are collected.
 
 Each is given the next file when it is done with one, the largest first. What it reports goes to the first
 process, which prints and counts it as if it had run the file itself: options, summary and exit code are

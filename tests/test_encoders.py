@@ -436,7 +436,8 @@ def test_download(tmp_path, monkeypatch):
     monkeypatch.setattr(encoders, "BACK_OFF", 0.01)
     monkeypatch.setattr(encoders, "TIMEOUT", 0.2)
     monkeypatch.setitem(ENCODERS, "mocov3-vit-b", "test_vit")
-    for kind, tries in (("cut", 3), (503, 3), ("stall", 3), ("close", 3), ("wrong", 1), (404, 1), ("redirect to http", 1)):
+    for kind, tries in (("cut", 3), (503, 3), ("stall", 3), ("close", 3), ("wrong", 1), (404, 1),
+                        ("redirect to http", 1)):
         server.plan(405, kind)  # some servers do not take a HEAD
         fails("mocov3-vit-b", None, "weights of encoder mocov3-vit-b", "--encoder-ckpt PATH")
         assert os.listdir(tmp_path / "torch" / "hub" / "checkpoints") == [], kind

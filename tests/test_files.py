@@ -539,7 +539,8 @@ def test_download_that_fails(tmp_path, server, plan, tries, words):
 
 
 def test_a_killed_download_leaves_nothing_for_ever(tmp_path, server):
-    (tmp_path / f".w.pt.4194305@{files._host()}.tmp").write_bytes(b"half of it")    # beyond the largest process id
+    # beyond the largest process id
+    (tmp_path / f".w.pt.4194305@{files._host()}.tmp").write_bytes(b"half of it")
     files.download("https://example.org/w.pt", tmp_path / "w.pt")
     assert os.listdir(tmp_path) == ["w.pt"]
 

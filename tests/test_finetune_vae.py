@@ -514,8 +514,9 @@ def test_cknna_of_a_training_checkpoint(tmp_path, start, first_stage):
 
 # ----------------------------------------------------------------------------------------------------- export
 
-def test_a_refinement_keeps_the_numbers_of_its_source(tmp_path, start):
+def test_a_refinement_keeps_the_numbers_of_its_source(tmp_path, start, monkeypatch):
     """Of a diffusers folder, in its checkpoints, so that an export needs the folder no more."""
+    monkeypatch.setattr(finetune, "STATS_IMAGES", 40)
     source = tmp_path / "source"
     source.mkdir()
     config = {"_class_name": "AutoencoderKL", "scaling_factor": 0.5, "shift_factor": None}

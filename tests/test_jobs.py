@@ -52,8 +52,9 @@ def outcome(folder, *flags, **tests):
     (folder / "conftest.py").write_text(CONFTEST)
     for name, text in tests.items():
         (folder / f"test_{name}.py").write_text(text)
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rs", "--jobs", "2", *flags, folder], cwd=folder,
-                          env=os.environ | {"PYTHONPATH": str(ROOT / "tests")}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rs", "--jobs", "2", *flags, folder],
+                          cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
+                          capture_output=True, text=True)
     return done.returncode, done.stdout, re.sub(" in .*", "", done.stdout.splitlines()[-1])
 
 

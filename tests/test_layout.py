@@ -1,15 +1,19 @@
 """The house's two rules: a file of models/ stands alone, and what runs stages never imports a script."""
 import ast
+import importlib
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import processes
 import pytest
 from conftest import ROOT
 
 SCRIPTS = ("train_repae_e", "finetune_vae", "sample_ddp", "evaluate_fid")
 PAPER = sorted((ROOT / "models").glob("*.py"))
 RUNTIME = sorted((ROOT / "models" / "runtime").glob("*.py"))
+OWN = {"models", *SCRIPTS, *(path.stem for path in (*PAPER, *RUNTIME))}
 
 
 def imported(path):
@@ -24,33 +28,43 @@ def imported(path):
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: p.name)
 def test_a_file_of_models_imports_nothing_of_the_project(path):
-    own = {"models", *SCRIPTS, *(p.stem for p in (*PAPER, *RUNTIME))}
-    assert not own & {name.split(".")[0] for name in imported(path)}
+    assert not OWN & {name.split(".")[0] for name in imported(path)}
+
+
+def main(argv):
+    """In a process of its own: import each file of models/ from a folder of its own, then run lines on it.
+
+    The packages are loaded there already; the project is forgotten, and no longer on the path.
+    """
+    folder, *lines = argv
+    sys.path[:] = [p for p in sys.path if "site-packages" in p or not Path(p).resolve().is_relative_to(ROOT)]
+    for path in PAPER:
+        for name in [name for name in sys.modules if name.split(".")[0] in OWN]:
+            del sys.modules[name]
+        alone = Path(folder, path.stem)
+        alone.mkdir()
+        shutil.copy(path, alone)
+        sys.path.insert(0, str(alone))
+        assert Path(importlib.import_module(path.stem).__file__).parent == alone
+        for line in lines:
+            if line.split()[1] == path.stem:
+                exec(line, {})
+        sys.path.pop(0)
 
 
 def test_files_of_models_import_alone(tmp_path):
-    """Each copied into a folder of its own; one process imports them all, each with only that on the path."""
-    for path in PAPER:
-        (tmp_path / path.stem).mkdir()
-        shutil.copy(path, tmp_path / path.stem)
-    code = ("import sys\n"
-            "for name, line in zip(sys.argv[2::2], sys.argv[3::2]):\n"
-            "    sys.path.insert(0, f'{sys.argv[1]}/{name}')\n"
-            "    __import__(name, fromlist=line.split(' import ')[1].split(', ') if line else [])\n"
-            "    if line:\n"
-            "        for n in line.split(' import ')[1].split(', '):\n"
-            "            assert hasattr(sys.modules[name], n), n\n"
-            "    sys.path.pop(0)\n")
+    """And so do the README's lines for whoever copies one."""
     section = (ROOT / "README.md").read_text().split("## Copying a part")[1].split("```")[1]
-    lines = {line.split()[1]: line.split("  ")[0] for line in section.splitlines()
-             if line.startswith("from ")}
-    assert len(lines) == 4
-    arguments = [word for path in PAPER for word in (path.stem, lines.get(path.stem, ""))]
-    subprocess.run([sys.executable, "-I", "-c", code, str(tmp_path), *arguments], check=True, cwd=tmp_path)
+    lines = [line.split("  ")[0] for line in section.splitlines() if line.startswith("from ")]
+    assert len({line.split()[1] for line in lines} & {path.stem for path in PAPER}) == 4
+    process = processes.start("test_layout", [tmp_path, *lines], tmp_path / "log")
+    processes.wait_for(lambda: process.exitcode == 0, [process], tmp_path / "log")
 
 
-@pytest.mark.parametrize("path", [*PAPER, *RUNTIME, *(ROOT / f"{s}.py" for s in SCRIPTS)],
-                         ids=lambda p: p.name)
+WRITTEN = [*PAPER, *RUNTIME, *(ROOT / f"{s}.py" for s in SCRIPTS)]
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda p: p.name)
 def test_lines_end_at_110_columns(path):
     assert not [line for line in path.read_text().splitlines() if len(line) > 110]
 

@@ -321,7 +321,12 @@ def test_the_commands_of_a_recipe_are_sound(name, tmp_path, monkeypatch, no_down
 
 
 @pytest.mark.parametrize("names, changed", KINDS, ids=[names[0] for names, _ in KINDS])
-def test_a_small_copy_of_a_recipe_passes_its_dry_run(names, changed, tmp_path, vae_file, capsys):
-    """One for each kind: small copies of the other rows are the same command."""
+def test_a_small_copy_of_a_recipe_passes_its_dry_run(names, changed, tmp_path, vae_file, capsys, monkeypatch):
+    """One for each kind: small copies of the other rows are the same command.
+
+    Memory, two seconds of fake tensors, is forecast for those that differ most in what a step computes.
+    """
+    if names[0] not in ("repae-sdvae", "haste", "naive", "irepa", "l-no-gan"):
+        monkeypatch.setattr(train, "forecast", lambda *_: "memory: not now")
     train.main([*small(names[0], vae_file), "--output-dir", str(tmp_path), "--dry-run"])
     assert "sound" in capsys.readouterr().out and not list(tmp_path.iterdir())

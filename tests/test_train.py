@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -185,23 +184,14 @@ def test_two_nodes_and_then_one_process_equal_one(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         end = f"127.0.0.1:{s.getsockname()[1]}"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
-                "--rdzv-backend", "c10d", "--rdzv-endpoint", end, "--rdzv-id", "test"]
-    command = [*torchrun, str(ROOT / "train_repae_e.py"), *TINY, "--output-dir", str(tmp_path / "two"),
+    command = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", end,
+               "--rdzv-id", "test", ROOT / "train_repae_e.py", *TINY, "--output-dir", tmp_path / "two",
                *rates]
-    with open(tmp_path / "log", "w") as log:
-        nodes = [subprocess.Popen([*command, "--max-train-steps", "2"], stdout=log, stderr=log,
-                                  start_new_session=True,
-                                  env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
-                 for _ in range(2)]
+    nodes = [processes.start("torch.distributed.run", [*command, "--max-train-steps", "2"], tmp_path / "log",
+                             OMP_NUM_THREADS="1") for _ in range(2)]
     torch.set_num_threads(1)
     one = run(tmp_path / "one", *rates, "--max-train-steps", "3")  # meanwhile
-    try:
-        assert [node.wait(240) for node in nodes] == [0, 0], (tmp_path / "log").read_text()
-    finally:
-        for node in nodes:
-            if node.poll() is None:
-                os.killpg(node.pid, signal.SIGKILL)
+    processes.wait_for(lambda: all(node.exitcode == 0 for node in nodes), nodes, tmp_path / "log")
     two = run(tmp_path / "two", *rates, "--max-train-steps", "3")
     a, b = metrics(one), metrics(two)
     assert [m["step"] for m in a] == [m["step"] for m in b] == [1, 2, 3]
