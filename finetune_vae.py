@@ -461,7 +461,8 @@ def main(argv=None):
         return vae_report.evaluate(args) if args.eval else train(args)
     try:
         if int(os.environ.get("RANK", 0)) == 0:
-            export(args)
+            with signals.stopped_in_one_line("the export is whole, or not there"):
+                export(args)
     except (ValueError, OSError) as error:
         cli.fail(error)
 

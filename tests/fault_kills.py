@@ -4,16 +4,9 @@ import shutil
 import signal
 import time
 
-from fault_tools import (HOG, REFINE, SAMPLE, TRAIN, assert_done, copy, digests, execute, read_state, same_state,
-                         set_constant, small_inception, start)
+from fault_tools import HOG, REFINE, SAMPLE, TRAIN, assert_done, compare, copy, execute, set_constant, small_inception, start
 
 import processes
-
-
-def results(tmp):
-    """{name: content} of what a script left, whatever is only about the moment it ran left out."""
-    left_out = ("log.txt", "metrics.jsonl", ".lock", ".json", "args.json")
-    return {name: content for name, content in digests(tmp).items() if not name.endswith((*left_out, ".pt"))}
 
 
 def lay(tmp, have):
@@ -79,11 +72,3 @@ def kill_loop(kills, folder, have, say=print, seed=0):
             differ.append(name)
             say(f"FAILED: killed: {name}\n{wrong}\n")
     return done, differ
-
-
-def compare(whole, killed):
-    one, two = results(whole), results(killed)
-    names = sorted(n for n in {*one, *two} if one.get(n) != two.get(n))
-    assert not names, f"other files: {names}"
-    for path in sorted(whole.rglob("*.pt")):
-        same_state(read_state(path), read_state(killed / path.relative_to(whole)), path.name)

@@ -8,11 +8,13 @@ import contextlib
 import functools
 import hashlib
 import importlib
+import itertools
 import os
 import resource
 import shutil
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 import traceback
@@ -41,6 +43,8 @@ REFINE = ["--preset", "demo", "--ckpt", "{have}/vae.pt", "--encoder", "hog", "--
 SAMPLE = ["--ckpt", "{have}/exps/run/checkpoints/0000003.pt", "--num-fid-samples", "12", "--num-steps", "2",
           "--pproc-batch-size", "4", "--npz", "{tmp}/a.npz"]
 HOG = ["--features", "hog"]
+FROZEN = [*TRAIN, "--data-dir", "{have}/photos", "--freeze-vae", "--vae-ckpt", "{have}/vae.pt", "--exp-name", "frozen",
+          "--latent-cache", "{tmp}/cache", "--cache-features", "{tmp}/cache"]
 
 
 # ---------------------------------------------------------------- cases
@@ -112,8 +116,8 @@ def small_disk(folder, size):
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "faults", folder], capture_output=True)
     if mounted.returncode:
         raise Skip(f"no disk can be mounted here ({mounted.stderr.decode().strip()})")
-    try:
-        yield
+    try:    # its value makes it larger
+        yield lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", folder], check=True)
     finally:
         subprocess.run(["umount", "-l", folder], check=True)
 
@@ -179,6 +183,17 @@ def finish(run):
     return SimpleNamespace(code=run.process.exitcode, out=out, err=err, text=f"{out}{err}"[-3000:])
 
 
+def start_two(script, flags, tmp, have, env=(), **how):
+    """The same in two processes, with what torchrun sets for them."""
+    return [start(script, flags, tmp, have, env=dict(env) | more, name=more["RANK"], **how)
+            for more in processes.rendezvous()]
+
+
+def execute_two(*arguments, **how):
+    """start_two and finish of both."""
+    return [finish(run) for run in start_two(*arguments, **how)]
+
+
 def is_running(run):
     with TURN:
         return run.process.is_alive()
@@ -204,6 +219,7 @@ def _child(script, flags, folder, log, hooks, environment, gib):
     os.environ.update({"CUDA_VISIBLE_DEVICES": "", "TORCH_HOME": f"{folder}/torch", "HF_HUB_OFFLINE": "1",
                        "HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"} | environment)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # as the scripts do before they import torch
     small_networks()
     with open("/proc/self/statm") as f:
         mapped = int(f.read().split()[0]) * resource.getpagesize()
@@ -288,6 +304,39 @@ def small_inception(digest=None):
     features.WEIGHTS_SHA256 = digest or features.WEIGHTS_SHA256
 
 
+def pause_at(module, name, marker, stubborn=False):
+    """The next call of a function lasts until a signal ends it, or {marker}.go is there; {marker} says it has begun.
+    stubborn: a first signal does not end it."""
+    module = importlib.import_module(module)
+    function, seen = getattr(module, name), []
+
+    def paused(*arguments, **more):
+        Path(marker).touch()
+        going = False
+        while not going:
+            try:
+                time.sleep(0.01)
+                going = os.path.exists(f"{marker}.go")
+            except SystemExit:
+                if not stubborn or seen:
+                    raise
+                seen.append(1)
+        setattr(module, name, function)
+        return function(*arguments, **more)
+    setattr(module, name, paused)
+
+
+def no_check(module, name):
+    """A function that looks whether there is room, or the like, finds nothing wrong."""
+    setattr(importlib.import_module(module), name, lambda *arguments: None)
+
+
+def clock(*seconds):
+    """time.time says these, again and again: a clock that stands still, or goes backwards."""
+    told = itertools.cycle(seconds)
+    time.time = lambda: next(told)
+
+
 def set_constant(module, name, value):
     """Replace a constant of a module."""
     setattr(importlib.import_module(module), name, value)
@@ -304,7 +353,8 @@ def make_world(have):
     np.savez(have / "r.npz", pictures(12, 1))
     build = start(None, [], have, have, [(_networks, str(have))], seconds=120, name="networks")
     assert_done(finish(build))
-    for script, flags in (("train_repae_e", TRAIN), ("finetune_vae", REFINE), ("sample_ddp", SAMPLE)):
+    for script, flags in (("train_repae_e", TRAIN), ("finetune_vae", REFINE), ("sample_ddp", SAMPLE),
+                          ("train_repae_e", FROZEN)):
         assert_done(execute(script, flags, have, have, seconds=120, name=script))
     for flags in (["--format", "diffusers", "--ckpt", "{have}/wide.pt", "--export", "{have}/diffusers"],
                   ["--format", "compvis", "--ckpt", "{have}/vae.pt", "--export", "{have}/compvis"]):
@@ -389,7 +439,7 @@ def same_state(a, b, path=""):
     elif isinstance(a, dict):
         assert list(a) == list(b), f"{path}: other keys"
         for key in a:
-            if key not in ("output_dir", "resume", "max_train_steps", "keep_checkpoints"):
+            if key not in LEFT_OUT:
                 same_state(a[key], b[key], f"{path}/{key}")
     elif isinstance(a, (list, tuple)):
         assert len(a) == len(b), f"{path}: other length"
@@ -397,3 +447,36 @@ def same_state(a, b, path=""):
             same_state(*pair, f"{path}/{k}")
     else:
         assert a == b, f"{path}: {a} and {b}"
+
+
+LEFT_OUT = ("output_dir", "resume", "max_train_steps", "keep_checkpoints", "latent_cache", "cache_features")
+
+
+# ---------------------------------------------------------------- what an undisturbed run makes
+
+WHOLES, MAKING = {}, threading.Lock()
+
+
+def whole(name, make, have):
+    """The folder that make(folder) fills, made once for all cases."""
+    with MAKING:
+        if name not in WHOLES:
+            folder = Path(tempfile.mkdtemp(prefix="whole-", dir=have.parent))
+            make(folder)
+            WHOLES[name] = folder
+    return WHOLES[name]
+
+
+def results(folder):
+    """{name: content} of what a script left, but for what is only about the moment it ran, and checkpoints."""
+    left_out = ("log.txt", "metrics.jsonl", ".lock", ".json", "args.json", ".pt")
+    return {name: content for name, content in digests(folder).items() if not name.endswith(left_out)}
+
+
+def compare(undisturbed, folder):
+    """Assert that a folder holds the files of an undisturbed run, bit by bit."""
+    one, two = results(undisturbed), results(folder)
+    names = sorted(n for n in {*one, *two} if one.get(n) != two.get(n))
+    assert not names, f"other files: {names}"
+    for path in sorted(undisturbed.rglob("*.pt")):
+        same_state(read_state(path), read_state(folder / path.relative_to(undisturbed)), path.name)

@@ -22,6 +22,7 @@ import fault_cases  # noqa: F401
 import fault_fuzz
 import fault_kills
 import fault_network  # noqa: F401
+import fault_signals  # noqa: F401
 import fault_tools
 
 

@@ -48,13 +48,18 @@ def start(script, arguments, log, settings={}, **environment):
     return process
 
 
-def start_two(script, arguments, log, settings={}):
-    """The same in two processes, with what torchrun sets for them."""
+def rendezvous():
+    """What torchrun sets for each of two processes."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    return [start(script, arguments, log, settings, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2",
-                  MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in ("0", "1")]
+    return [dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            for rank in ("0", "1")]
+
+
+def start_two(script, arguments, log, settings={}):
+    """The same in two processes."""
+    return [start(script, arguments, log, settings, **more) for more in rendezvous()]
 
 
 def run_two(script, arguments, log, settings={}):

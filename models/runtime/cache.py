@@ -8,6 +8,7 @@ the mirrored images. It is memory-mapped, and other code can read it with numpy 
     rows = np.load("cache/latents.npy", mmap_mode="r")
     z = rows["mean"][7] + rows["std"][7] * eps      # [C, h, w] float32; its class is rows["label"][7]
 
+Every record begins with the CRC-32 of the rest of it, which is checked whenever it is read.
 `latents.npy` has mean and std of the VAE's posterior, `tokens-<encoder>.npy` the encoder's tokens [T, D]: the
 bits of bfloat16, as uint16. The .json beside it says what the cache is bound to and how far it is. It is
 computed in float32 in fixed blocks of images by all processes, whatever their number; killed and started
@@ -23,6 +24,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from dataclasses import dataclass
 from typing import Callable
 
@@ -31,7 +33,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from models.runtime import distributed, files
-from models.runtime.data import flips, progress, start_worker, worker_death
+from models.runtime.data import ImageError, flips, progress, start_worker, worker_death
 from models.runtime.prepare import lock
 from models.runtime.weights import state_digest
 
@@ -49,11 +51,11 @@ class Cache:
     rows: int           # records: one per image, or two with flips
     network: torch.nn.Module
     compute: Callable   # uint8 images [b, 3, R, R] -> [a tensor [b, ...] for each of `fields`]
-    fields: list        # of a record, beside its label and skipped: [(name, numpy type, shape)]
+    fields: list        # of a record, after its crc, label and skipped: [(name, numpy type, shape)]
 
     @property
     def dtype(self):
-        return np.dtype([("label", "<i4"), ("skipped", "<i4"), *self.fields])
+        return np.dtype([("crc", "<u4"), ("label", "<i4"), ("skipped", "<i4"), *self.fields])
 
     @property
     def header(self):
@@ -318,8 +320,15 @@ def write_block(cache, first, images, labels, skipped):
         # bfloat16, which numpy does not have, goes as its bits
         value = value.view(torch.uint16) if kind == "<u2" else value
         records[name] = value.cpu().numpy()
+    for record in records:
+        record["crc"] = checksum(record)
     cache.file.seek(len(cache.header) + first * cache.dtype.itemsize)
     cache.file.write(records.tobytes())
+
+
+def checksum(record):
+    """CRC-32 of a record without its first field, which keeps it."""
+    return zlib.crc32(memoryview(record.tobytes())[4:])
 
 
 def sync(caches, made):
@@ -344,7 +353,7 @@ class CachedData(Dataset):
 
     def __init__(self, data, caches, images):
         self.data, self.images = data, images
-        self.arrays = [np.load(cache.path, mmap_mode="r") for cache in caches]
+        self.caches = [(cache.path, np.load(cache.path, mmap_mode="r")) for cache in caches]
 
     def __len__(self):
         return len(self.data)
@@ -353,8 +362,11 @@ class CachedData(Dataset):
         epoch, index = key
         row = index + len(self) * (self.data.hflip and flips(self.data.seed, epoch, index))
         latents, tokens = [], []
-        for array in self.arrays:
+        for path, array in self.caches:
             record = array[row]
+            if record["crc"] != checksum(record):
+                raise ImageError(f"{path}: record {row} is not as it was written; remove the file, and it is "
+                                 "made again")
             if "tokens" in record.dtype.names:
                 tokens.append(torch.from_numpy(record["tokens"].copy()).view(torch.bfloat16))
             else:

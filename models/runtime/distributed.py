@@ -43,14 +43,15 @@ def init():
     if world_size > 1 and not dist.is_initialized():
         # Longer than the others wait in `any_process`: they know the name, NCCL's watchdog does not.
         timeout = datetime.timedelta(seconds=1.2 * PATIENCE)
-        store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
-        # What torchrun --max-restarts starts anew finds the store of before, with the addresses of the dead.
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        store.set_timeout(timeout)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, store=store,
-                                rank=rank, world_size=world_size,
-                                device_id=device if device.type == "cuda" else None)
-        open_table()
+        with signals.at_once():     # here it waits for the others
+            store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+            # What torchrun --max-restarts starts anew finds the store of before, with addresses of the dead.
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            store.set_timeout(timeout)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, store=store,
+                                    rank=rank, world_size=world_size,
+                                    device_id=device if device.type == "cuda" else None)
+            open_table()
     return int(os.environ.get("RANK", 0)), world_size, device
 
 
@@ -110,9 +111,20 @@ def busy(what):
     if not dist.is_initialized():
         yield
         return
-    TABLE["store"].set(f"busy {rank()}", what)
+    with of_the_store():
+        TABLE["store"].set(f"busy {rank()}", what)
     yield   # after an error the word stays: what follows is the end of this process
-    TABLE["store"].delete_key(f"busy {rank()}")
+    with of_the_store():
+        TABLE["store"].delete_key(f"busy {rank()}")
+
+
+@contextlib.contextmanager
+def of_the_store():
+    """Context in which an error of the store is ConnectionError: the process that keeps it has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError("another process has ended early; see what it says") from error
 
 
 def any_process(flag):
@@ -124,7 +136,7 @@ def any_process(flag):
     if not dist.is_initialized():
         return bool(flag)
     store, n = TABLE["store"], TABLE["meetings"] + 1
-    try:
+    with of_the_store():
         if flag:
             store.set(f"flag {n}", "1")
         come_to(n)
@@ -135,8 +147,6 @@ def any_process(flag):
         else:
             wait_for_meeting(store, n)
         return store.get(f"go {n}") == b"1"
-    except RuntimeError as error:   # of the store
-        raise ConnectionError("another process has ended early; see what it says") from error
 
 
 def wait_for_meeting(store, n):

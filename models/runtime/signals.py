@@ -17,13 +17,14 @@ import threading
 import time
 from types import SimpleNamespace
 
+WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
 
 @contextlib.contextmanager
 def watch():
     """Context whose value has `by`, the first signal that asked for the end (or None), and `at`, its time.
 
-    Nothing is interrupted: the work looks when it can stop. Outside the main thread, where Python allows no
-    handlers, nothing is watched.
+    Nothing is interrupted: the work looks when it can stop.
     """
     asked = SimpleNamespace(by=None, at=None)
     # One Ctrl-C may come twice under torchrun, which passes it on: from the terminal, and from torchrun.
@@ -36,14 +37,8 @@ def watch():
             signal.signal(number, signal.SIG_DFL)  # ends as a process without Python would: no traceback
             os.kill(os.getpid(), number)
 
-    watched = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, handle) for number in watched if in_main_thread}
-    try:
+    with handled_by(handle):
         yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -51,23 +46,31 @@ def stopped_in_one_line(remedy):
     """Context in which SIGTERM, SIGUSR1 and Ctrl-C end the process in one line that closes with `remedy`; a
     second one at once. For work that leaves nothing half done wherever it stops.
     """
-    watched = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
     def stop(number, frame):
-        for name in watched:
+        for name in WATCHED:
             signal.signal(name, signal.SIG_DFL)
-        raise KeyboardInterrupt(number)
+        line = f"stopped by {signal.Signals(number).name}: {remedy}\n"
+        if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
+            os.write(2, ("\n" * sys.stderr.isatty() + line).encode())  # not print: the work may be printing
+        sys.exit(128 + number)      # as shells report a process that a signal ended
 
+    with handled_by(stop):
+        yield
+
+
+def at_once():
+    """Context in which they end the process at once, whatever else is arranged: for waiting in C++, where no
+    handler of Python's would run."""
+    return handled_by(signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def handled_by(handler):
+    """Context in which `handler` gets the three signals, in the main thread: Python allows none elsewhere."""
     in_main_thread = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, stop) for number in watched if in_main_thread}
+    before = {number: signal.signal(number, handler) for number in WATCHED if in_main_thread}
     try:
         yield
-    except KeyboardInterrupt as interrupt:
-        number = signal.Signals(*interrupt.args or [signal.SIGINT])
-        if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
-            line = f"stopped by {number.name}: {remedy}"
-            print(f"\n{line}" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
-        sys.exit(128 + number)      # as shells report a process that a signal ended
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

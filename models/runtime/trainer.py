@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models.losses import gan_loss, wide
 from models.metrics import latent_moments
-from models.runtime import cli, distributed, files, weights
+from models.runtime import cli, distributed, files, signals, weights
 from models.runtime.data import (EndlessSampler, ImageData, ImageError, ShapesData, check_images,
                                  check_same_data, identity, make_loader, share, worker_death)
 from models.runtime.runlog import Collapse
@@ -712,9 +712,11 @@ def tensor_bytes(tensors):
 
 @contextlib.contextmanager
 def starting():
-    """Context of all before the first step: the mistakes of a user or a machine end it in one line."""
+    """Context of all before the first step: the mistakes of a user or a machine end it in one line, and so do
+    signals, which find nothing to save."""
     try:
-        yield
+        with signals.stopped_in_one_line("before its first step; the same command starts again"):
+            yield
     except (ValueError, OSError) as error:
         cli.fail(error)
     except (MemoryError, RuntimeError) as error:
