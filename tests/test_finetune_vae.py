@@ -16,6 +16,8 @@ from conftest import ROOT
 from fill import fill_
 from PIL import Image
 from safetensors.torch import save_file
+from test_train import assert_same, final_state
+from test_train import metrics as logged
 
 import finetune_vae as finetune
 import sample_ddp
@@ -35,8 +37,7 @@ TINY = ["--preset", "demo", "--batch-size", "8", "--sampling-steps", "0", "--log
         "--checkpointing-steps", "2", "--keep-checkpoints", "0", "--exp-name", "run"]
 MEASURE = ["--preset", "demo", "--exp-name", "run"]
 GAN = ["--disc-weight", "0.1", "--disc-start", "0", "--adaptive-disc-weight", "--lecam-weight", "0.1"]
-STATS = torch.tensor([0.5, 1.0, 2.0, 4.0]).view(1, 4, 1,
-                                                1), torch.tensor([0.1, 0.2, 0.3, -0.4]).view(1, 4, 1, 1)
+STATS = [torch.tensor(values).view(1, 4, 1, 1) for values in ([0.5, 1.0, 2.0, 4.0], [0.1, 0.2, 0.3, -0.4])]
 
 
 @pytest.fixture(scope="module")
@@ -74,29 +75,6 @@ def first_stage(tmp_path_factory):
 def run(folder, *flags):
     finetune.main([*TINY, "--output-dir", str(folder), *flags])
     return folder / "run"
-
-
-def logged(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def final_state(folder, step):
-    return files.load(folder / "checkpoints" / f"{step:07d}.pt")
-
-
-def assert_same(a, b, path=""):
-    """Equal to the bit, through dicts and lists."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    elif isinstance(a, dict):
-        assert list(a) == list(b), path
-        for k in a:
-            assert_same(a[k], b[k], f"{path}/{k}")
-    elif isinstance(a, (list, tuple)):
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{path}/{i}")
-    else:
-        assert a == b, path
 
 
 def vae_backward(nets, args, batch, use_gan=False):
