@@ -78,18 +78,22 @@ def test_nothing_imports_a_script(path):
     (["train_repae_e.py"], ("data:", "losses:", "torchrun --nproc-per-node 8 train_repae_e.py")),
     (["finetune_vae.py"], ("losses:", "measuring, instead of training:", "exporting, instead of training:",
                            "finetune_vae.py --export out/e2e-vae")),
-    (["sample_ddp.py"], ("solver and guidance:", "sample_ddp.py --exp-path")),
-    (["evaluate_fid.py"], ("further metrics:", "evaluate_fid.py --save-ref")),
+    (["sample_ddp.py"], ("checkpoint:", "samples:", "solver and guidance:", "output:", "running:",
+                         "torchrun --nproc-per-node", "sample_ddp.py --exp-path")),
+    (["evaluate_fid.py"], ("further metrics:", "evaluate_fid.py --save-ref ref.npz", "--kid-subsets",
+                           "torchrun")),
     (["-m", "models.runtime.prepare"], ("--skip-corrupt", "models.runtime.prepare data/imagenet/train")),
 ])
 def test_help_and_a_mistyped_flag_answer_without_torch(tmp_path, command, words):
     """Its import takes seconds. Groups of flags and examples are on the page."""
     (tmp_path / "torch.py").write_text("raise ImportError('torch is not to be imported')")
 
-    def answer(flag):
-        return subprocess.run([sys.executable, *command, flag], cwd=ROOT, env={"PYTHONPATH": str(tmp_path)},
+    def answer(*flags):
+        return subprocess.run([sys.executable, *command, *flags], cwd=ROOT, env={"PYTHONPATH": str(tmp_path)},
                               capture_output=True, text=True)
     page = answer("--help")
     assert page.returncode == 0 and page.stderr == "" and all(word in page.stdout for word in words)
-    wrong = answer("--no-such-flag")
-    assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
+    for flags in ([["--no-such-flag"]] + [["--cfg-scale", "nan"]] * ("--cfg-scale" in page.stdout)):
+        wrong = answer(*flags)
+        assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
+        assert wrong.stderr.startswith("error: ")
