@@ -1,15 +1,20 @@
-"""Times the training step against the plain path, which computes as the reference does, in one run; prints one JSON line.
+"""Times the training step against the plain path, which computes as the reference does, in one run.
 
-    python tests/bench_train.py              # on a GPU the paper's networks, 32 images (--grad-checkpoint); else the demo
-    python tests/bench_train.py --plain                                      # the plain path alone
-    python tests/bench_train.py --count --preset sdvae --batch-size 32       # its memory, counted; needs no GPU
-    python tests/bench_train.py --minutes 5                                  # the memory of a long run, nothing else
+    python tests/bench_train.py              # on a GPU the paper's networks, 32 images; else the demo
+    python tests/bench_train.py --plain                                    # the plain path alone
+    python tests/bench_train.py --count --preset sdvae --batch-size 32     # its memory, counted without a GPU
+    python tests/bench_train.py --minutes 5                                # the memory of a long run, no more
 
-The plain path: eager, NCHW, group norms in float32 and all activations kept, attention of the VAE spelt out, the
-discriminator in float32, AdamW as torch has it by default, EMA tensor by tensor, the alignment loss in a loop over samples,
-every metric read on the host each step.
-On a CPU the paths take turns, and the medians over all turns count: these machines are noisy. On a GPU they run one after
-the other, because each needs the memory. All networks have random weights (VGG too), so nothing is downloaded.
+It prints a JSON line after each path; the last one has all.
+
+The plain path: eager, NCHW, group norms in float32 and all activations kept, attention of the VAE spelt out,
+the discriminator in float32, AdamW as torch has it by default, EMA tensor by tensor, the alignment loss in a
+loop over samples, every metric read on the host each step.
+
+On a CPU the paths take turns, and the medians over all turns count: these machines are noisy. On a GPU they
+run one after the other, because each needs the memory; a plain path that does not fit gets half the images,
+and the ratio is that of images per second. All networks have random weights (VGG too), so nothing is
+downloaded.
 """
 import argparse
 import contextlib
@@ -101,22 +106,29 @@ def plain_updates(optimizers, skip):
 
 
 PLAIN = {
-    (train, "proj_loss"): plain_proj_loss, (trainer, "update_ema"): plain_ema, (trainer, "guarded_updates"): plain_updates,
-        (vae.GroupNorm, "forward"): torch.nn.GroupNorm.forward,  # float32 under autocast
+    (train, "proj_loss"): plain_proj_loss,
+    (trainer, "update_ema"): plain_ema,
+    (trainer, "guarded_updates"): plain_updates,
+    (vae.GroupNorm, "forward"): torch.nn.GroupNorm.forward,  # float32 under autocast
     (vae.Upsample, "forward"): lambda self, x: self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")),
-    (lpips.LPIPS, "forward"): lambda self, img0, img1: self.layer_terms(img0, img1).sum(1),  # the whole batch at once
-    (vae, "norm_silu_conv"): lambda norm, conv, x: conv(plain_swish(norm(x))), (vae.AttnBlock, "forward"): plain_attention,
+    (vae, "norm_silu_conv"): lambda norm, conv, x: conv(plain_swish(norm(x))),
+    (vae.AttnBlock, "forward"): plain_attention,
+    (lpips.LPIPS, "forward"): lambda self, a, b: self.layer_terms(a, b).sum(1),  # the whole batch at once
 }
 
 
 def build_plain(args, device, compiled=False):
-    """The same for the plain path, which runs within replaced(PLAIN); `compiled`: its SiT, as the reference's is."""
+    """The same for the plain path, which runs within replaced(PLAIN).
+
+    `compiled`: with its SiT compiled, as the reference's is by default.
+    """
     args.compile = args.grad_checkpoint = False
     nets = build(args, device)
     if compiled:
         nets.sit.compile(dynamic=False)
     for name, learning_rate in nets.trained.items():
-        nets.opts[name] = torch.optim.AdamW(getattr(nets, name).parameters(), lr=learning_rate, weight_decay=0.0)
+        parameters = getattr(nets, name).parameters()
+        nets.opts[name] = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     return nets
 
 
@@ -149,7 +161,8 @@ class Steps:
         self.args, self.device, self.changes = args, device, PLAIN if plain else {}
         self.nets = build_plain(args, device, compiled) if plain else build(args, device)
         data = ShapesData(args.batch_size, args.resolution)
-        self.images, self.labels = (torch.stack([torch.as_tensor(data[i][k]) for i in range(args.batch_size)]) for k in (0, 1))
+        self.images, self.labels = (torch.stack([torch.as_tensor(data[i][k]) for i in range(args.batch_size)])
+                                    for k in (0, 1))
         self.seconds, self.losses = [], []
 
     def step(self):
@@ -165,9 +178,11 @@ class Steps:
 
     def report(self, warm_up):
         seconds = statistics.median(self.seconds[warm_up:])
-        memory = {"peak_memory_gib": runlog.peak_memory_gib(self.device)} if self.device.type == "cuda" else {}
-        return {"seconds_per_step": seconds, "images_per_s": self.args.batch_size / seconds,
-                "warm_up_s": sum(self.seconds[:warm_up]), **memory}
+        gpu = self.device.type == "cuda"
+        memory = {"peak_memory_gib": runlog.peak_memory_gib(self.device)} if gpu else {}
+        return {"batch_size": self.args.batch_size, "seconds_per_step": seconds,
+                "images_per_s": self.args.batch_size / seconds, "warm_up_s": sum(self.seconds[:warm_up]),
+                **memory}
 
 
 def phases(path, repeats):
@@ -202,7 +217,8 @@ def phases(path, repeats):
     result["vae_losses_and_backward"] = both - result["vae_forward"]
     if nets.disc is not None:
         batch.recon = recon
-        part("discriminator", lambda: trainer.backward(nets, [batch], lambda b: train.disc_losses(nets, b), "d_loss", "disc"))
+        part("discriminator", lambda: trainer.backward(nets, [batch], lambda b: train.disc_losses(nets, b),
+                                                       "d_loss", "disc"))
 
     def sit_forward():
         with nets.autocast():
@@ -210,8 +226,8 @@ def phases(path, repeats):
 
     part("sit_forward", sit_forward)
     batch.u = nets.sit.normalize(z)
-    both, _ = median_of(lambda: trainer.backward(nets, [batch], lambda b: train.sit_losses(nets, args, b), "sit_loss", "sit"),
-                        device, repeats)
+    both, _ = median_of(lambda: trainer.backward(nets, [batch], lambda b: train.sit_losses(nets, args, b),
+                                                 "sit_loss", "sit"), device, repeats)
     result["sit_losses_and_backward"] = both - result["sit_forward"]
     skip = torch.zeros((), device=device)
     gradients = {p: p.grad for name in nets.trained for p in getattr(nets, name).parameters()}
@@ -233,8 +249,62 @@ def resident_gib(device):
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2 ** 30
 
 
+WARM_UP = 2  # steps: compilation, allocation
+
+
+def fitting(kinds, flags, device, number):
+    """{kind: Steps} after `number` steps of each, made in turn.
+
+    Where memory is full a plain path gets half the images, until it fits.
+    """
+    args = settings(*flags)
+    while True:
+        try:
+            paths = {kind: Steps(argparse.Namespace(**vars(args)), device, kind != "fast", "compiled" in kind)
+                     for kind in kinds}
+            for k in range(number):
+                if device.type == "cuda" and k == WARM_UP:
+                    torch.cuda.reset_peak_memory_stats(device)
+                for path in paths.values():
+                    path.step()
+            return paths
+        except torch.OutOfMemoryError:
+            if "fast" in kinds or args.batch_size % 2:
+                raise
+        paths = path = None
+        free_memory()
+        args.batch_size //= 2
+
+
+def free_memory():
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def utilisation(path, images_per_s, repeats):
+    """FLOPs of a step, the device's rate, the share of it that is reached, and the seconds of the phases."""
+    nets, args = path.nets, path.args
+    rate = flops.matmul_rate(path.device, nets.dtype)
+    per_image = flops.step_flops(args, nets, lambda: train.build_sit(args, nets.vae, nets.encoders))
+    return {"utilisation": per_image * images_per_s / rate, "gflop_per_image": per_image / 1e9,
+            "matmul_tflops": rate / 1e12, "phases": phases(path, repeats)}
+
+
+def against_fast(done, report):
+    """The ratios of images per second, and how far the first losses are apart; `done`: (seconds, losses)."""
+    found, (fast, losses), images = {}, done["fast"], report["fast"]["batch_size"]
+    for kind, label in (("plain", "plain_eager"), ("plain_compiled_sit", "reference_default")):
+        if kind in done:
+            ratio = statistics.median(p / f for p, f in zip(done[kind][0], fast))
+            found[f"speedup_over_{label}"] = ratio * images / report[kind]["batch_size"]
+    if "plain" in done and report["plain"]["batch_size"] == images:
+        plain = done["plain"][1][0]
+        found["first_losses_differ_by"] = max(abs(losses[0][k] - plain[k]) for k in losses[0])
+    return found
+
+
 def memory_over_time(path, minutes):
-    """GiB in use at ten points of a run of `minutes`, after a warm-up, and their growth from the third point to the last."""
+    """GiB in use at ten points of a run of `minutes`, after a warm-up, and the growth from the third on."""
     for _ in range(3):
         path.step()
     begin, points = time.perf_counter(), []
@@ -252,52 +322,43 @@ def count_memory(args, plain=False, world_size=1):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Further flags go to train_repae_e.py.")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     epilog="Further flags go to train_repae_e.py.")
     parser.add_argument("--steps", type=int, default=10, help="timed steps per path")
     parser.add_argument("--plain", action="store_true", help="only the plain path")
     parser.add_argument("--count", action="store_true",
                         help="only count the memory of a step on a GPU, which need not be there")
-    parser.add_argument("--minutes", type=float, default=0, help="run that long and report the memory instead")
+    parser.add_argument("--minutes", type=float, default=0,
+                        help="run that long and report the memory instead")
     mine, extra = parser.parse_known_args()
     if mine.count:
         return print(count_memory(settings(*extra), mine.plain).table())
-    args, warm_up = settings(*extra), 2  # compilation, allocation
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    args, device = settings(*extra), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    report = {"bench": "train", "device": name, "torch": torch.__version__, "model": args.model, "vae": args.vae, "encoder": args.encoder,
-              "resolution": args.resolution, "batch_size": args.batch_size, "mixed_precision": args.mixed_precision,
-              "compile": trainer.wants_compile(args, device) and not mine.plain, "grad_checkpoint": args.grad_checkpoint and not mine.plain}
+    report = {"bench": "train", "device": name, "torch": torch.__version__, "model": args.model,
+              "vae": args.vae, "encoder": args.encoder, "resolution": args.resolution,
+              "batch_size": args.batch_size, "precision": str(trainer.autocast_type(args, device))[6:],
+              "compile": trainer.wants_compile(args, device) and not mine.plain,
+              "grad_checkpoint": args.grad_checkpoint and not mine.plain}
     if mine.minutes:
-        return print(json.dumps(report | memory_over_time(Steps(args, device, mine.plain), mine.minutes)))
+        growth = memory_over_time(Steps(args, device, mine.plain), mine.minutes)
+        return print(json.dumps(report | growth))
+    on_gpu = [("fast",), ("plain",), ("plain_compiled_sit",)]
+    turns = [("plain",)] if mine.plain else on_gpu if device.type == "cuda" else [("fast", "plain")]
     done = {}
-    turns = [("fast",), ("plain",), ("plain_compiled_sit",)] if device.type == "cuda" else [("fast", "plain")]
-    for turn in [("plain",)] if mine.plain else turns:
-        paths = {kind: Steps(settings(*extra), device, kind != "fast", "compiled" in kind) for kind in turn}
-        for number in range(warm_up + mine.steps):
-            if device.type == "cuda" and number == warm_up:
-                torch.cuda.reset_peak_memory_stats(device)
-            for path in paths.values():
-                path.step()
+    for turn in turns:
+        paths = fitting(turn, extra, device, WARM_UP + mine.steps)
         for kind, path in paths.items():
-            done[kind], report[kind] = (path.seconds[warm_up:], path.losses), path.report(warm_up)
+            done[kind], report[kind] = (path.seconds[WARM_UP:], path.losses), path.report(WARM_UP)
         if "fast" in paths:
-            nets = paths["fast"].nets
-            rate = flops.matmul_rate(device, nets.dtype)
-            per_image = flops.step_flops(args, nets, lambda nets=nets: train.build_sit(args, nets.vae, nets.encoders))
-            report |= {"phases": phases(paths["fast"], max(3, mine.steps // 2)), "gflop_per_image": per_image / 1e9,
-                       "matmul_tflops": rate / 1e12, "utilisation": per_image * report["fast"]["images_per_s"] / rate}
-            del nets
+            report |= utilisation(paths["fast"], report["fast"]["images_per_s"], max(3, mine.steps // 2))
+        if "fast" in done:
+            report |= against_fast(done, report)
+        print(json.dumps(report), flush=True)
         del paths, path
-        gc.collect()
-    if "fast" in done:
-        (fast, fast_losses), (plain, plain_losses) = done["fast"], done["plain"]
-        report["speedup_over_plain_eager"] = statistics.median(p / f for p, f in zip(plain, fast))
-        if "plain_compiled_sit" in done:
-            compiled = done["plain_compiled_sit"][0]
-            report["speedup_over_reference_default"] = statistics.median(p / f for p, f in zip(compiled, fast))
-        report["first_losses_differ_by"] = max(abs(fast_losses[0][k] - plain_losses[0][k]) for k in fast_losses[0])
-    print(json.dumps(report))
+        free_memory()
 
 
 if __name__ == "__main__":

@@ -376,7 +376,11 @@ def test_16_bit_images_are_scaled(tmp_path, ending, mode):
     (tmp_path / "d" / "c").mkdir(parents=True)
     wide = np.random.default_rng(0).integers(0, 65536, (8, 8), dtype=np.uint16)
     data = wide.astype(">u2" if mode == "I;16B" else "<u2").tobytes()
-    Image.frombytes(mode, (8, 8), data).save(tmp_path / "d" / "c" / f"x.{ending}")
+    path = tmp_path / "d" / "c" / f"x.{ending}"
+    if ending == "pgm":  # before 11.0 Pillow only reads them
+        path.write_bytes(b"P5 8 8 65535\n" + wide.astype(">u2").tobytes())
+    else:
+        Image.frombytes(mode, (8, 8), data).save(path)
     assert np.array_equal(pixels_of(ImageData(tmp_path / "d", 8)), np.repeat(wide[..., None] >> 8, 3, 2))
 
 

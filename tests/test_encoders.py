@@ -125,6 +125,8 @@ def test_names_are_timms(name):
 def test_tokens_are_those_of_timms_model(tmp_path, name, resolution):
     """ViTs with position tables, with relative positions, feature maps in both layouts; above and below their
     size."""
+    if name not in timm.list_models():
+        pytest.skip(f"timm {timm.__version__} has no {name}")
     save_file(weights(name), tmp_path / "w.safetensors")
     encoder, = load_encoders(name, str(tmp_path / "w.safetensors"), resolution)
     x, size = images(resolution), max(resolution, 160)

@@ -266,20 +266,21 @@ def test_weights_are_found_where_the_peers_keep_them(tmp_path, weights, monkeypa
 def test_clip_embeddings(tmp_path, monkeypatch):
     torch.manual_seed(0)
     # stands in for CLIP, which needs a network
-    model = timm.create_model("vit_tiny_patch16_224").eval()
+    name = "deit_tiny_patch16_224.fb_in1k"
+    model, config = timm.create_model(name).eval(), timm.get_pretrained_cfg(name)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.mean, config.std))
     torch.save(model.state_dict(), tmp_path / "clip.pth")
-    embed = features.clip_features(str(tmp_path / "clip.pth"),
-                                   name="vit_tiny_patch16_224.augreg_in21k_ft_in1k")
+    embed = features.clip_features(str(tmp_path / "clip.pth"), name=name)
     images = torch.from_numpy(pictures(2))
     with torch.no_grad():
         x = torch.nn.functional.interpolate(images.permute(0, 3, 1, 2) / 255, (224, 224), mode="bicubic")
-        torch.testing.assert_close(embed(images)["_clip"], model((x - 0.5) / 0.5))
+        torch.testing.assert_close(embed(images)["_clip"], model((x - mean) / std))
     found = evaluate_fid.extract(iter([pictures(6)]), [embed], "cpu")
     assert set(found) == {"clip"} and evaluate_fid.score(found, found)["cmmd"] == pytest.approx(0, abs=1e-5)
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     for path, error in ((tmp_path / "other.pth", ValueError), (tmp_path / "gone.pth", FileNotFoundError)):
         with pytest.raises(error, match="--clip-ckpt"):
-            features.clip_features(str(path), name="vit_tiny_patch16_224.augreg_in21k_ft_in1k")
+            features.clip_features(str(path), name=name)
 
     def offline(*args):
         raise OSError("cannot be fetched")

@@ -142,7 +142,9 @@ def answer_early(parse_args):
 def memory_full(error, remedy):
     """One line with `remedy` where an error says that memory ran out, on the host or a GPU; else None."""
     text = str(error).strip().split("\n")[0]
-    if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
+    # "ALLOC_FAILED" is how cuDNN and cuBLAS say it
+    signs = ("allocate memory", "out of memory", "ALLOC_FAILED")
+    if isinstance(error, MemoryError) or any(sign in text for sign in signs):
         return f"memory is full{f' ({text[:150]})' if text else ''}; {remedy}"
     return None
 
