@@ -266,7 +266,7 @@ def run(args):
     """The program after the flags; raises ValueError or OSError, one line, for what a user can mend."""
     _, _, device = distributed.init()
     check_args(args)
-    inputs = [open_input(path, args.resolution) for path in (args.ref, args.samples) if path]
+    inputs = [open_input(path, args.resolution) for path in (args.ref, args.samples) if path is not None]
     check_inputs(args, inputs)
     net, networks, about = load_networks(args, inputs, device)
     with distributed.busy("reading the inputs for their digests"):

@@ -328,7 +328,7 @@ def sample_missing(job, asked):
 
     Returns how it went, for the JSON; Stopped if a signal came first.
     """
-    args, begin = job.args, time.time()
+    args, begin = job.args, time.monotonic()
     sample, size = make_sampler(job, asked), args.pproc_batch_size
     if job.device.type == "cpu":
         threads = 1 if args.compile else torch.get_num_threads()
@@ -354,7 +354,7 @@ def sample_missing(job, asked):
     distributed.barrier()
     if shards.stop_asked(job.shards):
         raise Stopped
-    return {"samples": total, "seconds": round(time.time() - begin, 1), "processes": job.world_size,
+    return {"samples": total, "seconds": round(time.monotonic() - begin, 1), "processes": job.world_size,
             "batch_per_process": size, "git_commit": git_commit(),
             "device": torch.cuda.get_device_name() if job.device.type == "cuda" else "cpu"}
 
@@ -364,7 +364,7 @@ def show_progress(job, total, begin):
     wanted = job.args.end - job.args.first
     missing = shards.missing_ranges(shards.list_shards(job.shards), job.args.first, job.args.end)
     left = sum(b - a for a, b in missing)
-    rate = max(total - left, 1) / (time.time() - begin)
+    rate = max(total - left, 1) / max(time.monotonic() - begin, 1e-6)
     print(f"\r{wanted - left}/{wanted} samples, {rate:.2f} images/s, "
           f"{datetime.timedelta(seconds=int(left / rate))} left ", end="", flush=True)
 

@@ -19,9 +19,12 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 import fault_cases  # noqa: F401
+import fault_disks  # noqa: F401
 import fault_fuzz
 import fault_kills
 import fault_network  # noqa: F401
+import fault_odd  # noqa: F401
+import fault_runs  # noqa: F401
 import fault_signals  # noqa: F401
 import fault_tools
 

@@ -51,12 +51,10 @@ class RunLog:
         path = os.path.join(self.folder, "metrics.jsonl")
         if self.main and os.path.exists(path):
             kept = []
-            with open(path) as f:
+            with open(path, errors="replace") as f:
                 for line in f:
-                    try:
+                    with contextlib.suppress(ValueError, TypeError, KeyError):  # of a line that is cut, or odd
                         kept += [line] if json.loads(line)["step"] <= step else []
-                    except ValueError:  # cut off when the run was killed
-                        break
             with files.replace(path) as temporary, open(temporary, "w") as f:
                 f.writelines(kept)
 

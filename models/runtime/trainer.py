@@ -69,6 +69,8 @@ class Networks:
 
 def check_settings(args, world_size):
     """Raise a one-line ValueError for settings of any training run that contradict each other."""
+    if not args.exp_name.strip():
+        raise ValueError("--exp-name is empty; name the folder of the run")
     parts = world_size * args.gradient_accumulation_steps
     if args.batch_size % parts:
         raise ValueError(f"--batch-size {args.batch_size} is not divisible by {world_size} processes x "

@@ -313,6 +313,8 @@ def open_vae(source, name=None, stats_file=None):
                          f"not --vae {name}")
     with torch.device("meta"):
         files.check_state(VAE_models[found](), state, source)
+    if (bad := files.first_non_finite(state)) is not None:
+        raise ValueError(f"{source}: {bad} of the VAE holds NaN or infinity; take a sound copy")
     stats = load_stats_file(stats_file) if stats_file else stats
     channels = state["decoder.conv_in.weight"].shape[1]
     if stats is not None and stats[0].numel() != channels:

@@ -161,6 +161,8 @@ def discriminator(source, vae_name):
     if state is None:
         raise ValueError(f"--disc-ckpt {source}: holds no discriminator; give another file, or none to start "
                          "from scratch")
+    if (bad := files.first_non_finite(state)) is not None:
+        raise ValueError(f"--disc-ckpt {source}: {bad} holds NaN or infinity; take a sound copy, or none")
     return files.load_weights(disc, state, f"--disc-ckpt {source}")
 
 
