@@ -338,7 +338,8 @@ def train_recipe(job, name, seed, vae_ckpt):
     """Trains a recipe with a seed and judges its checkpoints; all but the last one is then removed."""
     setting, flags, run = job.setting, RECIPES[name][0], run_folder(job.folder, name, seed)
     log = run / "output.txt"
-    caches = cache_flags(job, flags, vae_ckpt) if job.target else []    # hog and 16-pixel latents cost nothing
+    # hog and 16-pixel latents cost nothing
+    caches = cache_flags(job, flags, vae_ckpt) if job.target else []
     train(job, "train_repae_e", run, setting["steps"], [
         "--data-dir", job.images, "--resolution", setting["resolution"], "--num-classes", 10,
         *setting["common"], *setting["sit"], *job.target, *flags, *caches, "--vae-ckpt", vae_ckpt,

@@ -1,6 +1,6 @@
 """`pytest --jobs 2`: the test files shared out among processes, forked once all tests are collected.
 
-Each is given the next file when it is done with one, the largest first. What it reports goes to the first
+Each is given the next file when it is done with one, the longest first. What it reports goes to the first
 process, which prints and counts it as if it had run the file itself: options, summary and exit code are
 pytest's own. Warnings are not passed on.
 """
@@ -10,6 +10,8 @@ from multiprocessing.connection import wait
 
 import pytest
 
+LONG = ("test_faults.py", "test_memory.py", "test_golden_train.py")     # though they are small
+
 
 def run(session, begin):
     """The hook pytest_runtestloop: session.items in --jobs processes, each of which calls begin() first."""
@@ -17,7 +19,8 @@ def run(session, begin):
         return None     # pytest's own loop knows what to do then
     session.config._tmp_path_factory.getbasetemp()      # one folder for the files of all
     files = [list(items) for _, items in itertools.groupby(session.items, lambda item: item.path)]
-    waiting = sorted(range(len(files)), key=lambda k: files[k][0].path.stat().st_size)
+    paths = [items[0].path for items in files]
+    waiting = sorted(range(len(files)), key=lambda k: (paths[k].name in LONG, paths[k].stat().st_size))
     context, workers, events = multiprocessing.get_context("fork"), {}, {}
     for _ in range(min(session.config.option.jobs, len(files))):
         pipe, other_end = context.Pipe()

@@ -12,9 +12,9 @@ from models.runtime import files
 class Server(http.server.ThreadingHTTPServer):
     """Answers with its body as its plan says, one entry per request; the last one for all that follow.
 
-    A number is an HTTP status. In words: whole, wrong (bytes of the right number), cut (fewer than announced), short (and
-    announced so, but not as the hub does), long, no length, stall (in the middle), silent (no answer), close (at once),
-    redirect, redirect to http.
+    A number is an HTTP status. In words: whole, wrong (bytes of the right number), cut (fewer than said),
+    short (and announced so, but not as the hub does), long, no length, stall (in the middle), silent (no
+    answer), close (at once), redirect, redirect to http.
     """
 
     def __init__(self, body):

@@ -12,7 +12,7 @@ RESULTS = ROOT / "tests" / "data" / "claim-shapes.json"
 
 def test_the_readme_shows_the_figures_of_the_committed_results():
     results, readme = json.loads(RESULTS.read_text()), (ROOT / "README.md").read_text()
-    assert claim.table(results) in readme, "README.md: put what claim.table gives for tests/data/claim-shapes.json"
+    assert claim.table(results) in readme, f"README.md: put what claim.table gives for {RESULTS.name}"
     assert claim.claims(results) in readme, "README.md: put what claim.claims gives, likewise"
 
 

@@ -12,7 +12,8 @@ from models import lpips, vae
 from models.runtime import memory
 from models.runtime.flops import step_flops
 
-pytestmark = pytest.mark.skipif(not memory.countable(), reason="before torch 2.10 the count needs a GPU's driver")
+pytestmark = pytest.mark.skipif(not memory.countable(),
+                                reason="before torch 2.10 the count needs a GPU's driver")
 SMALL = ("--preset", "demo", "--resolution", "64", "--model", "SiT-Ti/4", "--batch-size", "16",
          "--perceptual-weight", "1", "--disc-weight", "0.1", "--mixed-precision", "bf16")
 
@@ -169,7 +170,7 @@ def test_a_dry_run_says_where_it_fits_and_a_remedy(small, monkeypatch):
 
 @pytest.mark.parametrize("backend", [None, "aot_eager_decomp_partition"])
 def test_a_residual_block_keeps_two_tensors_compiled_or_not(backend):
-    """Its input and what lies between its convolutions; as one graph. The backend cuts graphs as the default one does."""
+    """Its input and what lies between its convolutions; as one graph, cut as the default backend cuts it."""
     block = vae.ResnetBlock(64, 64)
     x = torch.randn(2, 64, 16, 16).bfloat16().requires_grad_()
     if backend is not None:

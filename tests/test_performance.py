@@ -17,10 +17,12 @@ def gradients(*flags):
     nets, args = tiny_nets("--disc-start", "0", "--max-grad-norm", "1e9", *flags)
     nets.opts = {}  # keep the gradients
     metrics, _ = train.train_step(nets, args, tiny_batch(nets, args))
-    return metrics, {f"{name}.{k}": p.grad for name in nets.trained for k, p in getattr(nets, name).named_parameters()}
+    return metrics, {f"{name}.{k}": p.grad for name in nets.trained
+                     for k, p in getattr(nets, name).named_parameters()}
 
 
-@pytest.mark.parametrize("flags", [["--grad-checkpoint"], ["--grad-checkpoint", "--gradient-accumulation-steps", "2"]])
+@pytest.mark.parametrize("flags", [["--grad-checkpoint"],
+                                   ["--grad-checkpoint", "--gradient-accumulation-steps", "2"]])
 def test_recomputation_keeps_all_gradients(flags, monkeypatch):
     monkeypatch.setattr(vae, "LARGE", 16 * 16)
     monkeypatch.setattr(vae, "CHUNK", 3 * 16 * 16)  # parts that are not equally large
@@ -65,7 +67,8 @@ def test_norm_silu_conv_is_its_parts_to_the_bit(dtype, memory_format, frozen):
     inputs = [x] if frozen else [x, *norm.parameters(), *conv.parameters()]
     results = []
     for function in (vae.norm_silu_conv, lambda norm, conv, x: conv(torch.nn.functional.silu(norm(x)))):
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16), FlopCounterMode(display=False) as flops:
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+        with autocast, FlopCounterMode(display=False) as flops:
             y = function(norm, conv, x)
             y.square().sum().backward()
         results.append([y, *(leaf.grad for leaf in inputs), torch.tensor(flops.get_total_flops())])
@@ -94,7 +97,7 @@ def test_group_norm_keeps_the_type_and_takes_its_statistics_in_float32(rounded, 
 
 
 def check_group_norm(device):
-    """Of a mean far larger than the deviation, where a mean rounded to bf16 would be off by half a deviation."""
+    """Of a mean far above the deviation, where a mean rounded to bf16 would be off by half a deviation."""
     torch.manual_seed(0)
     x = (torch.randn(2, 64, 32, 32) + 100).bfloat16()
     with torch.no_grad():
@@ -114,7 +117,7 @@ def test_group_norm_of_bf16_is_right_on_a_gpu():
 
 
 def make_steps(plain, number, *flags):
-    """At a small learning rate: Adam's first steps are signs of gradients and would make noise of rounding."""
+    """At a small learning rate: Adam's first steps are signs of gradients, which turn rounding to noise."""
     args = bench_train.settings(*TINY, "--batch-size", "2", "--learning-rate", "1e-5", "--vae-learning-rate",
                                   "1e-5", "--disc-learning-rate", "1e-5", "--ema-decay", "0.5", *flags)
     path = bench_train.Steps(args, torch.device("cpu"), plain)
@@ -152,17 +155,21 @@ def test_twenty_steps_in_bf16_stay_within_two_percent_of_float32(fast):
 
 
 def test_a_step_reads_nothing_on_the_host(monkeypatch):
-    """item(), bool(), int() and boolean masks show in the trace, the rest is forbidden; each would wait for a GPU."""
+    """item(), bool(), int() and masks show in the trace, the rest is forbidden; each would wait for a GPU."""
     nets, args = tiny_nets("--disc-start", "0")
     batch = tiny_batch(nets, args)
     train.train_step(nets, args, batch)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace, monkeypatch.context() as patch:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu) as trace, monkeypatch.context() as patch:
         for name in ("tolist", "numpy", "cpu"):
             patch.setattr(torch.Tensor, name, lambda *a, name=name: pytest.fail(f"a step calls {name}()"))
         train.train_step(nets, args, batch)
-    reads = [e for e in trace.events() if e.name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")]
-    parents = {e.cpu_parent.cpu_parent.name if e.cpu_parent and e.cpu_parent.cpu_parent else e.name for e in reads}
-    assert parents <= {"aten::_fused_adamw_"}  # reads its count of steps in the CPU's kernel, and not in the GPU's
+    reads = [e for e in trace.events() if e.name in ("aten::_local_scalar_dense", "aten::nonzero",
+                                                     "aten::masked_select")]
+    parents = {e.cpu_parent.cpu_parent.name if e.cpu_parent and e.cpu_parent.cpu_parent else e.name
+               for e in reads}
+    # reads its count of steps in the CPU's kernel, and not in the GPU's
+    assert parents <= {"aten::_fused_adamw_"}
 
 
 @pytest.mark.gpu
@@ -180,7 +187,7 @@ def test_a_step_waits_for_nothing_on_a_gpu():
 
 
 def test_optimiser_state_follows_the_memory_format():
-    """A run begun without --compile goes on with it: its moments are laid out anew, not paired with the wrong weights."""
+    """A run begun without --compile goes on with it: moments are laid out anew, each with its own weights."""
     def steps(net, optimizer, number):
         for k in range(number):
             net(torch.linspace(-1, 1, 2 * 3 * 25).view(2, 3, 5, 5) * (k + 1)).square().sum().backward()
@@ -214,9 +221,12 @@ def one_process(monkeypatch):
     (["--mixed-precision", "bf16"], 7), (["--mixed-precision", "fp16"], 7), (["--freeze-vae"], 5), ("ddp", 7),
 ])
 def test_every_kind_of_block_is_compiled_once(flags, number, monkeypatch, request):
-    """Without a graph break and never again after the first step: a few graphs for the VAE's 9 blocks (by width and
-    resolution) and the SiT's 6 (learning, and frozen for the alignment; the first of them sees an input without
-    gradient). Accumulation runs the VAE with and without a graph."""
+    """Without a graph break, and never again after the first step.
+
+    A few graphs for the VAE's 9 blocks (by width and resolution) and the SiT's 6 (learning, and frozen for
+    the alignment; the first of them sees an input without gradient). Accumulation runs the VAE with and
+    without a graph.
+    """
     if flags == "ddp":
         request.getfixturevalue("one_process")
         flags = []
@@ -236,8 +246,10 @@ def test_every_kind_of_block_is_compiled_once(flags, number, monkeypatch, reques
         train.train_step(nets, args, tiny_batch(nets, args))
         counts.append(len(graphs))
     assert counts == [number] * 3
-    with torch.no_grad():  # the average is not compiled: precision flags of an evaluation would compile it anew
-        nets.ema(torch.zeros_like(tiny_batch(nets, args).noise), torch.zeros(2), torch.zeros(2, dtype=torch.long))
+    # the average is not compiled: precision flags of an evaluation would compile it anew
+    with torch.no_grad():
+        nets.ema(torch.zeros_like(tiny_batch(nets, args).noise), torch.zeros(2),
+                 torch.zeros(2, dtype=torch.long))
     assert len(graphs) == number
 
 
@@ -247,7 +259,8 @@ def test_compiled_blocks_give_the_same_step(monkeypatch):
     nets, args = tiny_nets(*flags)
     expected, _ = train.train_step(nets, args, tiny_batch(nets, args))
     compiled, real = [], torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **more: compiled.append(self) or real(self, backend="aot_eager", **more))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **more: compiled.append(self)
+                        or real(self, backend="aot_eager", **more))
     nets, args = tiny_nets(*flags, "--compile")
     actual, _ = train.train_step(nets, args, tiny_batch(nets, args))
     assert len(compiled) >= 12

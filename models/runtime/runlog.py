@@ -53,7 +53,7 @@ class RunLog:
             kept = []
             with open(path, errors="replace") as f:
                 for line in f:
-                    with contextlib.suppress(ValueError, TypeError, KeyError):  # of a line that is cut, or odd
+                    with contextlib.suppress(ValueError, TypeError, KeyError):  # a cut or odd line
                         kept += [line] if json.loads(line)["step"] <= step else []
             with files.replace(path) as temporary, open(temporary, "w") as f:
                 f.writelines(kept)
