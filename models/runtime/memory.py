@@ -380,7 +380,9 @@ class _Watch(TorchDispatchMode):
 
 def to_device(module, *args, **kwargs):
     """Module.to of a device: fake parameters cannot be moved, only made anew. Other changes are left out."""
-    device = "cpu" if "cpu" in args else "cuda"
+    device = next((torch.device(a).type for a in args if isinstance(a, (str, torch.device))), None)
+    if device is None:
+        return module
     for part in module.modules():
         for name, p in part.named_parameters(recurse=False):
             if p.device.type != device:
