@@ -32,7 +32,7 @@ from PIL import Image
 from models import encoders
 from models.runtime import features, files
 
-SECONDS, GIB = 30, 2        # what a process may take, beside what it has mapped when it begins
+SECONDS, GIB = 60, 2        # what a process may take, beside what it has mapped when it begins
 NOBODY = 65534              # a user without rights; only root can become it
 TRAIN = ["--preset", "demo", "--model", "SiT-Ti/4", "--encoder-depth", "1", "--batch-size", "2", "--sampling-steps", "0",
          "--log-every", "1", "--checkpointing-steps", "1", "--max-train-steps", "3", "--exp-name", "run",
