@@ -75,7 +75,7 @@ def _(tmp, have):
 @case("small disks", "SIGKILL while a checkpoint is written in the background, then the same bits")
 def _(tmp, have):
     marker = f"{tmp}.reached"
-    run = start("train_repae_e", TRAIN, tmp, have, hooks=[(pause_at, "os", "fsync", marker)])
+    run = start("train_repae_e", TRAIN, tmp, have, hooks=[(pause_at, "torch", "save", marker)])
     wait(run, lambda: any(tmp.rglob(".0000001.pt.*.tmp")) and run.process.is_alive())
     processes.kill(run.process)
     assert run.process.exitcode == -signal.SIGKILL
