@@ -1,6 +1,6 @@
 """What can go wrong, tried: hostile settings, files, disks, signals and networks, kills, mutated files.
 
-    python tests/faults.py                          # every case, about five minutes on two cores
+    python tests/faults.py                          # every case
     python tests/faults.py data signals --verbose   # groups by name
     python tests/faults.py --kills 100              # kill loops over every writer; the final bits are equal each time
     python tests/faults.py --fuzz 2000              # mutated files for each reader
