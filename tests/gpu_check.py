@@ -173,13 +173,13 @@ def resume(tiny):
     with tempfile.TemporaryDirectory() as folder:
         lines_of([sys.executable, *run_flags(folder, "whole", 6, "--no-compile")])
         endless = [sys.executable, *run_flags(folder, "killed", 10 ** 6, "--no-compile")]
-        killed = subprocess.Popen(endless, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+        killed = subprocess.Popen(endless, cwd=ROOT, stdout=subprocess.DEVNULL)  # without data workers
         try:
             while not (Path(folder) / "killed/checkpoints/0000002.pt").exists():
                 assert killed.poll() is None, "the run ended before its first checkpoint"
                 time.sleep(0.02)
         finally:
-            os.killpg(killed.pid, signal.SIGKILL)
+            killed.kill()
             killed.wait()
         for path in (Path(folder) / "killed/checkpoints").glob("*.pt"):
             if int(path.stem) > 4:  # it may have come further than the whole run
