@@ -291,7 +291,7 @@ def test_clip_embeddings(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- runs that are stopped
 
-def test_a_stopped_run_goes_on_from_its_pieces(tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_goes_on_from_its_pieces(tmp_path, monkeypatch, capfd):
     np.savez_compressed(tmp_path / "r.npz", pictures(40))
     np.savez(tmp_path / "s.npz", pictures(8, 1))
     args = ["--features", "hog", "--batch-size", "4", tmp_path / "r.npz", tmp_path / "s.npz"]
@@ -302,13 +302,13 @@ def test_a_stopped_run_goes_on_from_its_pieces(tmp_path, monkeypatch, capsys):
     def network(images):
         seen.append(len(images))
         if sum(seen) > stop_at:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return hog(images)
     monkeypatch.setattr(evaluate_fid, "hog_features", lambda size, device: network)
     args += ["--cache", tmp_path / "cache"]
     with pytest.raises(SystemExit) as stop:
         evaluate_fid.main([str(a) for a in args])
-    output = capsys.readouterr().err.splitlines()
+    output = capfd.readouterr().err.splitlines()
     assert stop.value.code == 130 and output[-1].startswith("stopped by SIGINT: the same command goes on")
     assert not any("Traceback" in line for line in output)
     pieces = sorted((tmp_path / "cache").glob("*/*.npz"))
@@ -323,7 +323,7 @@ def test_a_stopped_run_goes_on_from_its_pieces(tmp_path, monkeypatch, capsys):
     stop_at = 1000
     again = figures(tmp_path, *args)
     assert sum(seen) == 40 - 16 + 8 and again["fd_hog"] == pytest.approx(whole, rel=1e-9)
-    assert "00000016-00000024.npz: not used" in capsys.readouterr().err
+    assert "00000016-00000024.npz: not used" in capfd.readouterr().err
     seen.clear()
     assert figures(tmp_path, *args)["fd_hog"] == again["fd_hog"] and not seen
     cut = figures(tmp_path, *args, "--limit", "20")         # the first rows of what is there

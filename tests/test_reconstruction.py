@@ -1,5 +1,6 @@
 """Reconstruction and latent metrics: closed forms, slow direct computations, and other packages."""
 import json
+import signal
 import math
 import shutil
 from types import SimpleNamespace
@@ -180,21 +181,21 @@ def settings(tmp_path, vaes, **more):
                               "output_dir": str(tmp_path), "exp_name": "eval", "dry_run": False} | more)
 
 
-def test_a_stopped_comparison_goes_on_with_the_vaes_that_are_left(tmp_path, vae_paths, monkeypatch, capsys):
+def test_a_stopped_comparison_goes_on_with_the_vaes_that_are_left(tmp_path, vae_paths, monkeypatch, capfd):
     monkeypatch.setattr(vae_report, "load_inception", lambda path, device: TinyInception())
     measure, measured = vae_report.measure, []
 
     def stopping(vae, *rest, **more):
         measured.append(vae)
         if len(measured) == 2:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return measure(vae, *rest, **more)
     monkeypatch.setattr(vae_report, "measure", stopping)
     args = settings(tmp_path, vae_paths)
     with pytest.raises(SystemExit) as stop:
         vae_report.evaluate(args)
     assert stop.value.code == 130
-    error = capsys.readouterr().err.splitlines()
+    error = capfd.readouterr().err.splitlines()
     assert error[-1].startswith("stopped by SIGINT: ") and not any("Traceback" in line for line in error)
     assert any("8/8 images" in line and "left" in line for line in error)
     path = tmp_path / "eval" / "metrics.json"
@@ -205,13 +206,13 @@ def test_a_stopped_comparison_goes_on_with_the_vaes_that_are_left(tmp_path, vae_
     found = json.loads(path.read_text())
     assert len(measured) == 3 and list(found["vaes"]) == vae_paths
     assert found["vaes"][vae_paths[0]] == first[vae_paths[0]]
-    assert "1 of 2 VAEs are measured already" in capsys.readouterr().out
+    assert "1 of 2 VAEs are measured already" in capfd.readouterr().out
     vae_report.evaluate(args)                                                # nothing is left to do
     assert len(measured) == 3 and json.loads(path.read_text()) == found
     # another one does not fit in there
     with pytest.raises(SystemExit):
         vae_report.evaluate(settings(tmp_path, vae_paths, limit=7))
-    assert "holds another evaluation (of other images)" in capsys.readouterr().err
+    assert "holds another evaluation (of other images)" in capfd.readouterr().err
     assert json.loads(path.read_text()) == found
 
 
