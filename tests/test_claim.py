@@ -1,6 +1,7 @@
 """claim.py: what the README says of the experiment is what was found; and the parts that need no training."""
 import json
 import time
+import zipfile
 
 import claim
 import numpy as np
@@ -40,6 +41,16 @@ def test_shapes_are_the_same_whenever_they_are_drawn(tmp_path):
     for name in ("a.zip", "b.zip"):
         claim.draw_shapes(tmp_path / name, 12, 3, 16)
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+
+
+def test_a_part_of_the_photos_has_all_classes_alike(tmp_path):
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for name in ("b/2.png", "a/1.png", "b/1.png", "a/4.png", "a/2.png", "b/3.png", "a/3.png", "b/4.png"):
+            archive.writestr(name, name)
+    claim.take_some(tmp_path / "all.zip", tmp_path / "some.zip", 4)
+    with zipfile.ZipFile(tmp_path / "some.zip") as archive:
+        assert archive.namelist() == ["a/1.png", "a/3.png", "b/1.png", "b/3.png"]
+        assert archive.read("b/3.png") == b"b/3.png"
 
 
 def test_a_run_that_fails_or_outlives_the_budget_ends_the_experiment(tmp_path):
