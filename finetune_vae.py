@@ -163,7 +163,8 @@ def find_weights(args):
     elif not args.train_encoder or args.vae is None:
         raise ValueError("--ckpt none makes a VAE from scratch: it needs --train-encoder and --vae")
     if args.disc_ckpt == "auto":
-        has_own = args.ckpt != "none" and weights.discriminator_state(args.ckpt, args.vae) is not None
+        sought = args.disc_weight > 0 and args.ckpt != "none"   # a hub's discriminator is a file of its own
+        has_own = sought and weights.discriminator_state(args.ckpt, args.vae) is not None
         args.disc_ckpt = args.ckpt if has_own else "none"
     if args.disc_start is None:  # an untrained discriminator learns for a while before the VAE listens to it
         args.disc_start = 5000 if args.disc_ckpt == "none" else 0

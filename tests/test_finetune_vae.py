@@ -676,6 +676,16 @@ def test_user_errors_are_one_line_and_exit_code_2(tmp_path, start, photos, capsy
         assert sorted(set(os.listdir(tmp_path)) - {"hub"}) == before  # torchvision makes its cache folder
 
 
+def test_without_a_weight_no_discriminator_is_fetched(start, monkeypatch):
+    def fetch(*_):
+        raise AssertionError("a discriminator was asked for")
+    monkeypatch.setattr(weights, "discriminator_state", fetch)
+    _, args = tiny_nets(start)
+    assert args.disc_ckpt == "none"
+    with pytest.raises(AssertionError, match="asked for"):
+        tiny_nets(start, "--disc-weight", "0.1")
+
+
 def no_network(*args, **kwargs):
     raise files.requests.ConnectionError("no network")  # a kind of OSError
 
