@@ -598,6 +598,8 @@ def main(argv=None):
     parser.add_argument("--setting", choices=list(SETTINGS), default="shapes")
     parser.add_argument("--out", type=Path, default=Path("claims"), help="folder for all that is made")
     parser.add_argument("--minutes", type=float, default=1e6, help="budget; the same command goes on")
+    parser.add_argument("--steps", type=int, help="of the recipes, instead of the setting's; in a folder of "
+                        "its own. A multiple of the setting's steps between checkpoints")
     parser.add_argument("--seeds", type=lambda text: [int(x) for x in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--recipes", type=lambda text: text.split(","), default=list(RECIPES))
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the CIFAR-10 .zip files")
@@ -606,9 +608,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if unknown := set(args.recipes) - set(RECIPES):
         parser.error(f"--recipes {unknown.pop()}: known are {', '.join(RECIPES)}")
-    folder = args.out / args.setting
+    setting, folder = dict(SETTINGS[args.setting]), args.out / args.setting
+    if args.steps is not None:
+        if args.steps < 1 or args.steps % setting["every"]:
+            parser.error(f"--steps {args.steps}: take a multiple of {setting['every']}")
+        setting["steps"], folder = args.steps, args.out / f"{args.setting}-{args.steps}"
     (folder / "runs").mkdir(parents=True, exist_ok=True)
-    job = SimpleNamespace(folder=folder, setting=SETTINGS[args.setting], runner=Runner(folder, args.minutes),
+    job = SimpleNamespace(folder=folder, setting=setting, runner=Runner(folder, args.minutes),
                           judge=folder / "judge.pt", reference=folder / "reference.npz",
                           target=[])
     if args.setting == "cifar10":

@@ -8,17 +8,27 @@ import numpy as np
 import pytest
 from processes import ROOT
 
-RESULTS = ROOT / "tests" / "data" / "claim-shapes.json"
+RESULTS = {name: ROOT / "tests" / "data" / f"claim-{name}.json" for name in claim.SETTINGS}
 
 
-def test_the_readme_shows_the_figures_of_the_committed_results():
-    results, readme = json.loads(RESULTS.read_text()), (ROOT / "README.md").read_text()
-    assert claim.table(results) in readme, f"README.md: put what claim.table gives for {RESULTS.name}"
-    assert claim.claims(results) in readme, "README.md: put what claim.claims gives, likewise"
+@pytest.mark.parametrize("name", claim.SETTINGS)
+def test_the_readme_shows_the_figures_of_the_committed_results(name):
+    results, readme = json.loads(RESULTS[name].read_text()), (ROOT / "README.md").read_text()
+    assert claim.table(results) in readme, f"README.md: put what claim.table gives for {RESULTS[name].name}"
+    assert claim.claims(results) in readme, f"README.md: put what claim.claims gives for {RESULTS[name].name}"
 
 
-def test_the_committed_results_were_made_with_the_settings_of_the_script():
-    assert json.loads(RESULTS.read_text())["setting"] == claim.SETTINGS["shapes"]
+@pytest.mark.parametrize("name", claim.SETTINGS)
+def test_the_committed_results_were_made_with_the_settings_of_the_script(name):
+    assert json.loads(RESULTS[name].read_text())["setting"] == claim.SETTINGS[name]
+
+
+def test_steps_that_end_between_checkpoints_are_refused(tmp_path, capsys):
+    for steps in ("100", "0", "-160"):
+        with pytest.raises(SystemExit):
+            claim.main(["--setting", "shapes", "--out", str(tmp_path), "--steps", steps])
+        assert "take a multiple of 160" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_steps_to_a_distance_are_read_off_the_line_between_checkpoints():
