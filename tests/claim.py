@@ -419,7 +419,7 @@ def collect(job):
             run = run_folder(job.folder, name, seed)
             scores = {step: read_json(run / f"score-{step}.json") for step in checkpoint_steps(job.setting)}
             scores = {str(step): score for step, score in scores.items() if score}
-            if scores:
+            if scores and (run / "done.json").exists():
                 seconds = round(read_json(run / "done.json")["seconds"], 1)
                 runs.setdefault(name, {})[str(seed)] = {
                     "seconds": seconds, "vae": read_json(run / "vae.json"), "scores": scores}

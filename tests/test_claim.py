@@ -2,6 +2,7 @@
 import json
 import time
 import zipfile
+from types import SimpleNamespace
 
 import claim
 import numpy as np
@@ -74,3 +75,18 @@ def test_a_run_that_fails_or_outlives_the_budget_ends_the_experiment(tmp_path):
     with pytest.raises(claim.OutOfTime):
         runner.call(lambda: print("never"), tmp_path / "log")
     assert "never" not in (tmp_path / "log").read_text()
+
+
+def test_a_run_whose_training_is_not_through_is_left_out_of_the_results(tmp_path):
+    setting = claim.SETTINGS["shapes"]
+    np.savez(tmp_path / "reference.npz", floor=1.0, agreement=0.5)
+    for seed, done in ((0, True), (1, False)):
+        run = claim.run_folder(tmp_path, "REPA", seed)
+        run.mkdir(parents=True)
+        claim.write_json(run / f"score-{setting['every']}.json", {"distance": 2.0, "agreement": 0.25})
+        if done:
+            claim.write_json(run / "done.json", {"seconds": 3.0})
+    (tmp_path / "runs" / "vae").mkdir()
+    claim.write_json(tmp_path / "runs" / "vae" / "done.json", {"seconds": 4.0})
+    job = SimpleNamespace(folder=tmp_path, setting=setting, reference=tmp_path / "reference.npz")
+    assert list(claim.collect(job)["runs"]["REPA"]) == ["0"]
