@@ -1,0 +1,266 @@
+"""What a run tells: its log files, the watch on a collapse, the progress line, and signals that ask it to stop."""
+import contextlib
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from types import SimpleNamespace
+
+import torch
+
+from models.runtime import distributed, files
+
+
+# ---------------------------------------------------------------- progress and signals
+
+def progress(what, total):
+    """Function update(done) that shows how far a long loop is, on stderr of the main process.
+
+    what: such as "images encoded"; the line is "images encoded: 12,000 of 50,000, 410/s, 1m33s left". It is
+    rewritten in place on a terminal, and printed every 30 seconds elsewhere.
+    """
+    terminal, interval = sys.stderr.isatty(), 0.5 if sys.stderr.isatty() else 30.0
+    last, began = time.monotonic(), None
+
+    def update(done):
+        nonlocal last, began
+        now = time.monotonic()
+        began = began or (now, done)    # a resumed loop starts in the middle
+        end = terminal and done >= total
+        if not distributed.is_main() or (now - last < interval and not end):
+            return
+        last = now
+        rate = (done - began[1]) / max(now - began[0], 1e-9)
+        left = f", {rate:.3g}/s, {time_text((total - done) / rate)} left" if rate > 0 else ""
+        line = f"{what}: {done:,} of {total:,}{left}"
+        print(f"\r{line}\033[K" if terminal else line, end="" if terminal and not end else "\n",
+              file=sys.stderr, flush=True)
+    return update
+
+
+@contextlib.contextmanager
+def watch():
+    """Context in which SIGTERM, SIGUSR1 and Ctrl-C only set `by` of its value, to the signal's name.
+
+        with log.watch() as asked:
+            for batch in batches:
+                ...
+                if distributed.any_process(asked.by):   # save and stop
+
+    Nothing is interrupted: the loop decides where it stops. The main thread must enter the context.
+    """
+    asked = SimpleNamespace(by=None)
+
+    def handle(number, frame):
+        asked.by = asked.by or signal.Signals(number).name
+
+    before = {number: signal.signal(number, handle)
+              for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------- the log of a run
+
+class Collapse(RuntimeError):
+    """Training has stopped learning; the message names the step and the sign of it."""
+
+
+class RunLog:
+    """Sums metrics on the device; every log_every steps reads them, writes a line and watches for a collapse.
+
+    Files in `folder`: log.txt (what the terminal showed) and metrics.jsonl (one object per logged step).
+    Only the main process writes; all processes take part in the sums.
+    """
+
+    def __init__(self, folder, args):
+        """args: the run's settings, of which report_to, log_every and max_train_steps are read."""
+        self.folder, self.args, self.main = folder, args, distributed.is_main()
+        # Sums since the last line, by the names of a step's metrics: a loss that sets in later has its own.
+        self.sums, self.counted = {}, 0
+        self.in_a_row = self.longest = self.first_bad = None
+        self.largest_norms, self.any_good = {}, False
+        self.last, self.timed, self.first_seconds = time.perf_counter(), 0, None
+        self.report = None
+        if self.main:
+            os.makedirs(folder, exist_ok=True)
+            self.report = open_report(args.report_to, folder, args)
+
+    def say(self, text):
+        """One line to the terminal and log.txt."""
+        if self.main:
+            print(text, flush=True)
+            with open(os.path.join(self.folder, "log.txt"), "a") as f:
+                f.write(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}\n")
+
+    def resume(self, step, state, device):
+        """Continue the log of a run at `step`: with the sums of its checkpoint, and without the lines of
+        metrics.jsonl after it, which are written again."""
+        if state is not None:
+            self.counted = state["counted"]
+            self.sums = {tuple(names): torch.tensor(values, dtype=torch.float64, device=device)
+                         for names, values in state["sums"]}
+        path = os.path.join(self.folder, "metrics.jsonl")
+        if self.main and os.path.exists(path):
+            kept = []
+            with open(path, errors="replace") as f:
+                for line in f:
+                    with contextlib.suppress(ValueError, TypeError, KeyError):  # a line cut by a kill
+                        kept += [line] if json.loads(line)["step"] <= step else []
+            with files.replace(path) as temporary, open(temporary, "w") as f:
+                f.writelines(kept)
+
+    def state_dict(self):
+        """What the next line is made of, for a checkpoint between two lines; all processes must call it."""
+        return {"sums": [[list(names), values.tolist()] for names, values in self.reduced().items()],
+                "counted": self.counted}
+
+    def reduced(self):
+        """{names: sums over all processes [len(names) + 1]}; the last number counts the steps not skipped."""
+        return {names: distributed.all_reduce_sum(values.clone()) / distributed.world_size()
+                for names, values in self.sums.items()}
+
+    def add(self, metrics, skip):
+        """Add one step's metrics (dict of scalar tensors); those of a skipped step count only as skipped.
+
+        Nothing is read on the host here: a GPU would have to be waited for.
+        """
+        names = tuple(metrics)
+        values = torch.stack([metrics[n].detach().double() for n in names])
+        if self.in_a_row is None:
+            self.in_a_row = self.longest = torch.zeros_like(skip)
+            self.first_bad = torch.full_like(skip, -1.0)
+        # The first metric that is not finite, in the order of computation, is the one to look at: the rest
+        # follow from it.
+        bad = ~values.isfinite()
+        first = torch.where(bad.any(), bad.float().argmax().to(skip), -1.0)
+        self.first_bad = torch.where((self.first_bad < 0) & (skip > 0), first, self.first_bad)
+        values = torch.where(skip > 0, 0.0, torch.cat([values, torch.ones_like(values[:1])]))
+        self.sums[names] = self.sums[names] + values if names in self.sums else values
+        self.in_a_row = torch.where(skip > 0, self.in_a_row + 1, 0)
+        self.longest = torch.maximum(self.longest, self.in_a_row)
+        self.counted += 1
+        self.names = names
+        if self.first_seconds is None:  # the first step compiles: it is left out of the rates
+            now = time.perf_counter()
+            self.first_seconds, self.last = now - self.last, now
+        else:
+            self.timed += 1
+
+    def write(self, step, batch_size):
+        """Read the sums (the one host synchronisation) and write a line everywhere; returns it, a dict.
+
+        Raises Collapse if learning stopped.
+        """
+        means, good = {}, 0
+        for names, values in self.reduced().items():
+            *sums, count = values.tolist()
+            good += round(count)
+            for name, value in zip(names, sums):
+                total, n = means.get(name, (0.0, 0.0))
+                means[name] = (total + value, n + count)
+        means = {name: total / n if n else math.nan for name, (total, n) in means.items()}
+        now = time.perf_counter()
+        seconds = (now - self.last) / self.timed if self.timed else self.first_seconds
+        steps, longest, first_bad = self.counted, int(self.longest), int(self.first_bad)
+        line = {"step": step, **means, "skipped_steps": steps - good, "images_per_s": batch_size / seconds,
+                "seconds_per_step": seconds, "peak_memory_gib": peak_memory_gib(self.longest.device)}
+        if first_bad >= 0:
+            line["not_finite_first"] = self.names[first_bad]
+        if step % self.args.log_every == 0:
+            self.sums, self.counted = {}, 0     # after a run's last step they are kept, for a longer run
+        self.timed, self.last = 0, now
+        self.longest, self.first_bad = torch.zeros_like(self.longest), torch.full_like(self.first_bad, -1.0)
+        if self.main:
+            self.publish(step, line, means)
+        self.watch(step, longest, good, means, line.get("not_finite_first"))
+        return line
+
+    def publish(self, step, line, means):
+        """One line of figures to metrics.jsonl, the terminal, tensorboard or wandb."""
+        with open(os.path.join(self.folder, "metrics.jsonl"), "a") as f:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v
+                      for k, v in line.items()}
+            f.write(json.dumps(finite) + "\n")
+        if self.report is not None:
+            self.report(line)
+        losses = "  ".join(f"{n} {v:.4g}" for n, v in means.items()
+                           if n.endswith("loss") or n.startswith("grad_norm"))
+        skipped = f"  skipped {line['skipped_steps']}" if line["skipped_steps"] else ""
+        if "not_finite_first" in line:
+            skipped += f" (not finite first: {line['not_finite_first']})"
+        left = time_text((self.args.max_train_steps - step) * line["seconds_per_step"])
+        self.say(f"step {step}/{self.args.max_train_steps}  {line['images_per_s']:.1f} img/s  "
+                 f"{line['seconds_per_step']:.3g} s/step  {line['peak_memory_gib']:.2f} GiB  "
+                 f"{left} left{skipped}  {losses}")
+
+    def watch(self, step, longest, good, means, first_bad):
+        """Raise Collapse after 50 skipped steps in a row, or when the SiT's or VAE's gradient vanishes.
+
+        That is a norm of 0, or of 1e-4 of the largest logged. A run of nothing but skipped steps counts too.
+        (The discriminator's may well be 0: the hinge loss is, where it is sure.)
+        """
+        self.any_good |= good > 0
+        if longest >= 50 or (step == self.args.max_train_steps and not self.any_good):
+            raise Collapse(f"step {step}: {longest} steps in a row had non-finite losses or gradients, "
+                           f"{first_bad} first")
+        for name in ("grad_norm_sit", "grad_norm_vae"):
+            if good and name in means:
+                value, largest = means[name], max(means[name], self.largest_norms.get(name, 0.0))
+                if value <= 1e-4 * largest:
+                    raise Collapse(f"step {step}: {name} fell to {value:.2g} from {largest:.2g}: "
+                                   "nothing is learnt any more")
+                self.largest_norms[name] = largest
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Context whose time is left out of the rates: pictures and checkpoints are no training."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # what is queued belongs to the steps
+        start = time.perf_counter()
+        yield
+        self.last += time.perf_counter() - start
+
+
+def open_report(report_to, folder, args):
+    """Function of one metrics dict, for tensorboard or wandb (both are optional packages); None for "none"."""
+    if report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(folder)
+        return lambda line: [writer.add_scalar(k, v, line["step"]) for k, v in line.items()
+                             if k != "step" and not isinstance(v, str)]
+    if report_to == "wandb":
+        import wandb
+        path = os.path.join(folder, "wandb_id")  # kept, so that a resumed run continues its own curves
+        if not os.path.exists(path):
+            with files.replace(path) as temporary, open(temporary, "w") as f:
+                f.write(wandb.util.generate_id())
+        with open(path) as f:
+            run_id = f.read()
+        wandb.init(project="repa-e", name=os.path.basename(folder), dir=folder, config=vars(args),
+                   resume="allow", id=run_id)
+        return lambda line: wandb.log(line, step=line["step"])
+    return None
+
+
+def peak_memory_gib(device):
+    """Largest memory so far in GiB: allocated on the GPU, or resident in this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
+
+
+def time_text(seconds):
+    """12.3 s as "12s", hours as "3h05m", days as "2d04h"."""
+    seconds = int(seconds)
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
+    hours, minutes = divmod(seconds // 60, 60)
+    return f"{hours // 24}d{hours % 24:02d}h" if hours >= 24 else f"{hours}h{minutes:02d}m"
