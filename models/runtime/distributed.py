@@ -1,58 +1,54 @@
-"""Several processes: start-up from torchrun's environment, waiting for one another, and batch norm over the
-batch of all of them.
+"""Several processes: start-up from torchrun's environment, waiting for one another, batch norm over all.
 
-Two kinds of waiting are told apart. Collectives (all_reduce, broadcast) are for the middle of a step, where
-all processes are about equally far; torch ends them a little after PATIENCE. Where a process may be late
-they meet in `any_process`, `barrier`, `gather`, `from_main` or `main_first`: there the others say for whom
-they wait and what it does (`busy`), and end the run with its name if it stays away.
+Without torchrun everything here works for one process and returns at once.
 """
 import contextlib
 import datetime
-import math
 import os
-import socket
-import time
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from models.runtime import signals
-
-
-# How long the others wait for a process that is silent, and for one that has said what it is busy with.
-PATIENCE, LONG_PATIENCE = 10 * 60.0, 120 * 60.0     # seconds
-SAY_EVERY = 60.0                                    # seconds between lines about a wait
+PATIENCE = datetime.timedelta(minutes=30)   # a process that the others wait for this long ends the run
+META = None     # a gloo group next to NCCL's: its barrier waits on the host and names the missing ranks
 
 
 def init():
     """Join torchrun's process group if there is one. Returns (rank, world_size, device).
 
-    NCCL and one GPU per process where there are GPUs, gloo on CPU otherwise; plain `python` is one process,
-    no group.
+    NCCL with one GPU per process where there are GPUs, gloo otherwise. Raises ValueError for an environment
+    that asks for several processes without saying how they meet, and for more processes than GPUs.
     """
-    signals.follow_torchrun()
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"process {local_rank} has no GPU: there are {torch.cuda.device_count()}; "
-                             f"start torchrun with --nproc-per-node {torch.cuda.device_count()}")
-        torch.cuda.set_device(device)
-    if world_size > 1 and not dist.is_initialized():
-        # Longer than the others wait in `any_process`: they know the name, NCCL's watchdog does not.
-        timeout = datetime.timedelta(seconds=1.2 * PATIENCE)
-        with signals.at_once():     # here it waits for the others
-            store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
-            # What torchrun --max-restarts starts anew finds the store of before, with addresses of the dead.
-            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            store.set_timeout(timeout)
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, store=store,
-                                    rank=rank, world_size=world_size,
-                                    device_id=device if device.type == "cuda" else None)
-            open_table()
-    return int(os.environ.get("RANK", 0)), world_size, device
+    global META
+    if "WORLD_SIZE" not in os.environ:
+        for name in ("RANK", "SLURM_NTASKS"):
+            if int(os.environ.get(name, 0)) > (name == "SLURM_NTASKS"):
+                raise ValueError(f"{name}={os.environ[name]} is set but WORLD_SIZE is not: every process "
+                                 f"would run alone; start them with torchrun, or unset {name} to run one")
+    device = choose_device()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        store, rank_, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+        # After torchrun --max-restarts the store still has the addresses of the dead: a prefix per restart.
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store,
+                                rank=rank_, world_size=size, timeout=PATIENCE)
+        META = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return rank(), world_size(), device
+
+
+def choose_device():
+    """This process's device: cuda:LOCAL_RANK, or the CPU where there is no GPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        local_rank = 0      # srun --gpus-per-task=1: each process sees its own GPU only, as number 0
+    if local_rank >= count:
+        raise ValueError(f"process {local_rank} has no GPU: there are {count}; "
+                         f"use torchrun --nproc-per-node {count}")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def world_size():
@@ -67,244 +63,89 @@ def rank():
 
 def is_main():
     """True in the process that writes files and prints."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return rank() == 0
 
 
 def shut_down():
-    """Leave the process group, at the end of a script."""
-    if not dist.is_initialized():
-        return
-    store, deadline = TABLE["store"], time.monotonic() + 30
-    left = store.add("left", 1)
-    while is_main() and left < world_size() and time.monotonic() < deadline:
-        time.sleep(0.02)    # the store may live in this process: it goes last
-        left = store.add("left", 0)
-    TABLE.clear()
-    dist.destroy_process_group()
+    """Leave the process group, at the end of a script. The store lives in rank 0, so all leave together."""
+    if dist.is_initialized():
+        barrier()
+        dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------- waiting for one another
 
-TABLE = {}  # "store": keys and values that all processes see (torch's TCPStore); "meetings": their number
-
-
-def open_table():
-    """Connect to the store that the process group was made with,
-    on a connection of our own: torch's watchdogs use the other, and would wait while we do."""
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-                          wait_for_workers=False, timeout=datetime.timedelta(seconds=PATIENCE))
-    name = [f"repa-e {time.time_ns()}"]     # a store may outlive a process group
-    dist.broadcast_object_list(name)
-    TABLE.update(store=dist.PrefixStore(name[0], store), meetings=0)
-    come_to(0)
-
-
-def come_to(meeting):
-    """Let the others know where this process is."""
-    TABLE["meetings"] = meeting
-    TABLE["store"].set(f"at {rank()}", f"{meeting} pid {os.getpid()} on {socket.gethostname()}")
-
-
-@contextlib.contextmanager
-def busy(what):
-    """Context of work for which the others may have to wait long; `what` is what they then say it is."""
-    if not dist.is_initialized():
-        yield
-        return
-    with of_the_store():
-        TABLE["store"].set(f"busy {rank()}", what)
-    yield   # after an error the word stays: what follows is the end of this process
-    with of_the_store():
-        TABLE["store"].delete_key(f"busy {rank()}")
-
-
-@contextlib.contextmanager
-def of_the_store():
-    """Context in which an error of the store is ConnectionError: the process that keeps it has ended."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise ConnectionError("another process has ended early; see what it says") from error
-
-
-def any_process(flag):
-    """Whether `flag` is true in any process; all must ask, and wait here for one another, not for GPUs.
-
-    Raises TimeoutError, one line with the name of a process that stays away: for PATIENCE in silence, for
-    LONG_PATIENCE if it is `busy`; ConnectionError if the process that keeps the store has ended.
-    """
-    if not dist.is_initialized():
-        return bool(flag)
-    store, n = TABLE["store"], TABLE["meetings"] + 1
-    with of_the_store():
-        if flag:
-            store.set(f"flag {n}", "1")
-        come_to(n)
-        if store.add(f"here {n}", 1) == world_size():   # the last one to come
-            store.set(f"go {n}", str(int(store.check([f"flag {n}"]))))
-            for key in ("here", "flag", "go"):
-                store.delete_key(f"{key} {n - 1}")
-        else:
-            wait_for_meeting(store, n)
-        return store.get(f"go {n}") == b"1"
-
-
-def wait_for_meeting(store, n):
-    """Until all processes have come to the n-th meeting; see any_process."""
-    began = said = time.monotonic()
-    while not store.check([f"go {n}"]):
-        now = time.monotonic()
-        time.sleep(min(max((now - began) / 4, 1e-4), 0.1))
-        if now - said < min(SAY_EVERY, PATIENCE):
-            continue
-        said, missing = now, absent(store, n)
-        speaks = rank() == min(set(range(world_size())) - missing.keys(), default=0)  # one of those that wait
-        for name, doing in missing.values():
-            waited = f"{(now - began) / 60:.0f} min" if now - began >= 90 else f"{now - began:.0f} s"
-            what = f"{name}, {doing or 'which is silent'}"
-            if now - began >= (LONG_PATIENCE if doing else PATIENCE):
-                time.sleep(0 if speaks else 30)
-                raise TimeoutError(f"the others have waited {waited} for {what}; this run ends, and the same "
-                                   "command goes on from its newest checkpoint")
-            if speaks:
-                print(f"waiting for {what} ({waited} so far)", flush=True)
-
-
-def absent(store, n):
-    """{rank: (name, what it is busy with or "")} of the processes that have not come to the n-th meeting."""
-    found = {}
-    for r in range(world_size()):
-        at = store.get(f"at {r}").decode()
-        doing = store.get(f"busy {r}").decode() if store.check([f"busy {r}"]) else ""
-        number, _, where = at.partition(" ")
-        if int(number) < n:
-            found[r] = f"process {r} ({where})", doing
-    return found
-
-
 def barrier():
-    """Wait for all processes, as any_process does."""
-    any_process(False)
+    """Wait for all processes.
 
-
-@contextlib.contextmanager
-def main_first(what="the first to read files and weights"):
-    """Context that the main process passes through before the others enter: it downloads, they find the files
-    there."""
-    if not is_main():
-        barrier()
-    with busy(what):
-        yield
-    if is_main():
-        barrier()
-
-
-def from_main(function, what="at work for all"):
-    """function() run in the main process alone; every process gets its result, or raises its ValueError or
-    OSError."""
-    box = [None]
-    if is_main():
-        try:
-            with busy(what):
-                box = [function()]
-        except (ValueError, OSError) as error:
-            box = [error]
+    Raises ConnectionError after PATIENCE, with the missing ranks, or as soon as another process has died.
+    """
     if dist.is_initialized():
-        barrier()
-        dist.broadcast_object_list(box)
-    if isinstance(box[0], Exception):
-        raise box[0]
-    return box[0]
+        try:
+            dist.monitored_barrier(META, timeout=PATIENCE, wait_all_ranks=True)
+        except RuntimeError as error:
+            raise ConnectionError(lost_process(error)) from error
 
 
 def lost_process(error):
-    """One line for the RuntimeError of a collective in which another process took no part, with its name.
+    """One line for the RuntimeError of a collective that another process did not join; None for others."""
+    text = str(error).strip().split("\n")[0]
+    if isinstance(error, dist.DistBackendError) or "gloo" in text or "monitoredBarrier" in text:
+        return f"another process has ended or hangs, see its own message ({text[-150:]})"
+    return None
 
-    None for other errors. NCCL's collectives raise nothing when they last too long: a watchdog ends the
-    process.
+
+def any_process(flag):
+    """Whether `flag` is true in any process. All must ask, and wait here for one another, not for GPUs."""
+    barrier()
+    flag = torch.tensor(float(bool(flag)))
+    if dist.is_initialized():
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=META)
+    return bool(flag)
+
+
+@contextlib.contextmanager
+def main_first():
+    """Context that the main process passes through before the others: it downloads, they find the files."""
+    if not is_main():
+        barrier()
+    yield
+    if is_main():
+        barrier()
+
+
+def gather(value):
+    """[value of each process], in every process; any object that pickles. All must call it."""
+    values = [value]
+    if dist.is_initialized():
+        barrier()
+        values = [None] * world_size()
+        dist.all_gather_object(values, value, group=META)
+    return values
+
+
+def check_same(values):
+    """Raise ValueError unless all processes have the same `values`, a dict of what a run depends on.
+
+    Processes with other settings, data or weights would train and sample to the end, and the result would be
+    wrong without a word. The error names the first entry that differs and the two ranks.
     """
-    text = str(error).strip().split("\n")[0].split(". ")[0]
-    if not dist.is_initialized() or not (isinstance(error, dist.DistBackendError) or "gloo/" in text):
-        return None
-    store = TABLE["store"]
-    try:
-        store.set(f"waited {rank()}", "1")
-        time.sleep(min(10, PATIENCE))   # for all who waited to say so
-        lost = {r for r in range(world_size()) if not store.check([f"waited {r}"])}
-        names = [name for r, (name, _) in absent(store, math.inf).items() if r in lost]
-    except RuntimeError:
-        names = ["the process that keeps the store"]
-    return f"{', '.join(names) or 'no process'} was missed in the middle of a step ({text})"
+    first, *others = gather(values)
+    for number, other in enumerate(others, 1):
+        for name in {**first, **other}:
+            if first.get(name) != other.get(name):
+                raise ValueError(f"{name} differs between processes: {first.get(name)} in rank 0, "
+                                 f"{other.get(name)} in rank {number}; start all of them with the same "
+                                 "command, data and weights")
 
+
+# ---------------------------------------------------------------- sums and batch norm over all processes
 
 def all_reduce_sum(tensor):
     """Sum of `tensor` over all processes, in place; returned for convenience. No gradient."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
-
-
-def gather(value):
-    """[value of each process], in every process; any object that pickles. All must call it."""
-    if not dist.is_initialized():
-        return [value]
-    barrier()
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-class ShardedAdamW(torch.optim.AdamW):
-    """AdamW whose moments are shared out: each process keeps and updates those of some parameters, and gets
-    the others' new values from their owners (ZeRO stage 1, arXiv 1910.02054). The same updates as AdamW.
-
-    It lists all parameters, as AdamW does; only `state` is a share. torch's ZeroRedundancyOptimizer keeps a
-    second copy of the moments after a resume, and their steps on the host, which fused kernels refuse.
-    """
-
-    def __init__(self, parameters, **settings):
-        super().__init__(parameters, **settings)
-        self.owners, loads = {}, [0] * world_size()
-        for p in sorted(self.parameters(), key=torch.numel, reverse=True):
-            self.owners[p] = loads.index(min(loads))
-            loads[self.owners[p]] += p.numel()
-
-    def parameters(self):
-        return [p for group in self.param_groups for p in group["params"]]
-
-    @torch.no_grad()
-    def step(self):
-        """All processes must call it, with the same gradients."""
-        for p in self.parameters():
-            if self.owners[p] != rank():
-                p.grad = None   # AdamW passes over it, and makes no moments
-        super().step()
-        for work in [dist.broadcast(p, self.owners[p], async_op=True) for p in self.parameters()]:
-            work.wait()
-
-    @torch.no_grad()
-    def whole_state_dict(self):
-        """AdamW's state dict of all parameters, on the host, in the main process; a share elsewhere. All must
-        call it."""
-        result, parameters = self.state_dict(), self.parameters()
-        device = parameters[0].device
-        known = all_reduce_sum(torch.tensor([float(p in self.state) for p in parameters], device=device))
-        for i, p in enumerate(parameters):
-            if known[i]:
-                like = {"step": torch.zeros((), device=device), "exp_avg": p, "exp_avg_sq": p}
-                values = self.state.get(p) or {name: torch.empty_like(t) for name, t in like.items()}
-                for name in like:
-                    dist.broadcast(values[name], self.owners[p])
-                if is_main():
-                    result["state"][i] = {name: values[name].cpu() for name in like}
-        result["state"] = dict(sorted(result["state"].items()))
-        return result
-
-    def load_state_dict(self, state):
-        """From a state dict of all parameters, the share of this process."""
-        order = [i for group in state["param_groups"] for i in group["params"]]
-        mine = {i for i, p in zip(order, self.parameters()) if self.owners[p] == rank()}
-        super().load_state_dict(state | {"state": {i: v for i, v in state["state"].items() if i in mine}})
 
 
 class AllReduceSum(torch.autograd.Function):
@@ -322,9 +163,8 @@ class AllReduceSum(torch.autograd.Function):
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d whose training statistics are those of all processes' batches together, on gloo as on NCCL.
 
-    Same state-dict entries, running statistics (unbiased variance) and gradients as one BatchNorm2d that
-    sees the concatenated batch; torch's own SyncBatchNorm needs GPUs. x [B, C, H, W], the same B in every
-    process.
+    Same state-dict entries, running statistics (unbiased variance) and gradients as one BatchNorm2d that sees
+    the concatenated batch; torch's own SyncBatchNorm needs GPUs. x [B, C, H, W], the same B in every process.
     """
 
     def forward(self, x):
@@ -346,10 +186,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 def sync_batch_norms(module):
-    """Turn every BatchNorm2d in `module` into SyncBatchNorm2d, in place; its entries and names stay.
-
-    Returns it.
-    """
+    """Turn every BatchNorm2d in `module` into SyncBatchNorm2d, in place; returns it. All names stay."""
     for child in module.modules():
         if type(child) is nn.BatchNorm2d:
             child.__class__ = SyncBatchNorm2d
