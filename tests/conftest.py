@@ -1,11 +1,10 @@
-"""Shared by all tests: the golden vectors (GOLDEN_DIR, or tests/data/golden), the device and the threads."""
+"""Shared by all tests: the golden vectors (GOLDEN_DIR, or tests/data/golden), the device, the threads."""
 import json
 import os
 import sys
 import warnings
 from pathlib import Path
 
-import jobs
 import numpy as np
 import processes
 import pytest
@@ -17,36 +16,23 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(GOLDEN if (GOLDEN / "fill.py").exists() else ROOT / "tests" / "data" / "golden"))
 
 
-THREADS, GPU = torch.get_num_threads(), torch.cuda.is_available()
-
-
-def pytest_addoption(parser):
-    parser.addoption("--jobs", type=int, default=1, help="share the test files out among so many processes")
+GPU = torch.cuda.is_available()
+# pytest-xdist's workers share the machine
+THREADS = max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU, and skips where there is none")
 
 
-def begin(session, jobs=1):
-    """What a process does before its first test; `jobs` of them share the machine."""
-    global THREADS
-    THREADS = max(1, THREADS // jobs)
-    if any(hasattr(item.module, "processes") for item in session.items):
+def pytest_collection_finish(session):
+    if not session.config.option.collectonly and any(hasattr(i.module, "processes") for i in session.items):
         processes.begin()
-
-
-def pytest_runtestloop(session):
-    wanted = session.config.option.jobs
-    if wanted > 1 and not GPU:  # which a forked process could not use
-        return jobs.run(session, lambda: begin(session, wanted))
-    if not session.config.option.collectonly:
-        begin(session)
 
 
 @pytest.hookimpl(tryfirst=True)  # before the fixtures of whole modules too
 def pytest_runtest_setup(item):
-    """The same number of threads for every test (sample_ddp.main leaves one); the CPU for all but gpu tests.
+    """The same number of threads for every test, and the CPU for all but gpu tests.
 
     The suite compares runs bit by bit and with other processes.
     """
@@ -96,27 +82,3 @@ def plain_convolutions():
         warnings.simplefilter("ignore")
         with torch.backends.mkldnn.flags(enabled=False):
             yield
-
-
-COUNTED = {}  # FLOPs of the runs so far, by what they depend on
-ARITHMETIC = ("vae", "resolution", "model", "num_classes", "encoder", "encoder_depth", "projector",
-              "freeze_vae", "train_encoder", "proj_coeff", "vae_align_proj_coeff")
-
-
-@pytest.fixture(autouse=True)
-def flops_counted_once(monkeypatch):
-    """Counting a step's FLOPs takes as long as a step, at the start of every run: here once for each kind."""
-    import finetune_vae
-    import train_repae_e
-
-    def remembered(module, count):
-        def step_flops(args, nets, *rest):
-            key = (module.__name__, nets.lpips is None, nets.disc is None, len(nets.encoders),
-                   *(getattr(args, name, None) for name in ARITHMETIC),
-                   *(bool(getattr(args, name, None)) for name in ("latent_cache", "cache_features")))
-            if key not in COUNTED:
-                COUNTED[key] = count(args, nets, *rest)
-            return COUNTED[key]
-        return step_flops
-    for module, name in ((finetune_vae, "vae_step_flops"), (train_repae_e, "step_flops")):
-        monkeypatch.setattr(module, name, remembered(module, getattr(module, name)))

@@ -1,19 +1,26 @@
-"""The house's two rules: a file of models/ stands alone, and what runs stages never imports a script."""
+"""The rules of the house: size, what may import what, lines, help pages, patched privates."""
 import ast
-import importlib
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import processes
 import pytest
 from conftest import ROOT
 
-SCRIPTS = ("train_repae_e", "finetune_vae", "sample_ddp", "evaluate_fid")
+SCRIPTS = [ROOT / f"{name}.py" for name in ("train_repae_e", "finetune_vae", "sample_ddp", "evaluate_fid")]
 PAPER = sorted((ROOT / "models").glob("*.py"))
 RUNTIME = sorted((ROOT / "models" / "runtime").glob("*.py"))
-OWN = {"models", *SCRIPTS, *(path.stem for path in (*PAPER, *RUNTIME))}
+PRODUCT = [*SCRIPTS, *PAPER, *RUNTIME]
+OWN = {"models", *(path.stem for path in PRODUCT)}
+
+
+def test_the_product_stays_minimal():
+    """People read these scripts before they trust or copy them. edm2 does its work in 5,000 lines; ours had
+    grown to 10,400, one sound reason at a time. Before raising a limit, take something out."""
+    assert sum(len(path.read_text().splitlines()) for path in PRODUCT) < 6000
+    assert len(RUNTIME) <= 12
 
 
 def imported(path):
@@ -31,70 +38,92 @@ def test_a_file_of_models_imports_nothing_of_the_project(path):
     assert not OWN & {name.split(".")[0] for name in imported(path)}
 
 
-def main(argv):
-    """In a process of its own: import each file of models/ from a folder of its own, then run lines on it.
+@pytest.mark.parametrize("path", [*RUNTIME, *SCRIPTS], ids=lambda p: p.name)
+def test_nothing_imports_a_script(path):
+    assert not {s.stem for s in SCRIPTS} & {name.split(".")[0] for name in imported(path)}
 
-    The packages are loaded there already; the project is forgotten, and no longer on the path.
-    """
-    folder, *lines = argv
-    sys.path[:] = [p for p in sys.path if "site-packages" in p or not Path(p).resolve().is_relative_to(ROOT)]
-    for path in PAPER:
-        for name in [name for name in sys.modules if name.split(".")[0] in OWN]:
-            del sys.modules[name]
-        alone = Path(folder, path.stem)
-        alone.mkdir()
-        shutil.copy(path, alone)
-        sys.path.insert(0, str(alone))
-        assert Path(importlib.import_module(path.stem).__file__).parent == alone
-        for line in lines:
-            if line.split()[1] == path.stem:
-                exec(line, {})
-        sys.path.pop(0)
+
+@pytest.mark.parametrize("path", [*PRODUCT, *sorted((ROOT / "tests").glob("*.py"))], ids=lambda p: p.name)
+def test_lines_end_at_110_columns(path):
+    assert not [line for line in path.read_text().splitlines() if len(line) > 110]
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda p: p.name)
+def test_nothing_private_of_torch_and_nothing_patched(path):
+    text = path.read_text()
+    assert not re.search(r"torch\._C\b|unittest|mock\.patch|weights_only=False|allow_pickle=True", text)
+
+
+ALONE = """
+import importlib, pathlib, sys
+outside = lambda p: "site-packages" in p or not pathlib.Path(p).resolve().is_relative_to(sys.argv[1])
+sys.path[:] = filter(outside, sys.path)
+for folder in sorted(pathlib.Path(sys.argv[2]).iterdir()):
+    sys.path.insert(0, str(folder))
+    assert pathlib.Path(importlib.import_module(folder.name).__file__).parent == folder
+    for line in sys.argv[3:]:
+        if line.split()[1] == folder.name:
+            exec(line, {})
+    sys.path.pop(0)
+"""
 
 
 def test_files_of_models_import_alone(tmp_path):
     """And so do the README's lines for whoever copies one."""
     section = (ROOT / "README.md").read_text().split("## Copying a part")[1].split("```")[1]
     lines = [line.split("  ")[0] for line in section.splitlines() if line.startswith("from ")]
-    assert len({line.split()[1] for line in lines} & {path.stem for path in PAPER}) == 4
-    process = processes.start("test_layout", [tmp_path, *lines], tmp_path / "log")
-    processes.wait_for(lambda: process.exitcode == 0, [process], tmp_path / "log")
+    assert len({line.split()[1] for line in lines} & {path.stem for path in PAPER}) >= 4
+    for path in PAPER:
+        if path.stem != "__init__":
+            (tmp_path / path.stem).mkdir()
+            shutil.copy(path, tmp_path / path.stem)
+    subprocess.run([sys.executable, "-c", ALONE, ROOT, tmp_path, *lines], check=True, cwd=tmp_path)
 
 
-TESTS = [path for path in sorted((ROOT / "tests").glob("*.py")) if "fault" not in path.name]
-WRITTEN = [*PAPER, *RUNTIME, *(ROOT / f"{s}.py" for s in SCRIPTS), *TESTS]
+@pytest.mark.parametrize("script, words", [
+    ("train_repae_e.py", ("data:", "losses:", "torchrun --nproc-per-node 8 train_repae_e.py")),
+    ("finetune_vae.py", ("losses:", "finetune_vae.py --export")),
+    ("sample_ddp.py", ("samples:", "solver and guidance:", "output:", "torchrun --nproc-per-node")),
+    ("evaluate_fid.py", ("evaluate_fid.py --save-ref ref.npz", "--kid-subsets", "torchrun"))])
+def test_help_and_a_mistyped_flag(tmp_path, script, words):
+    """Groups of flags and examples are on the page. A foreign package named models does not shadow ours."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "__init__.py").write_text("raise ImportError('a stranger')")
 
-
-@pytest.mark.parametrize("path", WRITTEN, ids=lambda p: p.name)
-def test_lines_end_at_110_columns(path):
-    assert not [line for line in path.read_text().splitlines() if len(line) > 110]
-
-
-@pytest.mark.parametrize("path", [*RUNTIME, *(ROOT / f"{s}.py" for s in SCRIPTS)], ids=lambda p: p.name)
-def test_nothing_imports_a_script(path):
-    assert not set(SCRIPTS) & {name.split(".")[0] for name in imported(path)}
-
-
-@pytest.mark.parametrize("command, words", [
-    (["train_repae_e.py"], ("data:", "losses:", "torchrun --nproc-per-node 8 train_repae_e.py")),
-    (["finetune_vae.py"], ("losses:", "measuring, instead of training:", "exporting, instead of training:",
-                           "finetune_vae.py --export out/e2e-vae")),
-    (["sample_ddp.py"], ("checkpoint:", "samples:", "solver and guidance:", "output:", "running:",
-                         "torchrun --nproc-per-node", "sample_ddp.py --exp-path")),
-    (["evaluate_fid.py"], ("further metrics:", "evaluate_fid.py --save-ref ref.npz", "--kid-subsets",
-                           "torchrun")),
-    (["-m", "models.runtime.prepare"], ("--skip-corrupt", "models.runtime.prepare data/imagenet/train")),
-])
-def test_help_and_a_mistyped_flag_answer_without_torch(tmp_path, command, words):
-    """Its import takes seconds. Groups of flags and examples are on the page."""
-    (tmp_path / "torch.py").write_text("raise ImportError('torch is not to be imported')")
-
-    def answer(*flags):
-        return subprocess.run([sys.executable, *command, *flags], cwd=ROOT, env={"PYTHONPATH": str(tmp_path)},
-                              capture_output=True, text=True)
+    def answer(flag):
+        return subprocess.run([sys.executable, ROOT / script, flag], cwd=tmp_path, capture_output=True,
+                              text=True, env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"})
     page = answer("--help")
-    assert page.returncode == 0 and page.stderr == "" and all(word in page.stdout for word in words)
-    for flags in ([["--no-such-flag"]] + [["--cfg-scale", "nan"]] * ("--cfg-scale" in page.stdout)):
-        wrong = answer(*flags)
-        assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
-        assert wrong.stderr.startswith("error: ")
+    assert page.returncode == 0 and page.stderr == "", page.stderr
+    assert all(word in page.stdout for word in words)
+    wrong = answer("--no-such-flag")
+    assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
+    assert wrong.stderr.startswith("error: ")
+
+
+def test_the_number_of_training_flags():
+    command = [sys.executable, ROOT / "train_repae_e.py", "--help"]
+    page = subprocess.run(command, capture_output=True, text=True)
+    assert len(set(re.findall(r"^  (--[\w-]+)", page.stdout, re.M))) <= 60
+
+
+def test_requirements_name_what_is_imported():
+    """torchvision, safetensors and huggingface_hub come with timm, urllib3 with requests."""
+    listed = {re.split(r"[^\w-]", line)[0] for line in (ROOT / "requirements.txt").read_text().splitlines()}
+    listed |= {"torchvision", "safetensors", "huggingface_hub", "urllib3", "PIL", "models"}
+    found = {name.split(".")[0] for path in PRODUCT for name in imported(path)} - set(sys.stdlib_module_names)
+    assert found - listed <= {"tensorboard", "wandb"}, found - listed
+
+
+def test_prose_stays_dense():
+    """At least 18 % of the lines are docstrings and comments: short means little to read, not bare."""
+    prose = total = 0
+    for path in PRODUCT:
+        text = path.read_text()
+        total += len(text.splitlines())
+        prose += sum(line.strip().startswith("#") for line in text.splitlines())
+        for node in ast.walk(ast.parse(text)):
+            kinds = (ast.Module, ast.FunctionDef, ast.ClassDef)
+            if isinstance(node, kinds) and ast.get_docstring(node, clean=False) is not None:
+                prose += node.body[0].end_lineno - node.body[0].lineno + 1
+    assert prose / total >= 0.18, prose / total

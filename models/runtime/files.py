@@ -213,6 +213,8 @@ def load(path):
             return safetensors.torch.load_file(path)
         if head.startswith(b"PK"):
             _check_crc(path)
+        elif not head.startswith(b"\x80"):      # a pickle, as torch wrote before version 1.6
+            raise EOFError("it has another format" if head else "it is empty")
         content = _torch_load(path)
     except (OSError, MemoryError):
         raise
@@ -222,7 +224,7 @@ def load(path):
     except Exception as error:      # whatever unpicklers and zipfile raise for bytes that make no sense
         if isinstance(error, RuntimeError) and "memory" in str(error):
             raise
-        reason = (str(error).strip() or "it ends early").split("\n")[0][:150]
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0][:150]
         raise Damaged(f"{path}: damaged, or not a file of tensors ({reason}); use another copy") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: contains a {type(content).__name__}, not a dict of tensors")
