@@ -16,12 +16,11 @@ path just lambda t: (1 - t, t, -torch.ones_like(t), torch.ones_like(t)).
 
 A solver is a function (velocity, x, times, ...) -> x:
 
-    velocity   function (x [B, ...] float64, t) -> v [B, ...] float64, the dx_t/dt of x_t = alpha(t) x_0 +
-               sigma(t) eps; t is one time for all samples (a float) or one for each (float64 [B]). heun and
-               dopri5 pass a third argument, see `guided`.
+    velocity   function (x [B, ...] float64, t float) -> v [B, ...] float64, the dx_t/dt of
+               x_t = alpha(t) x_0 + sigma(t) eps; heun passes a third argument, see `guided`
     x          [B, ...] standard normal, the state at times[0]
     times      floats, descending; from 1 to 0 for a whole trajectory
-    returns    [B, ...] float64, the state at times[-1]: normalised latents at time 0, which `decode` takes
+    returns    [B, ...] float64, the state at times[-1]; at time 0 these are normalised latents, see `decode`
 
 The state is kept in float64 whatever the network computes in, as in the reference implementation.
 """
@@ -55,18 +54,16 @@ def guided(network, y, null_label, cfg_scale=1.0, low=0.0, high=1.0, dtype=torch
 
     Args:
         network: function (x [N, ...], t [N], y [N]) -> v [N, ...]; x and t come in `dtype`.
-        y: labels [B]; null_label: the one that stands for no class, in the models here their number.
+        y: labels [B]; null_label: the label of no class, which is num_classes in the models here.
 
-    velocity(x, t, at): `at` (float, by default t) is the time by which guidance is switched. A solver that
-    looks at several times in a step names one for all of them: a velocity that jumps inside a step would cost
-    it its order.
+    velocity(x, t, at): `at` (float, by default t) is the time that decides about guidance. Heun's method
+    gives the step's start for both of its calls: a velocity that jumps inside a step would cost it its order.
     """
     check_guidance(cfg_scale, low, high)
 
     def velocity(x, t, at=None):
         on = is_guided(t if at is None else at, cfg_scale, low, high)
-        t = t + x.new_zeros(len(x))  # one time for all becomes one for each
-        x, t = x.to(dtype), t.to(dtype)
+        x, t = x.to(dtype), x.new_full((len(x),), t, dtype=dtype)
         if not on:
             return network(x, t, y).double()
         # One batch of 2B rows instead of two of B: the halves see the same kernels.
@@ -81,7 +78,7 @@ def guided(network, y, null_label, cfg_scale=1.0, low=0.0, high=1.0, dtype=torch
 
 def time_grid(num_steps, mode="ode"):
     """num_steps + 1 times (floats) from 1 to 0. "ode": equally spaced; "sde": num_steps equally spaced from 1
-    to 0.04, then 0: near the data the SDE's drift is stiff (the reference's last step of 0.04)."""
+    to 0.04, then 0. The last step has the reference's length: near the data the SDE's drift is stiff."""
     if num_steps < 1:
         raise ValueError(f"number of steps {num_steps} must be at least 1")
     if mode == "ode":
@@ -106,7 +103,7 @@ def heun(velocity, x, times):
         v = velocity(x, t)
         x_next = x + (t_next - t) * v
         if t_next > 0:
-            # Guided as the step's start is: both calls, or neither.
+            # Guided if the step's start is: both calls, or neither.
             v_next = velocity(x_next, t_next, t)
             x_next = x + (t_next - t) * 0.5 * (v + v_next)
         x = x_next
@@ -145,83 +142,6 @@ def euler_maruyama(velocity, x, times, noise, interpolant):
     return x
 
 
-# Dormand & Prince 1980, the pair 5(4): times, stage weights (the last row is the solution of order 5), and
-# the weights of the error estimate (order 5 minus order 4)
-_DOPRI_C = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
-_DOPRI_A = (
-    (1 / 5,),
-    (3 / 40, 9 / 40),
-    (44 / 45, -56 / 15, 32 / 9),
-    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
-    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
-    (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
-)
-_DOPRI_E = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
-
-
-def smooth_pieces(cfg_scale=1.0, low=0.0, high=1.0):
-    """The `times` of dopri5: 1, the ends of the guidance interval where the guided velocity jumps, and 0."""
-    return sorted({1.0, 0.0} | ({low, high} if cfg_scale > 1 else set()), reverse=True)
-
-
-def dopri5(velocity, x, times=(1.0, 0.0), rtol=1e-5, atol=1e-5, max_steps=1000):
-    """Probability-flow ODE by the adaptive Dormand-Prince 5(4) pair, 6 calls per attempted step.
-
-    No step crosses one of `times`, and between two of them the velocity is guided throughout or not at all,
-    by what holds in their middle. Each sample has its own step sizes, so that its result does not depend on
-    which samples share its batch. A step is accepted where the root mean square over the sample of error /
-    (atol + rtol max(|x|, |x_new|)) is at most 1. The network sees float32: tolerances below about 1e-6 gain
-    nothing. Raises ArithmeticError if `max_steps` attempts do not reach the next of `times`.
-    """
-    if not (rtol > 0 and atol > 0):
-        raise ValueError(f"tolerances rtol {rtol} and atol {atol} must be above 0")
-    x = x.double()
-    for start, stop in pairwise(times):
-        def piece(x, t, at=(start + stop) / 2):
-            return velocity(x, t, at)
-
-        x = _dopri5_piece(piece, x, start, stop, rtol, atol, max_steps)
-    return x
-
-
-def _dopri5_piece(velocity, x, start, stop, rtol, atol, max_steps):
-    """x at time `stop` from x at time `start` > `stop`; time t and step h are kept per sample, [B]."""
-    def broadcast(values):
-        return values.view(-1, *[1] * (x.ndim - 1))
-
-    t = x.new_full((len(x),), start)
-    h = torch.full_like(t, -0.05)
-    k_first = velocity(x, t)
-    for _ in range(max_steps):
-        live = t > stop
-        if not live.any():
-            return x
-        last = h <= stop - t
-        h = torch.where(last, stop - t, h)
-        x_new, k_last, error = _dopri5_step(velocity, x, t, h, k_first, broadcast)
-        error = error / (atol + rtol * torch.maximum(x.abs(), x_new.abs()))
-        error = error.square().flatten(1).mean(1).sqrt().nan_to_num(nan=math.inf)
-        accept = live & (error <= 1)
-        x = torch.where(broadcast(accept), x_new, x)
-        # The first stage of the next step is the last one of this.
-        k_first = torch.where(broadcast(accept), k_last, k_first)
-        t = torch.where(accept, torch.where(last, stop, t + h), t)
-        # The error grows as h^5: aim at 0.9 of the step that would just pass, at most 5 times this one.
-        h = torch.where(live, h * (0.9 * error.clamp_min(1e-10) ** -0.2).clamp(0.2, 5), h)
-    raise ArithmeticError(f"dopri5 did not get from t = {start} to {stop} in {max_steps} steps; "
-                          "loosen rtol and atol")
-
-
-def _dopri5_step(velocity, x, t, h, k_first, broadcast):
-    """One attempt from t [B] to t + h: (x of order 5, velocity there, error estimate), shaped as x."""
-    k = [k_first]
-    for c, row in zip(_DOPRI_C, _DOPRI_A, strict=True):
-        x_new = x + broadcast(h) * sum(a * kj for a, kj in zip(row, k) if a)
-        k.append(velocity(x_new, t + c * h))
-    error = broadcast(h) * sum(e * kj for e, kj in zip(_DOPRI_E, k) if e)
-    return x_new, k[-1], error
-
-
 # ---------------------------------------------------------------- noise and labels of sample i
 
 def _generator(seed, index, stream):
@@ -231,8 +151,8 @@ def _generator(seed, index, stream):
 
 
 def sample_generators(seed, indices):
-    """One CPU generator per sample, a function of (seed, index) alone. `draw_noise` takes the latents from
-    them first, then the noise of each step."""
+    """One CPU generator per sample, a function of (seed, index) alone. The first `draw_noise` from them gives
+    the initial latents, the following ones the noise of each step."""
     return [_generator(seed, int(i), "noise") for i in indices]
 
 
@@ -246,8 +166,8 @@ def sample_labels(seed, indices, num_classes, mode="random", classes=None):
     """[len(indices)] int64 labels, each a function of (seed, index) alone.
 
     mode "random": uniform over the classes; "equal": index modulo the number of classes, so that num_classes
-    samples in a row hold each class once. `classes`: only these class numbers (ValueError if one is outside
-    [0, num_classes)).
+    samples in a row have each class once. `classes`: only these class numbers; ValueError if one is outside
+    [0, num_classes).
     """
     if classes is None:
         classes = range(num_classes)
@@ -270,7 +190,7 @@ def decode(vae_decode, x, latents_scale, latents_bias, chunk=16):
     """Images [B, 3, H, W] of normalised latents x [B, C, h, w]: vae_decode(x / latents_scale + latents_bias).
 
     latents_scale = 1/sqrt(running variance) and latents_bias = running mean of the latent batch norm, [C] or
-    [1, C, 1, 1]; `chunk` samples at a time, so that the decoder's memory stays flat.
+    [1, C, 1, 1]. `chunk` samples are decoded at a time, so that the decoder's memory stays flat.
     """
     z = x / latents_scale.view(1, -1, 1, 1) + latents_bias.view(1, -1, 1, 1)
     return torch.cat([vae_decode(part) for part in z.split(chunk)])
@@ -279,5 +199,5 @@ def decode(vae_decode, x, latents_scale, latents_bias, chunk=16):
 def truncate_to_uint8(images):
     """uint8 [B, H, W, 3] of images [B, 3, H, W] in [-1, 1]: (x + 1)/2 * 255, clamped and truncated as in the
     paper's code. Only for samples: truncation is half a level darker than rounding, and the published FIDs
-    have it."""
+    were measured with it."""
     return ((images + 1) / 2 * 255).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
