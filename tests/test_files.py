@@ -321,6 +321,19 @@ def test_check_writable(tmp_path):
     assert (tmp_path / "x.npz").read_text() == "data"
 
 
+def test_links_and_devices(tmp_path):
+    """A link stays a link; a FIFO, which a rename would replace, is written to."""
+    (tmp_path / "real.json").write_text("before")
+    os.symlink("real.json", tmp_path / "link.json")
+    files.save_json({"a": 1}, tmp_path / "link.json")
+    assert os.path.islink(tmp_path / "link.json") and "1" in (tmp_path / "real.json").read_text()
+    os.mkfifo(tmp_path / "fifo")
+    files.check_writable(tmp_path / "fifo")
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    files.save_json({"a": 1}, tmp_path / "fifo")
+    assert b"1" in os.read(reader, 100) and not os.path.isfile(tmp_path / "fifo")
+
+
 # ---------------------------------------------------------------- the lock
 
 def locked_elsewhere(folder):

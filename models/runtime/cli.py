@@ -19,6 +19,8 @@ def make_parser(doc):
     """ArgumentParser described by a script's docstring; a mistake ends in one line and exit code 2."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.error = fail
+    if hasattr(sys.stdout, "reconfigure"):  # an ASCII terminal must not lose a result over a path's letters
+        sys.stdout.reconfigure(errors="backslashreplace")
     return parser
 
 

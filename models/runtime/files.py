@@ -40,9 +40,13 @@ class Damaged(ValueError):
 def replace(path):
     """Context: a temporary path next to `path`; on success it is synced to disk and renamed to `path`.
 
-    An interrupted write leaves whatever was at `path` before. Missing parent folders are made.
+    An interrupted write leaves whatever was at `path` before. Missing parent folders are made. A link stays a
+    link: the file that it names is replaced. A device or FIFO (/dev/stdout) is written to.
     """
-    path = os.path.abspath(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        yield path
+        return
+    path = os.path.realpath(path)
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
@@ -142,9 +146,11 @@ def check_writable(path, inputs=()):
 
     It may exist, but must not be one of the files `inputs`, which it would replace. Leaves nothing behind.
     """
-    path = os.path.abspath(path)
+    path = os.path.realpath(path)
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path}: is a folder; give the name of a file to write")
+    if os.path.exists(path) and not os.path.isfile(path):
+        return      # a device or FIFO
     if os.path.exists(path) and any(os.path.exists(i) and os.path.samefile(path, i) for i in inputs):
         raise ValueError(f"{path}: is an input and would be replaced; give another name to write to")
     folder = os.path.dirname(path)
