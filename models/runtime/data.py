@@ -1,307 +1,70 @@
-"""Training images (an ImageFolder tree, a .zip of one, EDM2's layout, or drawn shapes) and their order.
+"""Images from a folder of class folders, a .zip of one, EDM2's layout, a .npz, or drawn; and their order.
 
-Needs numpy, pillow and torch; imports nothing of this project, so the file can be lifted out alone.
+Training, evaluation and the VAE's metrics all read images here. Needs numpy, pillow and torch.
 
-    data = ImageData("data/imagenet/train", resolution=256)
+    data = open_images("data/imagenet/train", resolution=256)
     sampler = EndlessSampler(len(data), global_batch=256, rank=rank, world_size=world_size, start_step=step)
-    for images, labels, skipped in make_loader(data, sampler, batch_size=256 // world_size):
+    for images, labels in make_loader(data, sampler, batch_size=256 // world_size):
         x = images.to(device).float() / 127.5 - 1       # uint8 [B, 3, R, R] -> [-1, 1]
 
-Errors a user can cause are ValueError or OSError with a message of one line. The files are not trusted: what
-they declare is held against MAX_BYTES, MAX_PIXELS and MAX_ASPECT before memory is taken, only the formats in
-FORMATS are decoded, and the name of a .zip member is never a path on the disk.
+Files are not trusted: only FORMATS are decoded, nothing is unpickled, and the name of a .zip member is never
+a path on the disk.
 """
-
+import contextlib
 import hashlib
 import io
+import itertools
 import json
-import multiprocessing
+import math
 import os
 import signal
-import time
+import struct
 import warnings
 import zipfile
-import zlib
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, PngImagePlugin
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-EXPECTED = "put class folders of images there (n01440764/x.JPEG ...) or pass --data-dir"
-# For those who come with the reference's HDF5 file: image files by name, and dataset.json in EDM2's layout.
-H5_ANSWER = (
-    "HDF5 is not read here; give the photos, or make a .zip of it where it lies: pip install h5py && python "
-    "-c \"import h5py, zipfile; z = zipfile.ZipFile('images.zip', 'w'); h5py.File('images.h5').visititems("
-    "lambda n, d: z.writestr(n, bytes(d[()])) if hasattr(d, 'shape') else None)\"")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
-# What is decoded, within Pillow; an .eps, under any name, it would hand to Ghostscript, an interpreter.
+EXPECTED = "it must contain class folders of images (n01440764/x.JPEG ...)"
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif",
+              ".tga", ".jp2")
+# What is decoded, whatever a file is called: Pillow would pass an .eps to Ghostscript, an interpreter.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "TGA", "JPEG2000")
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
-# Far above any photograph; a file of a few bytes can declare terabytes.
-MAX_BYTES = 2 ** 28     # of one file or .zip member: 256 MiB
-MAX_PIXELS = 2 ** 27    # of one image: 134 million, 400 MB decoded
-MAX_ASPECT = 100        # long side over short side: the crop scales the short side up, and the strip with it
-MAX_CLASSES = 10 ** 6   # of a dataset.json
+PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26             # sound PNGs have text and color profiles above 1 MiB
+warnings.filterwarnings("ignore", module="PIL")     # of odd EXIF blocks: an image is decoded or it raises
 
-SAY_EVERY = 10.0        # seconds between progress lines
-
-
-# ---------------------------------------------------------------- files: a folder tree or a .zip
 
 class ImageError(ValueError):
-    """An image file that cannot be decoded or read, in one line."""
+    """A file that cannot be decoded. The message is one line, also out of a DataLoader's worker."""
 
     def __init__(self, message):
-        # DataLoader gives a worker's exception its whole traceback as the message: keep the last line.
+        # DataLoader raises a worker's exception again with its whole traceback as the message.
         super().__init__(message.rstrip().rsplit("\n", 1)[-1].removeprefix(f"{__name__}.ImageError: "))
 
 
-def _visible(name):
-    """Whether no part of the name is hidden or a Mac's __MACOSX."""
-    return not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+@contextlib.contextmanager
+def damaged(what):
+    """Context in which whatever Pillow, zipfile and numpy raise on bad data becomes ImageError: `what` (why).
 
-
-def _shared_folders(names):
-    """Number of leading folders that all images lie in, above their class folder: usually 0.
-
-    It is 1 for train/n01440764/x.JPEG. Counted on the names that end like an image's, where there are any."""
-    names = [name for name in names if name.lower().endswith(EXTENSIONS)] or names
-    first, last = min(names).split("/"), max(names).split("/")  # what these two share, all share
-    shared = next((k for k, pair in enumerate(zip(first, last)) if pair[0] != pair[1]), 0)
-    return max(0, min(shared, min(name.count("/") for name in names) - 1))
-
-
-def _scan(folder, prefix="", above=()):
-    """Relative names of the files below a folder and, ending in "/", of the folders. Links are followed."""
-    status = os.stat(folder)
-    above += ((status.st_dev, status.st_ino),)
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():  # from the directory listing itself: no stat per file
-                if entry.is_symlink() and (entry.stat().st_dev, entry.stat().st_ino) in above:
-                    continue  # a link to a folder that it lies in
-                yield f"{prefix}{entry.name}/"
-                yield from _scan(entry.path, f"{prefix}{entry.name}/", above)
-            # A FIFO would block its reader, a device never end. A link to nothing stays, to be reported.
-            elif entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
-                yield prefix + entry.name
-
-
-@lru_cache(maxsize=4)
-def _open_zip(path):
-    """Opens a .zip once per process -> (descriptor, {file: row}, folders (ending in "/"), table).
-
-    table: int64 [files, 5] of offset, packed size, size, method and CRC.
-
-    Members are read with os.pread, which has no file position, so descriptor and table are shared with forked
-    worker processes; a zipfile.ZipFile would have to be opened again in each (about 14 s and 0.7 GB for
-    ImageNet's members).
+    An error of the disk or of memory says nothing about the data and stays what it is.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            infos = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError) as error:  # the latter: a false version of the format
-        raise ValueError(f"{path}: no whole .zip file ({error}); make it again") from None
-    rows, folders, table = {}, [], []
-    for info in infos:
-        name, remedy = info.filename.removeprefix("./"), "make the .zip with zip -0 -r"
-        if name and {"", ".", ".."} & set(name.removesuffix("/").split("/")):
-            raise ValueError(f"{path}: {info.filename} is no name within the .zip; {remedy}")
-        if not name or not _visible(name):
-            continue
-        if info.is_dir():
-            folders.append(name)
-            continue
-        if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ValueError(f"{path}: {info.filename} is encrypted or oddly packed; {remedy}")
-        rows[name] = len(table)
-        table.append((info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC))
-    return os.open(path, os.O_RDONLY), rows, folders, np.array(table, np.int64).reshape(-1, 5)
+        yield
+    except Exception as error:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
+            raise
+        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        raise ImageError(f"{what} ({reason})") from None
 
 
-def _read(path, name, size=None):
-    """The bytes of one file; with `size`, at least its first `size` bytes where there are as many.
-
-    Raises ImageError if it is, or says that it is, above MAX_BYTES.
-    """
-    def check(size):
-        if size > MAX_BYTES:
-            raise ImageError(f"{path}/{name}: larger than {MAX_BYTES >> 20} MiB, so no image; "
-                             "remove it or pass --skip-corrupt")
-
-    if os.path.isdir(path):
-        with open(os.path.join(path, name), "rb") as file:
-            check(os.fstat(file.fileno()).st_size)
-            return file.read(size)
-    descriptor, rows, _, table = _open_zip(path)
-    if name not in rows:
-        raise FileNotFoundError(f"{path}: holds no {name}")
-    offset, packed, unpacked, method, crc = map(int, table[rows[name]])
-    check(max(packed, unpacked))
-    # The local header's name and extra field have lengths of their own, which the directory does not tell.
-    header = os.pread(descriptor, 30, offset)
-    offset += 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-    data = os.pread(descriptor, packed if size is None else min(packed, size + 64), offset)
-    if method == zipfile.ZIP_DEFLATED:
-        # One byte more than it should give: what goes on for gigabytes stops there, and is found wrong.
-        data = zlib.decompressobj(-15).decompress(data, unpacked + 1)
-    if size is None and len(data) != unpacked:
-        raise zlib.error("size differs")
-    if size is None and zlib.crc32(data) != crc:
-        raise zlib.error("checksum differs")
-    return data
-
-
-def _listing(path):
-    """(names of files that may be images, sorted; names of folders; how many folders they all share)."""
-    path = str(path)
-    if os.path.isdir(path):
-        entries = list(_scan(path))
-        names = [name for name in entries if name[-1] != "/" and _visible(name)]
-        folders = [name for name in entries if name[-1] == "/" and _visible(name[:-1])]
-    elif not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such folder or .zip; {EXPECTED}")
-    elif path.lower().endswith((".h5", ".hdf5")):
-        raise ValueError(f"{path}: {H5_ANSWER}")
-    elif not path.lower().endswith(".zip"):
-        raise ValueError(f"{path}: neither a folder nor a .zip; {EXPECTED}")
-    else:
-        _, rows, folders, _ = _open_zip(path)
-        names = list(rows)
-    depth = _shared_folders(names) if names else 0
-    names = sorted(name for name in names if name.count("/") > depth or name.lower().endswith(EXTENSIONS))
-    if not names:
-        h5 = os.path.isdir(path) and os.path.exists(os.path.join(path, "images.h5"))
-        raise ValueError(f"{path}: {H5_ANSWER}" if h5 else f"{path}: holds no images; {EXPECTED}")
-    return names, folders, depth
-
-
-def find_images(path):
-    """Sorted relative names ("n01440764/x.JPEG") of the images in a folder tree or in a .zip of one.
-
-    Every file inside a class folder counts, whatever its ending (`check_images` finds those that are no
-    images); beside the class folders only names with an image's ending. Hidden files, FIFOs and devices are
-    left out. Raises FileNotFoundError when nothing is at `path`, ValueError when it is no folder or .zip or
-    holds no images, or when a .zip has names that lead out of it.
-    """
-    return _listing(path)[0]
-
-
-def _rgb(image):
-    """A PIL image as 8-bit RGB; EXIF orientation and alpha are dropped, as in ADM."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        # The high byte, as Pillow takes it from 16-bit colour; these grey modes it would clip to white.
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ValueError("32-bit pixels have no known range; save it with 8 or 16 bits")
-    return image.convert("RGB")
-
-
-def open_image(path, name):
-    """The image `name` of the folder or .zip `path` as an RGB PIL image, decoded whole.
-
-    As in ADM, EXIF orientation and alpha are dropped; 16-bit pixels are scaled to 8 bits. Raises ImageError
-    (a ValueError) for a file that is no image, is damaged or beyond the limits, OSError when it cannot be
-    read at all.
-    """
-    try:
-        data = _read(str(path), name)
-    except zlib.error as error:
-        raise ImageError(f"{path}/{name}: damaged in the .zip ({error}); "
-                         "remake it or pass --skip-corrupt") from None
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            (width, height), pixels = image.size, image.width * image.height
-            if pixels > MAX_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
-                raise ValueError(f"{width} x {height} pixels: above {MAX_PIXELS >> 20} Mi, or thinner than "
-                                 f"1:{MAX_ASPECT}")
-            return _rgb(image)
-    except MemoryError:  # says nothing about the file
-        raise
-    except Image.UnidentifiedImageError:
-        reason = "no image format"
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
-        reason = str(error).split("\n")[0]
-    raise ImageError(f"{path}/{name}: not a readable image ({reason}); remove it or pass --skip-corrupt")
-
-
-# ---------------------------------------------------------------- a look at all files
-
-def progress(what, total, say=print):
-    """Function of the number done so far: every SAY_EVERY seconds it says a line with the time left.
-
-    what: such as "images looked at"; the line is "12,000 of 50,000 images looked at, 3 min left".
-    """
-    began = last = time.monotonic()
-    first = None
-
-    def update(done):
-        nonlocal last, first
-        now = time.monotonic()
-        first = done if first is None else first  # a resumed work begins in the middle
-        if now - last >= SAY_EVERY and done > first:
-            left = (now - began) * (total - done) / (done - first)
-            left = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
-            say(f"{done:,} of {total:,} {what}, {left} left")
-            last = now
-    return update
-
-
-def share(names, rank, world_size):
-    """The rank-th of `world_size` nearly equal runs of consecutive names."""
-    return names[len(names) * rank // world_size:len(names) * (rank + 1) // world_size]
-
-
-def _is_image(head):
-    """Whether a file that begins with these bytes is an image: known magic bytes, else one of FORMATS."""
-    if head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")):
-        return True
-    try:
-        Image.open(io.BytesIO(head), formats=FORMATS).close()
-        return True
-    except Exception:
-        return False
-
-
-def check_images(path, names, threads=8, say=print):
-    """Names of the files that are no images, in the order of `names`, by the first bytes of each.
-
-    A damaged image with a sound beginning passes; it is found when it is decoded. Threads look, and
-    `say` how far they are if it takes long. Several processes each look at their share(names, rank,
-    world_size). Raises OSError for a file that is there but cannot be read.
-    """
-    path = str(path)
-    quiet_pillow()
-
-    def bad(chunk):
-        found = []
-        for name in chunk:
-            try:
-                good = _is_image(_read(path, name, 32))
-                # Other formats keep their header further in: hand Pillow the whole file.
-                good = good or _is_image(_read(path, name))
-            except (FileNotFoundError, ImageError, zlib.error):
-                good = False
-            if not good:
-                found.append(name)
-        return found
-
-    result, update = [], progress("files looked at", len(names), say)
-    update(0)
-    with ThreadPoolExecutor(threads) as pool:
-        for k, found in enumerate(pool.map(bad, (names[i:i + 1000] for i in range(0, len(names), 1000)))):
-            result += found
-            update(min(1000 * (k + 1), len(names)))
-    return result
-
+# ---------------------------------------------------------------- one image
 
 def center_crop(image, size):
-    """ADM's centre crop of a PIL image to size x size (center_crop_arr of guided-diffusion, pixel for pixel).
+    """ADM's center crop of a PIL image to size x size (center_crop_arr of guided-diffusion, pixel for pixel).
 
     Halve with a box filter while the short side is at least 2 * size, scale the short side to `size`
     bicubically, cut.
@@ -314,158 +77,272 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-# ---------------------------------------------------------------- data sets
+def decode(content):
+    """Bytes of an image file -> PIL image, 8-bit RGB; EXIF orientation and alpha are dropped, as in ADM."""
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+            # 16-bit gray: the high byte, as Pillow does it for 16-bit color. It would clip these to white.
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        if image.mode in ("I", "F"):
+            raise ValueError("32-bit pixels have no known range; save it with 8 or 16 bits")
+        return image.convert("RGB")
+
 
 def flips(seed, epoch, index):
-    """Whether the image is flipped in this epoch: of these three alone, so a resumed run flips the same."""
+    """Whether an image is flipped in this epoch: of these three alone, so a resumed run flips the same."""
     return np.random.default_rng((seed, epoch, index)).random() < 0.5
 
 
-def _to_tensor(array, flip):
-    """uint8 array [R, R, 3] -> tensor [3, R, R]."""
+def to_tensor(array, flip=False):
+    """uint8 array [H, W, 3] -> tensor [3, H, W]."""
     array = array[:, ::-1] if flip else array
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+    return torch.from_numpy(array.transpose(2, 0, 1).copy())
 
 
-def _labels(names, path, folders, depth):
-    """Class of each image, its first folder below those that all share -> (sorted names, int64 labels).
+# ---------------------------------------------------------------- a folder or a .zip: names and labels
 
-    So a .zip holding train/n01.../ gives the classes n01..."""
-    flat = next((name for name in names if "/" not in name), None)
-    if flat is not None:
-        raise ValueError(f"{path}: {flat} lies in no class folder; {EXPECTED}")
-    found = [name.split("/", depth + 1)[depth] for name in names]
-    classes = sorted(set(found))
-    if len(classes) > 1 and set(classes) <= {"train", "val", "valid", "validation", "test"}:
-        raise ValueError(f"{path}: holds {' and '.join(classes)}, no class folders; "
-                         "give one of these with --data-dir")
-    number = {name: k for k, name in enumerate(classes)}
-    shared = "/".join(names[0].split("/")[:depth] + [""])
-    for folder in folders:
-        name = folder[len(shared):-1]
-        if folder.startswith(shared) and name and "/" not in name and name not in number:
-            raise ValueError(f"{path}: class folder {folder[:-1]} holds no images; leaving it out would "
-                             "change the labels after it: fill it, or remove it if it is no class")
-    return classes, np.array([number[name] for name in found], np.int64)
+def _walk(path):
+    """Relative names of the files below a folder and, ending in "/", of its folders. Links are followed."""
+    def fail(error):    # else os.walk leaves out folders that it may not read
+        raise error
+
+    for root, folders, files in os.walk(path, followlinks=True, onerror=fail):
+        prefix = "" if root == path else os.path.relpath(root, path) + "/"
+        # Not a link to a folder that it lies in, which `ln -s`, called twice, leaves behind.
+        real = os.path.realpath(root) + os.sep
+        folders[:] = [name for name in folders if not os.path.islink(os.path.join(root, name))
+                      or not real.startswith(os.path.realpath(os.path.join(root, name)) + os.sep)]
+        yield from (prefix + name for name in files)
+        yield from (f"{prefix}{name}/" for name in folders)
 
 
-def read_json(path, name):
-    """Content of a .json of the folder or .zip `path`; None where there is none."""
-    try:
-        return json.loads(_read(path, name))
-    except FileNotFoundError:
-        return None
-    except (ValueError, zlib.error, RecursionError) as error:
-        raise ValueError(f"{path}/{name}: no readable JSON ({str(error)[:100]})") from None
+def _visible(name):
+    """Whether no part of the name is hidden or a Mac's __MACOSX; some .zips begin names with "./"."""
+    return not any(part.startswith(".") or part == "__MACOSX" for part in name.removeprefix("./").split("/"))
 
 
-def _json_labels(content, names, path, depth):
-    """The same of EDM2's dataset.json -> (class names, int64 labels, names of the images, a part of `names`).
+def _shared_folders(names):
+    """The folders that all images lie in, above their class folders: usually none.
 
-    {"labels": [["00000/img00000000.png", 6], ...]}, or null for a set without labels: one class. prepare.py
-    writes the names of the classes too, {"classes": ["n01440764", ...]}; without them a class is called by
-    its number.
+    They are "train/" for train/n01440764/x.JPEG."""
+    first, last = min(names).split("/"), max(names).split("/")  # what these two share, all share
+    shared = next((k for k, pair in enumerate(zip(first, last)) if pair[0] != pair[1]), 0)
+    depth = min(shared, min(name.count("/") for name in names) - 1)
+    return "".join(f"{folder}/" for folder in first[:max(0, depth)])
+
+
+def _check_classes(path, names, folders, classes, shared):
+    """Raise a one-line ValueError unless the images lie in class folders."""
+    loose = next((name for name in names if "/" not in name), None)
+    if loose is not None:
+        raise ValueError(f"{path}: {loose} lies in no class folder; {EXPECTED}")
+    tops = {folder.removeprefix(shared).split("/")[0] for folder in folders if folder.startswith(shared)}
+    for empty in sorted(tops - {"", *classes}):
+        raise ValueError(f"{path}: class folder {shared}{empty} has no images; leaving it out would shift "
+                         "the labels of the classes after it: fill it, or remove it if it is not a class")
+    # Splits: folders without images of their own that contain the same class folders.
+    below = {name: set() for name in classes}
+    for folder in {os.path.dirname(name) for name in names}:
+        top, *rest = folder.removeprefix(shared).split("/")
+        below[top].add(rest[0] if rest else None)
+    pairs = itertools.combinations([name for name in classes if None not in below[name]], 2)
+    splits = next((pair for pair in pairs if len(below[pair[0]] & below[pair[1]]) > 1), ())
+    if len(classes) > 1 and {name.lower() for name in classes} <= SPLITS:
+        splits = classes
+    if splits:
+        train = next((name for name in splits if name.lower().startswith("train")), splits[0])
+        raise ValueError(f"{path}: {' and '.join(splits)} look like splits of a data set, not like classes; "
+                         f"pass --data-dir {os.path.join(path, shared, train)}")
+
+
+def _json_labels(content, names, shared, where):
+    """(class names, int64 labels of `names`) from the text of EDM2's dataset.json in the folder `shared`.
+
+    {"labels": [["00000/img00000000.png", 6], ...]}, or null for a set without labels: one class. Classes are
+    called by their number unless there is {"classes": ["n01440764", ...]} too.
     """
-    where, shared = f"{path}: dataset.json", "/".join(names[0].split("/")[:depth] + [""])
-    if not isinstance(content, dict) or "labels" not in content:
-        raise ValueError(f'{where} holds no "labels", so it is not of EDM2\'s layout; remove or rename it')
-    pairs, classes = content["labels"], content.get("classes")
-    if pairs is None:
-        names = [name for name in names if name.lower().endswith(EXTENSIONS)]
-        return ["images"], np.zeros(len(names), np.int64), names
-    try:
-        label_of = {shared + name: label for name, label in pairs}
-    except (TypeError, ValueError):
-        raise ValueError(f'{where}: "labels" is no list of [name, label]') from None
-    wrong = next((x for x in label_of.values() if type(x) is not int or not 0 <= x < MAX_CLASSES), None)
-    if wrong is not None:
-        raise ValueError(f"{where}: label {wrong} is no whole number from 0 to {MAX_CLASSES - 1}")
-    unlabelled = next((n for n in names if n not in label_of and n.lower().endswith(EXTENSIONS)), None)
-    names = [name for name in names if name in label_of]
-    if unlabelled or not names:
-        raise ValueError(f"{where} has no label for {unlabelled or 'any image'}; make it again")
+    with damaged(f"{where}: not a dataset.json of EDM2's layout"):
+        content = json.loads(content)
+        pairs = [(shared + name, label) for name, label in content["labels"] or []]
+        classes = list(content.get("classes") or [])
+    if content["labels"] is None:
+        return ["images"], np.zeros(len(names), np.int64)
+    label_of, known = dict(pairs), set(names)
+    for name, label in pairs:
+        if type(label) is not int or not 0 <= label < 10 ** 6:
+            raise ValueError(f"{where}: label {label} of {name} is not a whole number from 0 to 999999")
+        if label != label_of[name]:
+            raise ValueError(f"{where}: {name} has two labels, {label} and {label_of[name]}")
+        if name not in known:
+            raise ValueError(f"{where}: {name} has a label, but there is no such image")
+    if unlabelled := known - set(label_of):
+        raise ValueError(f"{where}: {min(unlabelled)} has no label")
     labels = np.array([label_of[name] for name in names], np.int64)
-    classes = [str(k) for k in range(max(label_of.values()) + 1)] if classes is None else classes
-    named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-    if not named or len(classes) <= labels.max():
-        raise ValueError(f'{where}: "classes" is no list of a name for each label')
-    return classes, labels, names
+    classes = classes or [str(k) for k in range(labels.max() + 1)]
+    if len(classes) <= labels.max():
+        raise ValueError(f"{where}: label {labels.max()} has no name among its {len(classes)} classes")
+    return classes, labels
 
 
 class ImageData(Dataset):
-    """An ImageFolder tree, or a .zip of one, as ADM-cropped uint8 images.
+    """A folder or .zip of images, ADM-cropped to `resolution` (None: as they are, all of one size).
 
-    An item is (image uint8 [3, R, R], label int, skipped int). Its key is an index, or (epoch, index) as
-    EndlessSampler gives it: `hflip` draws each image's flip from (seed, epoch, index) alone. A file that
-    cannot be decoded raises ImageError; with `skip_corrupt` the next readable image stands in, with its own
-    label, and `skipped` counts the files passed over (0 for a sound one). So with a file that is no longer
-    there; a disk that fails, or the whole folder gone, is never passed over.
+    An item is (image uint8 [3, R, R], label int). Its key is an index, or (epoch, index) as EndlessSampler
+    gives it: `hflip` draws each image's flip from (seed, epoch, index). With `skip_corrupt` the next readable
+    image takes the place of a corrupt one, with its own label and a warning; a disk that fails is never
+    skipped over.
 
-    Labels are torchvision's ImageFolder's: classes sorted by name, and a class folder without images is
-    refused, since leaving it out would shift the labels after it. Where there is a dataset.json in EDM2's
-    layout (as prepare.py writes it), labels come from there instead. A set without labels, described so by
-    its dataset.json, is one class; with `unlabelled` a folder of nothing but images is one too, instead of an
-    error.
+    Labels are torchvision's ImageFolder's: classes sorted by name, below the folders that all images share.
+    Files without an image's ending are left out; a class folder without images is an error. A dataset.json in
+    EDM2's layout gives the labels instead. With labelled=False any images do, in any folders.
 
-    Attributes: path, names, labels (int64 array), classes (label k is the k-th), num_classes, labelled.
-    Raises what `find_images` raises, and ValueError for images without a class.
+    Attributes: path, resolution, names, labels (int64 array), classes (label k is the k-th), num_classes,
+    size (H, W). Raises FileNotFoundError if nothing is at `path`, ValueError if it has no images or no
+    classes, ImageError for a corrupt image, OSError for a file that cannot be read.
     """
 
-    def __init__(self, path, resolution, hflip=False, seed=0, skip_corrupt=False, unlabelled=False):
-        self.path, self.resolution, self.skip_corrupt = str(path), resolution, skip_corrupt
-        self.hflip, self.seed = hflip, seed
-        self.names, folders, depth = _listing(self.path)
-        described = read_json(self.path, "/".join(self.names[0].split("/")[:depth] + ["dataset.json"]))
-        self.labelled = True
-        if described is not None:
-            self.classes, self.labels, self.names = _json_labels(described, self.names, self.path, depth)
-            self.labelled = described["labels"] is not None
-            self.check_prepared(described.get("prepared"))
-        elif unlabelled and not any("/" in name for name in self.names):
-            self.classes, self.labels, self.labelled = ["images"], np.zeros(len(self.names), np.int64), False
+    def __init__(self, path, resolution=None, hflip=False, seed=0, skip_corrupt=False, labelled=True):
+        self.path, self.resolution, self.hflip, self.seed = str(path), resolution, hflip, seed
+        self.skip_corrupt, self.zip = skip_corrupt, None
+        entries = self._entries()
+        self.names = sorted(name for name in entries if name.lower().endswith(EXTENSIONS) and _visible(name))
+        if not self.names:
+            raise ValueError(f"{path}: has no images; {EXPECTED}")
+        shared = _shared_folders(self.names)
+        described = f"{shared}dataset.json"
+        if labelled and described in entries:
+            content, where = self.read(described), f"{path}/{described}"
+            self.classes, self.labels = _json_labels(content, self.names, shared, where)
         else:
-            self.classes, self.labels = _labels(self.names, self.path, folders, depth)
+            found = [name.removeprefix(shared).split("/")[0] if "/" in name else "" for name in self.names]
+            self.classes = sorted(set(found))
+            if labelled:
+                folders = [name for name in entries if name.endswith("/") and _visible(name[:-1])]
+                _check_classes(self.path, self.names, folders, self.classes, shared)
+            number = {name: k for k, name in enumerate(self.classes)}
+            self.labels = np.array([number[name] for name in found], np.int64)
         self.num_classes = len(self.classes)
+        self.size = (resolution, resolution) if resolution else self.load(0).size[::-1]
 
-    def check_prepared(self, prepared):
-        side = prepared.get("resolution") if isinstance(prepared, dict) else None
-        if isinstance(side, int) and side < self.resolution:
-            raise ValueError(f"{self.path}: prepared at {side} pixels, which --resolution {self.resolution} "
-                             "would enlarge; prepare it again from the original images")
+    def _entries(self):
+        """Names of all files in the folder or .zip and, ending in "/", of its folders."""
+        if os.path.isdir(self.path):
+            return set(_walk(self.path))
+        if not os.path.exists(self.path):
+            raise FileNotFoundError(f"{self.path}: no such folder or .zip; {EXPECTED}")
+        if not self.path.lower().endswith(".zip"):
+            raise ValueError(f"{self.path}: neither a folder nor a .zip (nor a .npz); {EXPECTED}")
+        with damaged(f"{self.path}: not a whole .zip; make or copy it again"):
+            self.zip, self.pid = zipfile.ZipFile(self.path), os.getpid()
+        return set(self.zip.namelist())
 
     def __len__(self):
         return len(self.names)
 
+    def read(self, name):
+        """The bytes of a file."""
+        if self.zip is None:
+            with open(os.path.join(self.path, name), "rb") as file:
+                return file.read()
+        if self.pid != os.getpid():     # a forked worker shares the list of members; the file must be its own
+            self.zip.fp, self.pid = open(self.path, "rb"), os.getpid()
+        return self.zip.read(name)
+
     def content(self, index):
-        """Bytes of the image's file as it is, b"" if it is not there or above the limits."""
-        try:
-            return _read(self.path, self.names[index])
-        except (FileNotFoundError, ImageError, zlib.error):
-            return b""
+        """The bytes of the image's file, b"" if it is missing or damaged in the .zip."""
+        with contextlib.suppress(ImageError, FileNotFoundError), damaged(""):
+            return self.read(self.names[index])
+        return b""
+
+    def load(self, index):
+        """The whole image as a PIL image, 8-bit RGB. Raises ImageError if corrupt, OSError if unreadable."""
+        with damaged(f"{self.path}/{self.names[index]}: not a readable image; remove it or pass "
+                     "--skip-corrupt"):
+            return decode(self.read(self.names[index]))
 
     def __getitem__(self, key):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         for skipped in range(len(self)):
             # At first the plain index, so that one out of range raises.
             at = (index + skipped) % len(self) if skipped else index
-            where = f"{self.path}/{self.names[at]}"
             try:
-                image = center_crop(open_image(self.path, self.names[at]), self.resolution)
-            except ImageError:
+                image = self.load(at)
+                break
+            except ImageError as error:
                 if not self.skip_corrupt:
                     raise
-                continue
-            except FileNotFoundError:
-                if not self.skip_corrupt or not os.path.exists(self.path):
-                    remedy = "put it back or pass --skip-corrupt"
-                    raise ImageError(f"{where}: no longer there; {remedy}") from None
-                continue
-            except OSError as error:
-                reason = error.strerror or error
-                raise ImageError(f"{where}: cannot be read ({reason}); see to the disk") from None
-            flip = self.hflip and flips(self.seed, epoch, index)
-            return _to_tensor(np.asarray(image), flip), int(self.labels[at]), skipped
-        raise ValueError(f"{self.path}: none of its {len(self)} files is a readable image")
+                warnings.warn(f"skipped {error}")   # once per file in each worker
+        else:
+            raise ImageError(f"{self.path}: none of its {len(self)} files is a readable image")
+        if self.resolution:
+            image = center_crop(image, self.resolution)
+        elif image.size != self.size[::-1]:
+            raise ImageError(f"{self.path}: {self.names[0]} is {self.size[1]}x{self.size[0]}, "
+                             f"{self.names[at]} is {image.width}x{image.height}; pass --resolution to crop")
+        flip = self.hflip and flips(self.seed, epoch, index)
+        return to_tensor(np.asarray(image), flip), int(self.labels[at])
+
+
+class NpzData(Dataset):
+    """The images arr_0, uint8 [N, H, W, 3], and labels arr_1 of a .npz; items and attributes as in ImageData.
+
+    arr_0 is mapped into memory, not read, unless it is compressed. array(name) is any other array. A file
+    with the statistics mu and sigma instead of images has length 0. With labelled=True arr_1 must be there.
+    """
+
+    def __init__(self, path, resolution=None, hflip=False, seed=0, labelled=True):
+        self.path, self.resolution, self.hflip, self.seed = str(path), resolution, hflip, seed
+        with damaged(f"{path}: empty, truncated or not a .npz; write it again"):
+            self.arrays = np.load(self.path)
+            if not {"arr_0", "mu"} & set(self.arrays.files):
+                raise ValueError(f"no arr_0, only {', '.join(self.arrays.files)}")
+            self.images = self._images() if "arr_0" in self.arrays.files else np.empty((0, 0, 0, 3), np.uint8)
+        if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[3] != 3:
+            raise ValueError(f"{path}: arr_0 is {self.images.dtype} {list(self.images.shape)}, not uint8 "
+                             "[N, H, W, 3]; convert it and save it again")
+        self.labels = self.array("arr_1")
+        if self.labels is None or self.labels.shape != (len(self),) or self.labels.dtype.kind not in "iu":
+            if labelled:
+                raise ValueError(f"{path}: has no labels (arr_1, {len(self)} integers)")
+            self.labels = np.zeros(len(self), np.int64)
+        self.labels = self.labels.astype(np.int64)
+        self.classes = [str(k) for k in range(self.labels.max(initial=0) + 1)]
+        self.num_classes = len(self.classes)
+        self.names = [f"{k:06d}" for k in range(len(self))]
+        self.size = (resolution, resolution) if resolution else self.images.shape[1:3]
+
+    def _images(self):
+        info = self.arrays.zip.getinfo("arr_0.npy")
+        with self.arrays.zip.open(info) as member:
+            if info.compress_type != zipfile.ZIP_STORED or np.lib.format.read_magic(member) != (1, 0):
+                return self.arrays["arr_0"]
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+            begin = member.tell()
+        if info.file_size != begin + math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"arr_0 ends early, its header promises {list(shape)}")
+        with open(self.path, "rb") as file:     # the member's own header tells where its bytes begin
+            file.seek(info.header_offset + 26)
+            begin += info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+        return np.memmap(self.path, dtype, "r", begin, shape, "F" if fortran else "C")
+
+    def array(self, name):
+        """The array of that name, None if there is none. Raises a one-line ValueError if it is damaged."""
+        with damaged(f"{self.path}: {name} is damaged; write it again"):
+            return self.arrays[name] if name in self.arrays.files else None
+
+    def __len__(self):
+        return len(self.images)
+
+    def content(self, index):
+        """The bytes of the image's pixels."""
+        return self.images[index].tobytes()
+
+    def __getitem__(self, key):
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        image = self.images[index]
+        if image.shape[:2] != self.size:
+            image = np.asarray(center_crop(Image.fromarray(image), self.resolution))
+        return to_tensor(image, self.hflip and flips(self.seed, epoch, index)), int(self.labels[index])
 
 
 def _outlines():
@@ -497,8 +374,7 @@ class ShapesData(Dataset):
     """The demo's images: ten shapes drawn from their index, so of any number and size; label = index % 10.
 
     One saturated shape on a plain light ground, its colour, size (about half the image), place and rotation
-    (up to 12 degrees) drawn from (seed, index). Items, keys and attributes as in ImageData; nothing is ever
-    skipped.
+    (up to 12 degrees) drawn from (seed, index). Items, keys and attributes as in ImageData.
     """
 
     SHAPES = _outlines()
@@ -507,7 +383,7 @@ class ShapesData(Dataset):
 
     def __init__(self, n, resolution, hflip=False, seed=0):
         self.path, self.resolution, self.hflip, self.seed = "shapes", resolution, hflip, seed
-        self.classes = list(self.SHAPES)
+        self.classes, self.size = list(self.SHAPES), (resolution, resolution)
         self.num_classes = len(self.classes)
         self.labels = np.arange(n, dtype=np.int64) % self.num_classes
         self.names = [f"{self.classes[label]}/{index:07d}" for index, label in enumerate(self.labels)]
@@ -524,7 +400,7 @@ class ShapesData(Dataset):
         ground = random.integers(225, 256) * np.ones(3)
         cover = self._draw(label, size, 0.5 + x, 0.5 + y, np.deg2rad(turn))[..., None]
         image = np.rint(ground + (colour - ground) * cover).clip(0, 255).astype(np.uint8)
-        return _to_tensor(image, self.hflip and flips(self.seed, epoch, index)), label, 0
+        return to_tensor(image, self.hflip and flips(self.seed, epoch, index)), label
 
     def content(self, index):
         """Bytes that say what is drawn for an index."""
@@ -542,15 +418,34 @@ class ShapesData(Dataset):
         return np.asarray(mask.reduce(4), np.float32) / 255
 
 
+def open_images(path, resolution=None, hflip=False, seed=0, skip_corrupt=False, labelled=True):
+    """The images at `path`: a folder, a .zip, a .npz, or "shapes": 50,000 of them, at 32 pixels by default.
+
+    See ImageData for the arguments, the items and the errors.
+    """
+    if path == "shapes":
+        return ShapesData(50000, resolution or 32, hflip, seed)
+    if str(path).endswith(".npz"):
+        return NpzData(path, resolution, hflip, seed, labelled)
+    return ImageData(path, resolution, hflip, seed, skip_corrupt, labelled)
+
+
+# ---------------------------------------------------------------- which data a run has
+
+def evenly_spaced(count, most):
+    """Indices of `most` of `count` images (of all, if there are fewer), evenly spaced from first to last."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int)
+
+
 def identity(data, probes=64):
-    """What a run was trained on, kept with it and compared when it continues: a dict for JSON.
+    """What a run is trained on, stored in its checkpoints and compared when it resumes: a dict for JSON.
 
     classes: names in the order of their labels; images: their number; labels, files: sha256 (hex) over the
     label of each image, and over the file names and the content of `probes` files spread evenly over them. A
     folder and the .zip of it have the same identity; resolution and flips are not part of it.
     """
     files = hashlib.sha256("\n".join(data.names).encode("utf-8", "surrogateescape"))
-    for index in np.linspace(0, len(data) - 1, min(probes, len(data))).round().astype(int):
+    for index in evenly_spaced(len(data), probes):
         files.update(hashlib.sha256(data.content(int(index))).digest())
     labels = hashlib.sha256(data.labels.astype("<i8").tobytes())
     return {"classes": list(data.classes), "images": len(data), "labels": labels.hexdigest(),
@@ -564,12 +459,11 @@ def check_same_data(before, now, where):
     message.
     """
     old, new = before["classes"], now["classes"]
-    if old != new:
-        k = next((k for k, (a, b) in enumerate(zip(old, new)) if a != b), min(len(old), len(new)))
-        changed = (f"class {k} was {old[k]} and is now {new[k]}" if k < min(len(old), len(new)) else
-                   f"class {k} is now {new[k]}" if k < len(new) else f"class {k}, {old[k]}, is gone")
-        raise ValueError(f"{where}: the classes of the data have changed, {changed} ({len(new)} classes, "
-                         f"{len(old)} classes before); restore them, or start anew with another --exp-name")
+    for k, (was, found) in enumerate(itertools.zip_longest(old, new, fillvalue="missing")):
+        if was != found:
+            raise ValueError(f"{where}: the classes of the data have changed, class {k} was {was} and is now "
+                             f"{found} ({len(new)} classes, {len(old)} before); restore them, or start a new "
+                             "run with another --exp-name")
     if (before["images"], before["labels"]) != (now["images"], now["labels"]):
         return (f"the data has changed: {now['images']} images, {before['images']} before; "
                 "the order of the images is another one from here on")
@@ -609,60 +503,24 @@ class EndlessSampler(Sampler):
             step += 1
 
 
-def quiet_pillow():
-    """No warnings about ImageNet's odd EXIF blocks: an image is decoded or it raises."""
-    warnings.filterwarnings("ignore", module="PIL")
-
-
 def start_worker(_):
-    """What a decoding process does first; for DataLoader's worker_init_fn."""
+    """What a worker process does first; for DataLoader's worker_init_fn."""
     torch.set_num_threads(1)  # decoding is one thread's work; more would take the cores of the other workers
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process, which ends its workers
-    quiet_pillow()
-
-
-class _Loader(DataLoader):
-    """DataLoader for which a worker's sudden end is always the RuntimeError that worker_death knows.
-
-    Where it dies while a batch is handed over, torch lets the broken connection through.
-    """
-
-    def __iter__(self):
-        def batches(iterator):
-            try:
-                yield from iterator
-            except (OSError, EOFError) as error:
-                time.sleep(1)  # for the signal of its death, which raises here what has to be said, once
-                raise RuntimeError(f"DataLoader worker closed its connection: {error}") from error
-        iterator = super().__iter__()  # the workers start now, not with the first batch
-        return batches(iterator) if self.num_workers else iterator
+    # torchrun, timeout and Slurm signal the whole group. The training process needs its workers until it has
+    # saved, and ends them itself.
+    os.setpgid(0, 0)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def make_loader(dataset, sampler, batch_size, num_workers=8, device="cpu"):
-    """Endless DataLoader of (images uint8 [B, 3, R, R], labels int64 [B], skipped int64 [B]), B = batch_size.
+    """DataLoader of (images uint8 [B, 3, R, R], labels int64 [B]), B = batch_size, in the sampler's order.
 
     `batch_size` is what one process takes at a time: its share of the global batch, or of an accumulation
     step. `num_workers` 0 decodes in the training process. Pinned memory when `device` is a GPU.
     """
     workers = {}
-    if num_workers == 0:
-        quiet_pillow()
-    else:
-        # fork shares the list of files with the workers; where there is none (Windows) they get a copy each.
-        method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-        workers = dict(multiprocessing_context=method, persistent_workers=True, worker_init_fn=start_worker)
-    return _Loader(dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers, drop_last=True,
-                   pin_memory=torch.device(device).type == "cuda", **workers)
-
-
-def worker_death(error):
-    """One line for the RuntimeError that torch raises when a loader's worker dies; None for any other.
-
-    torch raises it from a signal handler: wherever the training process is at that moment, not only in
-    next().
-    """
-    text = str(error)
-    if "DataLoader worker" not in text:
-        return None
-    return (f"a data worker died ({text.splitlines()[0].rstrip('. ')}); most often memory ran out: use fewer "
-            "--num-workers, or more shared memory (docker run --ipc=host)")
+    if num_workers:     # forked: they share the list of files
+        workers = dict(multiprocessing_context="fork", persistent_workers=True, worker_init_fn=start_worker)
+    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers,
+                      pin_memory=torch.device(device).type == "cuda", **workers)

@@ -1,0 +1,100 @@
+"""Pictures: grids of images, PNG files, and the samples and reconstructions that a run draws as it trains."""
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from models.runtime import files
+from models.samplers import (decode, draw_noise, euler, guided, sample_generators, sample_labels, time_grid,
+                             truncate_to_uint8)
+
+CAPTION = 14  # height of a caption in pixels
+
+
+def round_to_uint8(images):
+    """uint8 [B, H, W, 3] of a tensor [B, 3, H, W] in [-1, 1], rounded to the nearest level.
+
+    For reconstructions, which are compared with uint8 images. Samples are truncated instead, as the paper's
+    are: samplers.truncate_to_uint8.
+    """
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+
+
+def label_grid(images, captions=None, columns=None):
+    """PIL.Image of uint8 images [N, H, W, 3] (numpy array or CPU tensor) in rows of `columns`.
+
+    columns: by default nearly square. captions: one per image, written above it, anything that str() accepts
+    such as a class number. Images smaller than 64 pixels are enlarged by a whole factor.
+    """
+    images = np.asarray(images)
+    n, height, width, _ = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    zoom = max(1, math.ceil(64 / max(height, width)))
+    top = CAPTION if captions is not None else 0
+    cell_h, cell_w = height * zoom + top + 2, width * zoom + 2
+    sheet = Image.new("RGB", (columns * cell_w, math.ceil(n / columns) * cell_h), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    for i in range(n):
+        x, y = i % columns * cell_w, i // columns * cell_h
+        if captions is not None:
+            draw.text((x + 2, y + 1), str(captions[i]), fill="black", font=font)
+        image = Image.fromarray(images[i]).resize((width * zoom, height * zoom), Image.NEAREST)
+        sheet.paste(image, (x + 1, y + top + 1))
+    return sheet
+
+
+def write_png(path, image):
+    """Write a PIL.Image, or a uint8 array [H, W, 3], as a PNG file, atomically."""
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    with files.replace(path) as temporary, open(temporary, "wb") as f:
+        image.save(f, "PNG")
+
+
+def write_pngs(folder, rows):
+    """Write image i of `rows` (an iterable of uint8 arrays [k, H, W, 3]) to folder/00000i.png."""
+    def write(numbered):
+        write_png(os.path.join(folder, f"{numbered[0]:06d}.png"), numbered[1])
+
+    first = 0
+    with ThreadPoolExecutor(8) as pool:
+        for part in rows:
+            list(pool.map(write, enumerate(part, first)))
+            first += len(part)
+
+
+# ---------------------------------------------------------------- while a run trains
+
+@torch.no_grad()
+def draw_samples(nets, args, indices, labels, cfg_scale):
+    """uint8 images [N, R, R, 3] of the EMA model, 50 Euler steps.
+
+    Image i depends on the seed, i and its label alone.
+    """
+    shape = (nets.ema.in_channels, nets.ema.input_size, nets.ema.input_size)
+    noise = draw_noise(sample_generators(args.seed, indices), shape).to(nets.device)
+    with nets.autocast():
+        labels = labels.to(nets.device)
+        velocity = guided(lambda x, t, y: nets.ema(x, t, y)[0], labels, args.num_classes, cfg_scale)
+        x = euler(velocity, noise, time_grid(50))
+        return truncate_to_uint8(decode(nets.vae.decode, x.float(), *nets.ema.latents_stats()).float())
+
+
+@torch.no_grad()
+def save_grids(nets, args, step, folder, originals):
+    """Write two pictures of step NNNNNNN: samples/NNNNNNN.png, 40 samples with their classes, and
+    reconstructions/NNNNNNN.png, `originals` (uint8 [n, 3, R, R]) above their reconstructions."""
+    how = "equal" if args.num_classes <= 40 else "random"
+    labels = sample_labels(args.seed, range(40), args.num_classes, how)
+    samples = draw_samples(nets, args, range(40), labels, args.cfg_scale if args.cfg_prob > 0 else 1.0)
+    grid = label_grid(samples.cpu(), labels.tolist(), columns=min(args.num_classes, 10))
+    write_png(os.path.join(folder, "samples", f"{step:07d}.png"), grid)
+
+    originals = originals.to(nets.device).float() / 127.5 - 1
+    with nets.autocast():
+        copies = nets.vae.decode(nets.vae.encode(originals).mean)
+    both = round_to_uint8(torch.cat([originals, copies.float()]))
+    grid = label_grid(both.cpu(), columns=len(originals))
+    write_png(os.path.join(folder, "reconstructions", f"{step:07d}.png"), grid)
