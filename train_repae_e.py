@@ -5,23 +5,37 @@
     torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train_repae_e.py
     python train_repae_e.py --freeze-vae                              # REPA; with --proj-coeff 0 plain SiT
 
-Run the same command again and it continues from its newest checkpoint.
+Run the same command again and it resumes from its newest checkpoint.
 
-From top to bottom: the flags, the networks, the step (train_step and the losses of its parts), the loop
-(main). The formulas are in models/losses.py; what both training scripts need around them, in
-models/runtime/trainer.py. In comments "1)" to "5)" are the parts of the step, "(1)" to "(7)" the formulas.
+From top to bottom: the flags, the networks, the step (train_step and the losses of its parts), and main: what
+happens from the first line to the last. The formulas are in models/losses.py; what both training scripts need
+around them, in models/runtime/trainer.py. In comments "1)" to "5)" are the parts of the step, "(1)" to "(7)"
+the formulas.
 """
 import os
+import sys
+from types import SimpleNamespace
 
-from models.runtime import cli
+import torch
+from torch.func import functional_call
 
-# What a run cannot change when it is continued: the networks, the losses, and the order of the data.
+from models.encoders import load_encoders
+from models.losses import (denoising_loss, discriminator_loss, gan_loss, noisy_latents, proj_loss,
+                           reconstruction_losses, sample_time, spatial_norm, wide)
+from models.runtime import cache, cli, distributed, files, pictures, trainer, vae_files, weights
+from models.runtime.data import identity, open_images
+from models.runtime.log import Collapse, RunLog, watch
+from models.runtime.trainer import Networks
+from models.sit import PROJECTORS, SiT_models
+from models.vae import Posterior, VAE_models
+
+# What a run cannot change when it resumes: the networks, the losses, and the order of the data.
 FIXED_IN_A_RUN = (
-    "model", "vae", "resolution", "num_classes", "encoder", "encoder_depth", "qk_norm", "learn_pos_embed",
-    "projector", "freeze_vae", "bn_momentum", "fixed_latents_stats", "cfg_prob", "batch_size", "seed",
-    "hflip", "path_type", "weighting", "proj_coeff", "vae_align_proj_coeff", "spatial_norm",
-    "diffusion_to_vae", "reconstruction_weight", "reconstruction_loss", "perceptual_weight", "kl_weight",
-    "disc_weight", "disc_ckpt")
+    "model", "vae", "resolution", "num_classes", "encoder", "encoder_depth", "qk_norm", "projector",
+    "freeze_vae", "bn_momentum", "fixed_latents_stats", "cfg_prob", "batch_size", "seed", "hflip",
+    "path_type", "weighting", "proj_coeff", "vae_align_proj_coeff", "spatial_norm", "diffusion_to_vae",
+    "reconstruction_weight", "reconstruction_loss", "perceptual_weight", "kl_weight", "disc_weight",
+    "disc_ckpt")
 
 # One row per configuration; every value is an ordinary flag and can be overridden.
 PRESETS = {
@@ -47,21 +61,17 @@ def make_parser():
          most=10**6)
     flag(data, "--latent-cache", None, "folder for the frozen VAE's posteriors of all images; the first run "
          "fills it", metavar="DIR")
-    flag(data, "--cache-features", None, "folder for the encoders' tokens of all images; the first run fills "
-         "it", metavar="DIR")
 
     flag(model, "--model", "SiT-XL/2", "diffusion transformer: SiT-{XL,L,B,S,Ti}/{1,2,4,8}",
-         choices=cli.SITS, metavar="NAME")
+         choices=list(SiT_models), metavar="NAME")
     flag(model, "--encoder-depth", 8,
          "block, from 1, whose tokens are aligned (8 for L and XL, 4 is usual for B)", above=0)
     flag(model, "--projector", "mlp",
-         "alignment head: REPA's MLP, or one 3x3 convolution (iREPA, arXiv 2512.10794)",
-         choices=["mlp", "conv"])
+         "alignment head: REPA's MLP, or one 3x3 convolution (iREPA, arXiv 2512.10794)", choices=PROJECTORS)
     flag(model, "--qk-norm", False, "layer norm on queries and keys")
     flag(model, "--bn-momentum", 0.1, "momentum of the latent batch norm", most=1.0)
     flag(model, "--fixed-latents-stats", False,
          "ablation: the latents keep the scale they start with; no batch norm (a frozen VAE's always do)")
-    flag(model, "--learn-pos-embed", False, "train the position table, as the reference does by accident")
     flag(model, "--cfg-prob", 0.1, "probability of dropping a label, for classifier-free guidance", most=1.0)
     flag(model, "--vae-ckpt", "auto",
          "VAE weights: a path, a hub name, none, or auto (f8d4: REPA-E/sdvae, else none)")
@@ -71,10 +81,8 @@ def make_parser():
 
     flag(losses, "--proj-coeff", 0.5, "alignment weight in the SiT update")
     flag(losses, "--vae-align-proj-coeff", 1.5, "alignment weight in the VAE update")
-    flag(losses, "--proj-until", None, type=int, above=0, help="last step with alignment, in both updates "
-         "(HASTE, arXiv 2505.16792); default: all have it")
-    flag(losses, "--spatial-norm", None, type=float, above=0.0, most=1.0, help="normalise the encoder's "
-         "tokens over space, with this share of their mean removed (iREPA: 0.6 to 1); default: as they are")
+    flag(losses, "--spatial-norm", None, "normalise the encoder's tokens over space, with this share of "
+         "their mean removed (iREPA: 0.6 to 1); default: as they are", type=float, above=0.0, most=1.0)
     flag(losses, "--freeze-vae", False, "train the SiT only (REPA; with --proj-coeff 0 vanilla SiT)")
     flag(losses, "--diffusion-to-vae", False,
          "ablation: the diffusion loss reaches the VAE (it collapses the latents)")
@@ -84,12 +92,6 @@ def make_parser():
     flag(optim, "--vae-learning-rate", 1e-4, "of the VAE, constant", above=0.0)
 
     flag(run, "--cfg-scale", 4.0, "guidance of the picture grids (50 Euler steps)", least=1.0)
-    flag(run, "--eval-steps", 0,
-         "steps between online scores (fid_online ..., 50 Euler steps, unguided); 0 for none")
-    flag(run, "--eval-ref", None, "reference of the online scores, as for evaluate_fid.py")
-    flag(run, "--eval-samples", 10000, "samples of an online score", above=0, most=10**8)
-    flag(run, "--inception-weights", None,
-         "pt_inception-2015-12-05-6726825d.pth, if it cannot be downloaded")
     parser.set_defaults(vae="f8d4")  # finetune_vae.py has none: there the checkpoint says
     return parser
 
@@ -99,7 +101,7 @@ def parse_args(argv=None):
     args = cli.parse(make_parser(), argv, PRESETS)
     source = args.init_from
     if args.freeze_vae and args.resume not in ("auto", "none"):
-        source = args.resume    # holds no VAE, but leads to the one that it was trained on
+        source = args.resume    # contains no VAE, but leads to the one that it was trained on
     if source is not None:      # its VAE counts more than one a preset names, less than one a flag names
         own = {"vae_ckpt": source, "disc_ckpt": source}
         parser = make_parser()
@@ -116,81 +118,44 @@ def parse_args(argv=None):
     return args
 
 
-if __name__ == "__main__":
-    cli.answer_early(parse_args)
-
-from types import SimpleNamespace
-
-import torch
-from torch.func import functional_call
-
-from models.encoders import check_encoders, load_encoders
-from models.losses import (denoising_loss, discriminator_loss, noisy_latents, proj_loss,
-                           reconstruction_losses, sample_time, spatial_norm, wide)
-from models.runtime import cache, distributed, online, signals, trainer, vae_files, weights
-from models.runtime.flops import matmul_rate, step_flops
-from models.runtime.memory import forecast
-from models.runtime.runlog import RunLog
-from models.runtime.trainer import Networks
-from models.sit import SiT_models
-from models.vae import Posterior, VAE_models
-
-
 # -------------------------------------------------------------------------------------------- the networks
 
-def check_settings(args, world_size, continued):
-    """All that can be checked before something heavy is built.
-
-    Returns (dataset, VAE state or None, stats or None).
-    A run that is `continued` has the weights of its VAE and discriminator in its checkpoint.
-    """
+def check_settings(args, world_size):
+    """Raise a one-line ValueError for settings that contradict each other, before anything is built."""
     trainer.check_settings(args, world_size)
     if args.freeze_vae and args.diffusion_to_vae:
         raise ValueError("--freeze-vae and --diffusion-to-vae exclude each other")
     if args.latent_cache and not args.freeze_vae:
-        raise ValueError("--latent-cache holds what a VAE that learns would change: it needs --freeze-vae")
-    if args.cache_features and not uses_encoders(args):
-        raise ValueError("--cache-features has nothing to hold: no encoder is aligned with")
+        raise ValueError("--latent-cache stores what a VAE that learns would change: it needs --freeze-vae")
     if args.freeze_vae and args.vae_ckpt == "none":
         raise ValueError("--freeze-vae would train on a random VAE; name its weights with --vae-ckpt")
     if args.fixed_latents_stats and args.vae_ckpt == "none" and args.latents_stats is None:
         raise ValueError("--fixed-latents-stats would keep the scale of a random VAE; name its weights with "
                          "--vae-ckpt, or a scale with --latents-stats")
-    has_disc = args.disc_weight > 0 and not args.freeze_vae
     with torch.device("meta"):
         vae = VAE_models[args.vae]()
         multiple = vae.downsample * int(args.model.split("/")[1])
         if args.resolution % multiple:
             raise ValueError(f"--resolution {args.resolution} is not divisible by {multiple}, the factor of "
                              f"{args.vae} times the patch of {args.model}")
-        sit = build_sit(args, vae, encoders=[])
-    if args.init_from is not None and not continued:
-        weights.initial_sit(args.init_from, sit)
-    if args.eval_steps and (args.eval_ref is None or not os.path.exists(args.eval_ref)):
-        raise FileNotFoundError(f"--eval-steps needs a reference: --eval-ref {args.eval_ref} does not exist")
-    if args.inception_weights is not None and not os.path.isfile(args.inception_weights):
-        raise FileNotFoundError(f"--inception-weights {args.inception_weights}: no such file")
-    if uses_encoders(args):
-        check_encoders(args.encoder, args.encoder_ckpt, args.resolution)
-    dataset = trainer.open_data(args)
-    if dataset.num_classes > args.num_classes:
-        raise ValueError(f"--num-classes {args.num_classes} is below the {dataset.num_classes} classes "
-                         f"found in {args.data_dir}")
-    state = stats = None
-    if args.vae_ckpt != "none" and (args.freeze_vae or not continued):
-        _, state, stats = vae_files.open_vae(args.vae_ckpt, args.vae, args.latents_stats)
-    elif args.latents_stats is not None:
-        stats = vae_files.load_stats_file(args.latents_stats)
-        if stats[0].numel() != vae.latent_channels:
-            raise ValueError(f"{args.latents_stats}: statistics of {stats[0].numel()} channels, "
-                             f"but {args.vae} has {vae.latent_channels}")
-    if has_disc and not continued:
-        weights.discriminator(args.disc_ckpt, args.vae)
-    return dataset, state, stats
+        build_sit(args, vae, encoders=[])
 
 
 def uses_encoders(args):
     return args.proj_coeff != 0 or (args.vae_align_proj_coeff != 0 and not args.freeze_vae)
+
+
+def load_vae(args, resumed):
+    """(state dict of the VAE or None, its latent statistics (scale, bias) or None) to start from.
+
+    A `resumed` run has the VAE that it trains in its checkpoint.
+    """
+    if args.vae_ckpt != "none" and (args.freeze_vae or not resumed):
+        _, state, stats = vae_files.open_vae(args.vae_ckpt, args.vae, args.latents_stats)
+        return state, stats
+    if args.latents_stats is not None:
+        return None, vae_files.load_stats_file(args.latents_stats)
+    return None, None
 
 
 def build_sit(args, vae, encoders):
@@ -199,24 +164,19 @@ def build_sit(args, vae, encoders):
         input_size=args.resolution // vae.downsample, in_channels=vae.latent_channels,
         num_classes=args.num_classes, class_dropout_prob=args.cfg_prob,
         encoder_depth=args.encoder_depth, z_dims=[e.embed_dim for e in encoders], projector=args.projector,
-        qk_norm=args.qk_norm, bn_momentum=args.bn_momentum, learn_pos_embed=args.learn_pos_embed)
+        qk_norm=args.qk_norm, bn_momentum=args.bn_momentum)
 
 
-def build_networks(args, device, vae_state, continued=False):
-    """The networks of the settings, and which of them learn."""
+def build_networks(args, device, vae_state, resumed=False):
+    """The networks of the settings, and which of them learn. A `resumed` run reads their weights later."""
     torch.manual_seed(args.seed)
     nets = Networks(device, vae=VAE_models[args.vae](), trained={"sit": args.learning_rate})
     if vae_state is not None:
         nets.vae.load_state_dict(vae_state)
     if uses_encoders(args):
-        place = "cpu" if args.cache_features else device
-        nets.encoders = load_encoders(args.encoder, args.encoder_ckpt, args.resolution, place)
+        nets.encoders = load_encoders(args.encoder, args.encoder_ckpt, args.resolution, device)
     nets.sit = build_sit(args, nets.vae, nets.encoders).to(device)
-    if args.init_from is not None and not continued:
-        state, anew = weights.initial_sit(args.init_from, nets.sit)
-        nets.sit.load_state_dict(state)
-        nets.notes.append(f"weights of {args.init_from}" + (", but new alignment heads" if anew else ""))
-    nets.vae.to("cpu" if args.latent_cache else device)  # a cached VAE is there for pictures only
+    nets.vae.to(device)
     if args.freeze_vae:
         nets.vae.requires_grad_(False)
         return nets
@@ -224,7 +184,7 @@ def build_networks(args, device, vae_state, continued=False):
     if args.perceptual_weight > 0:
         nets.lpips = weights.lpips().to(device)
     if args.disc_weight > 0:
-        nets.disc = weights.discriminator("none" if continued else args.disc_ckpt, args.vae).to(device)
+        nets.disc = weights.discriminator("none" if resumed else args.disc_ckpt, args.vae).to(device)
         nets.trained["disc"] = args.disc_learning_rate
     return nets
 
@@ -245,23 +205,12 @@ def set_latents_stats(nets, args, dataset, stats):
     nets.ema.load_state_dict(nets.sit.state_dict())
 
 
-def end_alignment(nets):
-    """After step --proj-until: no update aligns any more, nor pays for it (HASTE, arXiv 2505.16792).
-
-    The encoders go. The projectors stay in the checkpoints, as they are.
-    """
-    nets.encoders = []
-    nets.sit.encoder_depth = None
-    nets.sit.projectors.requires_grad_(False)
-    nets.ddp["sit"] = trainer.wrap_ddp(nets.sit, nets.device)   # anew: it would wait for their gradients
-
-
 # ------------------------------------------------------------------------------------------------ the step
 
-def make_batch(nets, args, step, images, labels, latents=(), tokens=()):
+def make_batch(nets, args, step, images, labels, latents=()):
     """The step's inputs for train_step, from uint8 images [b, 3, R, R] and labels [b] of this process.
 
-    From caches come latents (mean and std of the posterior, each [b, C, h, w]) and each encoder's tokens.
+    latents: of --latent-cache, mean and std of the posterior, each [b, C, h, w].
     """
     device, total = nets.device, args.batch_size
     generator, mine = trainer.draw_generator(args, step, device), trainer.my_share(args)
@@ -269,13 +218,9 @@ def make_batch(nets, args, step, images, labels, latents=(), tokens=()):
     eps, noise = (torch.randn(shape, generator=generator, device=device) for _ in range(2))
     t = sample_time(total, args.weighting, args.path_type, generator, device)
     dropped = torch.rand(total, generator=generator, device=device) < args.cfg_prob
-    images, labels, *cached = (v.to(device, non_blocking=True) for v in (images, labels, *latents, *tokens))
-    latents, zs = cached[:len(latents)], cached[len(latents):]
-    if not tokens:
-        with torch.no_grad(), nets.autocast():
-            zs = [encoder(images).bfloat16() for encoder in nets.encoders]  # as a cache keeps them
-    elif not nets.encoders:  # the end of alignment, which does not stop the reading
-        zs = []
+    images, labels, *latents = (v.to(device, non_blocking=True) for v in (images, labels, *latents))
+    with torch.no_grad(), nets.autocast():
+        zs = [encoder(images).bfloat16() for encoder in nets.encoders]
     if args.spatial_norm is not None:
         zs = [spatial_norm(z, args.spatial_norm) for z in zs]
     labels_dropped = torch.where(dropped[mine], nets.sit.num_classes, labels)
@@ -296,26 +241,36 @@ def train_step(nets, args, batch, use_gan=True):
             [mean, std], else empty). The VAE's and the SiT's update share t and noise.
         use_gan: whether the VAE sees the discriminator yet.
     Returns (metrics: dict of scalar tensors, skip: 1.0 if one of them was not finite: then no weight and no
-    batch norm statistic has changed; the EMA goes on averaging).
+    batch norm statistic has changed; the EMA still averages).
     """
     before = [buffer.clone() for buffer in nets.statistics]
-    parts = trainer.micro_batches(batch, args.gradient_accumulation_steps)
+    n = args.gradient_accumulation_steps
+    parts = trainer.micro_batches(batch, n)
     metrics = {}
 
     if args.freeze_vae:
         z = torch.cat([frozen_latents(nets, part) for part in parts])
     else:
-        # 1) VAE forward: posterior, latents z, reconstruction.
-        z, recon = trainer.first_pass(nets, parts)
+        # 1) VAE forward: posterior, latents z, reconstruction r.
+        outputs, z, recon = trainer.vae_forward(nets, parts)
         # 2) The VAE's gradient: its own losses, and the alignment loss through a frozen SiT.
+        gan, gan_gradients = None, [None] * n
         if nets.disc is not None and use_gan:
-            trainer.gan_gradient(nets, parts, recon, args.disc_weight)
-        metrics |= trainer.backward(nets, parts, lambda part: vae_losses(nets, args, part), "vae_loss", "vae")
+            # (6) and its gradient at r, weighted. Of the whole batch at once, because of the discriminator's
+            # batch norms; its weights receive nothing. In float32, as in the reference: in bf16 this gradient
+            # is off by an eighth, and the discriminator is small.
+            r = wide(recon).requires_grad_()
+            with nets.autocast(False):
+                gan = gan_loss(nets.disc, r)                                                         # (6)
+                gan_gradient, = torch.autograd.grad(args.disc_weight * gan, r)
+            gan_gradients = (n * gan_gradient).chunk(n)     # n: backward averages over the micro-batches
+        metrics |= trainer.backward(nets, "vae", "vae_loss", lambda *row: vae_losses(nets, args, gan, *row),
+                                    parts, outputs, gan_gradients)
         # 3) The discriminator's gradient, on the same reconstructions; the whole batch at once, for its
         #    batch norms.
         if nets.disc is not None:
-            whole = SimpleNamespace(images=batch.images, recon=recon)
-            metrics |= trainer.backward(nets, [whole], lambda part: disc_losses(nets, part), "d_loss", "disc")
+            metrics |= trainer.backward(nets, "disc", "d_loss", lambda *row: disc_losses(nets, *row),
+                                        [batch.images], [recon])
 
     # 4) The SiT's gradient, on z without its history: z was detached above, and this is the paper's
     #    stop-gradient. bn takes the statistics of the whole batch, and its running ones follow; a frozen
@@ -323,9 +278,8 @@ def train_step(nets, args, batch, use_gan=True):
     with nets.autocast():
         fixed = args.freeze_vae or args.fixed_latents_stats
         u = nets.sit.normalize(z) if fixed else nets.sit.bn(z)
-    for part, u_part in zip(parts, u.chunk(len(parts))):
-        part.u = u_part
-    metrics |= trainer.backward(nets, parts, lambda part: sit_losses(nets, args, part), "sit_loss", "sit")
+    metrics |= trainer.backward(nets, "sit", "sit_loss", lambda *row: sit_losses(nets, args, *row),
+                                parts, u.chunk(n))
 
     # 5) Clip, update all, average the SiT.
     return metrics, trainer.update(nets, args, metrics, before)
@@ -340,20 +294,22 @@ def frozen_latents(nets, part):
     return nets.vae.encode(part.images).sample(part.eps)
 
 
-def vae_losses(nets, args, part):
+def vae_losses(nets, args, gan, part, output, gan_gradient):
     """Part 2: the losses of the VAE on a micro-batch, as scalars by name; "vae_loss" is what it minimises.
 
-    Gradient reaches the VAE. Not the SiT and its projector, whose weights enter detached; not the
-    discriminator, of which only the gradient at the reconstruction was taken; not the encoder.
+    gan: the GAN loss of the whole batch, None until the VAE sees the discriminator; gan_gradient: this part's
+    share of its gradient at the reconstructions, weighted. Gradient reaches the VAE. Not the SiT and its
+    projector, whose weights enter detached; not the encoder.
     """
-    moments, z, recon = trainer.vae_outputs(nets, part)     # [b, 2C, h, w], [b, C, h, w], [b, 3, R, R]
+    moments, z, recon = trainer.vae_outputs(nets, part, output)     # [b, 2C, h, w], [b, C, h, w], images
     losses = reconstruction_losses(part.images, recon, Posterior(moments), nets.lpips,
                                    args.reconstruction_weight, args.perceptual_weight, args.kl_weight,
                                    args.reconstruction_loss)                                         # (5)
     total = sum(losses.values())
-    if hasattr(part, "gan_loss"):   # put there by trainer.gan_gradient, once the VAE sees the discriminator
-        losses["gan_loss"] = part.gan_loss
-        losses["weighted_gan_loss"] = trainer.gan_share(part, recon)                                 # (6)
+    if gan is not None:
+        losses["gan_loss"] = gan
+        losses["weighted_gan_loss"] = trainer.with_gradient(args.disc_weight * gan.detach(), recon,
+                                                            gan_gradient)                            # (6)
         total = total + losses["weighted_gan_loss"]
 
     aligned = part.zs and args.vae_align_proj_coeff
@@ -375,19 +331,19 @@ def vae_losses(nets, args, part):
     return losses | {"vae_loss": total}
 
 
-def disc_losses(nets, part):
+def disc_losses(nets, images, recon):
     """Part 3: the discriminator's loss (7). Gradient reaches it alone. In float32, as in the reference."""
     with nets.autocast(False):
-        d_loss, real, fake = discriminator_loss(nets.ddp["disc"], part.images, wide(part.recon))
+        d_loss, real, fake = discriminator_loss(nets.ddp["disc"], images, wide(recon))
     return {"d_loss": d_loss, "logits_real": real, "logits_fake": fake}
 
 
-def sit_losses(nets, args, part):
+def sit_losses(nets, args, part, u):
     """Part 4: diffusion and alignment on a micro-batch; "sit_loss" is what SiT and projector minimise.
 
-    Gradient reaches both. Not the VAE: part.u has no history.
+    u: its normalised latents [b, C, h, w], without history: gradient reaches SiT and projector, not the VAE.
     """
-    u_t, v = noisy_latents(part.u, part.noise, part.t, args.path_type)                          # (1), (2)
+    u_t, v = noisy_latents(u, part.noise, part.t, args.path_type)                               # (1), (2)
     velocity, zs_tilde = nets.ddp["sit"](u_t, part.t, part.labels_dropped)
     losses = {"denoising_loss": denoising_loss(velocity, v).mean()}                                  # (3)
     total = losses["denoising_loss"]
@@ -397,154 +353,104 @@ def sit_losses(nets, args, part):
     return losses | {"sit_loss": total}
 
 
-# ------------------------------------------------------------------------------------------------ the loop
+# ---------------------------------------------------------------------------------------------------- main
 
-def build_blank(args, device):
-    """Networks for models/runtime/memory.py, which counts with neither numbers nor files."""
-    return build_networks(args, device, None, continued=True)
-
-
-def blank_step(nets, args, images, labels):
-    """One step for models/runtime/memory.py, with what the settings have in caches."""
-    latents, tokens, host = [], [], torch.device("cpu")
-    if args.latent_cache:
-        side, channels = nets.sit.input_size, nets.sit.in_channels
-        latents = [torch.zeros(len(labels), channels, side, side, device=host) for _ in ("mean", "std")]
-    if args.cache_features:
-        tokens = [torch.zeros(len(labels), e.grid ** 2, e.embed_dim, dtype=torch.bfloat16, device=host)
-                  for e in nets.encoders]
-    if not reads_images(args, nets):
-        images = images[:, :0]
-    train_step(nets, args, make_batch(nets, args, 2, images, labels, latents, tokens))
-
-
-def set_up(args, folder, device):
-    """Everything before the first step; what can fail comes first.
-
-    Returns a namespace: nets, dataset (images), data (what a step reads: images or their caches), start (the
-    step to go on from), kept (what every checkpoint repeats), log (the log's state), path (of the
-    checkpoint), lock (of the run folder), score (of --eval-steps); None after a --dry-run.
-    """
-    with distributed.main_first():  # it downloads, the others find the files
-        path, state = trainer.find_checkpoint(args, folder)
-        if state is not None:
-            # A frozen VAE may lie elsewhere now: its digest is compared below.
-            fixed = FIXED_IN_A_RUN if args.freeze_vae else (*FIXED_IN_A_RUN, "vae_ckpt")
-            trainer.check_resume(args, path, state, fixed)
-        dataset, vae_state, stats = check_settings(args, distributed.world_size(),
-                                                   continued=state is not None)
-    kept = {"data": trainer.check_data(args, dataset, state)}
-    if args.freeze_vae:
-        kept["vae_digest"] = weights.state_digest(vae_state)
-        if state is not None and state.get("vae_digest", kept["vae_digest"]) != kept["vae_digest"]:
-            raise ValueError(f"{path}: was trained on another VAE than {args.vae_ckpt} now is; name that one")
-    if args.latent_cache or args.cache_features:
-        distributed.from_main(lambda: check_caches(args, dataset, kept))
-    with distributed.main_first():
-        nets = build_networks(args, device, vae_state, continued=state is not None)
-    lock = trainer.claim_folder(folder, args.dry_run)
-    data = dataset if args.dry_run else cached_data(nets, args, dataset, kept)
-    trainer.prepare(nets, args)
-    start = 0 if state is None else trainer.restore(nets, path, trainer.adopt(nets, path, state))
-    trainer.note_position_table(nets, path or args.init_from)
-    trainer.check_same_start(start, device)
-    score = online.make_scorer(nets, args) if args.eval_steps else None
-    if args.dry_run:
-        if distributed.is_main():
-            print(forecast(args, build_blank, blank_step, distributed.world_size()), flush=True)
-        return None
-    if state is None:
-        set_latents_stats(nets, args, data, stats)
-    return SimpleNamespace(nets=nets, dataset=dataset, data=data, start=start, kept=kept,
-                           log=(state or {}).get("log"), path=path, lock=lock, score=score)
-
-
-def check_caches(args, dataset, kept):
-    """Look at the caches by the networks' outlines, before anything is built: are they the right ones, and is
-    there room for those to be made."""
-    with torch.device("meta"):
-        vae = VAE_models[args.vae]()
-    encoders = []
-    if args.cache_features:
-        encoders = check_encoders(args.encoder, args.encoder_ckpt, args.resolution)
-    cache.check(cache.plan(args, dataset, kept, vae, encoders))
-
-
-def cached_data(nets, args, dataset, kept):
-    """`dataset` with what the settings have in caches; those that are missing are made now."""
-    caches = cache.plan(args, dataset, kept, nets.vae, nets.encoders)
-    if not caches:
-        return dataset
-    cache.make(caches, dataset, nets.device, args.num_workers)
-    return cache.CachedData(dataset, caches, reads_images(args, nets))
-
-
-def reads_images(args, nets):
-    """Whether a step needs the images themselves, or has all that it needs of them in caches."""
-    return not args.latent_cache or bool(nets.encoders and not args.cache_features)
-
-
+@cli.one_line_errors(trainer.MEMORY_REMEDY)
 def main(argv=None):
     args = parse_args(argv)
     folder = os.path.join(args.output_dir, args.exp_name)
-    with trainer.starting():
-        rank, world_size, device = distributed.init()
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True  # shapes never change
-        run = set_up(args, folder, device)
-        if run is None:
-            return print("settings are sound") if rank == 0 else None
-        nets, dataset, start, score = run.nets, run.dataset, run.start, run.score
 
-        def flops(): return step_flops(args, nets, lambda: build_sit(args, nets.vae, nets.encoders))
-        log = RunLog(folder, args, flops(), lambda: matmul_rate(device, nets.dtype))
-        log.rewind(start)
-        if run.log is not None:
-            log.load_state_dict(run.log, device)
-        trainer.write_args(args, folder)
-        parameters = sum(p.numel() for p in nets.sit.parameters())
-        log.say(f"{args.model} ({parameters / 1e6:.1f} M) with {args.vae}, {len(dataset)} images of "
-                f"{dataset.num_classes} classes, {world_size} x {device.type}, from step {start}"
-                + (f" of {run.path}" if run.path else ""))
-        for note in nets.notes:
-            log.say(note)
-        log.say(trainer.space_needed(nets, args, start, folder))
-        loader = trainer.data_loader(args, run.data, device, start, args.num_workers)
+    # Processes: one per GPU under torchrun, or this one.
+    rank, world_size, device = distributed.init()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True  # shapes never change
+    check_settings(args, world_size)
 
-    step, writer = start, trainer.CheckpointWriter(args, folder, run.path)
-    with trainer.guarded(log, writer), signals.watch() as asked:
+    # Data.
+    dataset = open_images(args.data_dir, args.resolution, args.hflip, args.seed, args.skip_corrupt)
+    if dataset.num_classes > args.num_classes:
+        raise ValueError(f"--num-classes {args.num_classes} is below the {dataset.num_classes} classes "
+                         f"found in {args.data_dir}")
+    sources = {"data": identity(dataset)}   # what the run is made of, for its checkpoints
+
+    # The run folder, and the checkpoint to resume from if it has one.
+    lock = trainer.claim_folder(folder, args.dry_run)
+    path, state = trainer.find_checkpoint(args, folder)
+    if state is not None:
+        # a frozen VAE may have moved: its digest is compared below
+        fixed = FIXED_IN_A_RUN if args.freeze_vae else (*FIXED_IN_A_RUN, "vae_ckpt")
+        trainer.check_resume(args, path, state, fixed)
+
+    # Networks.
+    with distributed.main_first():  # it downloads, the others find the files
+        vae_state, stats = load_vae(args, resumed=state is not None)
+        nets = build_networks(args, device, vae_state, resumed=state is not None)
+    if args.freeze_vae:
+        sources["vae_digest"] = files.state_digest(vae_state)
+    if state is not None:
+        trainer.check_sources(args, path, state, sources)
+    trainer.prepare(nets, args)
+    if args.init_from is not None and state is None:
+        initial, own_heads = weights.initial_sit(args.init_from, nets.sit)
+        nets.sit.load_state_dict(initial)
+        trainer.note(f"weights of {args.init_from}" + (", but new alignment heads" if own_heads else ""))
+    data = dataset
+    if args.latent_cache and not args.dry_run:
+        made_of = sources | {"--resolution": args.resolution, "--hflip": args.hflip}
+        data = cache.latents(args.latent_cache, dataset, made_of, nets.vae, device, args.num_workers,
+                             images=bool(nets.encoders))
+
+    # Resume, or begin.
+    start = 0
+    if state is not None:
+        start = trainer.restore(nets, path, state)
+    trainer.check_room(nets, args.output_dir if args.dry_run else folder)
+    if args.dry_run:
+        trainer.note("settings are sound")
+        return distributed.shut_down()
+    if state is None:
+        set_latents_stats(nets, args, data, stats)
+    log = RunLog(folder, args)
+    log.resume(start, (state or {}).get("log"), device)
+    state = None    # its memory
+    if rank == 0:
+        files.save_json(vars(args), os.path.join(folder, "args.json"))
+    parameters = sum(p.numel() for p in nets.sit.parameters())
+    log.say(f"{args.model} ({parameters / 1e6:.1f} M) with {args.vae}, {len(dataset)} images of "
+            f"{dataset.num_classes} classes, {world_size} x {device.type}, from step {start}"
+            + (f" of {path}" if path else ""))
+
+    # The loop.
+    step, loader = start, trainer.data_loader(args, data, device, start, args.num_workers)
+    with watch() as asked:
         for step in range(start + 1, args.max_train_steps + 1):
-            if args.proj_until is not None and step > args.proj_until and nets.encoders:
-                end_alignment(nets)
-                log.flops_per_image = flops()
-                log.say(f"step {step}: no alignment from here on")
-            images, labels, skipped, *cached = next(loader)
-            log.skipped_files += int(skipped.sum())
+            images, labels, *latents = next(loader)
             stop = distributed.any_process(asked.by)    # all processes meet here: one that hangs is named
-            batch = make_batch(nets, args, step, images, labels, *cached)
+            batch = make_batch(nets, args, step, images, labels, latents)
             log.add(*train_step(nets, args, batch, use_gan=step > args.disc_start))
 
-            final, scores = step == args.max_train_steps, {}
-            def due(every): return every > 0 and step % every == 0
-            if due(args.eval_steps):
-                with log.paused("scoring samples"):
-                    scores = score()
-            if due(args.log_every) or due(args.eval_steps) or final:
-                log.write(step, args.batch_size, **scores)
-            if due(args.checkpointing_steps) or final or stop:
-                with log.paused("saving a checkpoint"):
-                    state = trainer.checkpoint_state(nets, args, step, **run.kept, log=log.state_dict())
-                    writer.save(state)
-            writer.check()
-            if due(args.sampling_steps) and rank == 0:
-                with log.paused("drawing pictures"):
-                    online.save_grids(nets, args, step, folder, dataset)
+            final = step == args.max_train_steps
+            try:
+                if step % args.log_every == 0 or final:
+                    log.write(step, args.batch_size)
+                if step % args.checkpointing_steps == 0 or final or stop:
+                    with log.paused():
+                        path = trainer.save_checkpoint(nets, args, step, folder, **sources,
+                                                       log=log.state_dict())
+            except (Collapse, files.NotFinite) as error:
+                log.say(f"stopped: {error}; the last good checkpoint is {path or 'none yet'}")
+                sys.exit(1)
+            if args.sampling_steps and step % args.sampling_steps == 0 and rank == 0:
+                with log.paused():
+                    originals = trainer.step_images(args, dataset, step, 8)
+                    pictures.save_grids(nets, args, step, folder, originals)
             if stop:
                 break
-        writer.finish()
     log.say(f"done: {folder}" if step == args.max_train_steps else
-            f"stopped by {asked.by or 'another process'}: saved {writer.last}; the same command continues")
-    trainer.leave(run.lock)
+            f"stopped by {asked.by or 'another process'}: saved {path}; the same command resumes")
+    distributed.shut_down()     # waits for the last pictures
+    if lock is not None:
+        lock.close()
 
 
 if __name__ == "__main__":
