@@ -6,7 +6,9 @@ import os
 import sys
 import time
 
-from models.runtime.distributed import lost_process
+import torch
+
+from models.runtime.distributed import is_main, lost_process
 from models.sit import SiT_models
 from models.vae import VAE_models
 
@@ -75,6 +77,18 @@ def fail(error, code=2):
         time.sleep(10)
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def autocast_type(name, device):
+    """torch type that --mixed-precision `name` stands for; float32 means no autocast.
+
+    auto is bfloat16 on a GPU, float16 on a GPU that cannot compute in it (V100, T4), float32 on the CPU.
+    """
+    if name == "auto" and device.type == "cuda":
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        if name == "fp16" and is_main():
+            print("note: this GPU has no bfloat16, so --mixed-precision auto is fp16", flush=True)
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
 
 
 @contextlib.contextmanager

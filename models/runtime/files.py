@@ -56,6 +56,11 @@ def replace(path):
             os.fsync(f.fileno())
         os.replace(temporary, path)
         sync_folder(folder)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(f"{path}: not written ({error.strerror}), what was there before is unchanged; make "
+                          "room and run the same command again") from error
+        raise
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
@@ -92,10 +97,9 @@ def save(state, path):
     with replace(path) as temporary, open(temporary, "wb") as f:
         try:
             torch.save(state, f)    # to a file, not a name: torch writes the name into it
-        except RuntimeError as error:   # what torch makes of a full disk
+        except RuntimeError as error:   # what torch makes of a full disk; `replace` names the file
             reason = str(error).strip().split("\n")[0]
-            raise OSError(f"{path}: not written ({reason}); is the disk full? Make room and run the same "
-                          "command again") from error
+            raise OSError(errno.ENOSPC, reason) from error
 
 
 def save_json(content, path):
