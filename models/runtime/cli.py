@@ -149,6 +149,8 @@ def training_flags(parser):
          "that distance: l1 in the released code, l2 in the paper's text", choices=["l1", "l2"])
     flag(losses, "--perceptual-weight", 1.0, "LPIPS weight; 0 needs no VGG weights")
     flag(losses, "--kl-weight", 1e-6, "KL weight")
+    flag(losses, "--decoder-noise", 0.0, "noise on the latents that the decoder sees, in units of their "
+         "standard deviation: a decoder that tolerates a diffusion model's errors (0.1 to 0.4)")
     flag(losses, "--disc-weight", 0.1, "GAN weight; 0 trains without a discriminator")
     flag(losses, "--disc-start", None, "steps in which the VAE does not see the discriminator; default: 0 if "
          "that is pretrained, else 5000", type=int)
