@@ -1,7 +1,7 @@
 """Frozen vision encoders, whose patch tokens the alignment loss aims at (REPA, arXiv 2410.06940).
 
-Needs torch and timm (and what timm brings: safetensors, huggingface_hub); imports nothing of this project, so
-it can be lifted out alone.
+Needs torch and timm (and safetensors, which comes with timm). Imports nothing of this project, so the file
+can be copied alone.
 
     encoders = load_encoders("dinov2-vit-b", resolution=256, device=device)  # or "dinov2-vit-b,clip-vit-l"
     targets = [encoder(images) for encoder in encoders]
@@ -12,39 +12,31 @@ A name is one of `ENCODERS` (the reference's names), any model name of timm, or 
 What an encoder sees (`input_size`): the image at its own size R, or 7/8 of it for 14-pixel patches, so that a
 256-pixel image gives a 16x16 grid either way. An image smaller than the encoder was trained on is enlarged to
 that size (256, or 224 for 14-pixel patches, at most): a 32-pixel image goes to tf_efficientnet_lite0 at 224.
-Position embeddings are resampled to that size once, by timm, when the weights are loaded; a network for which
-timm cannot do so (CaiT, VOLO, MLP-Mixer) sees every image at the size it was trained on.
+timm resamples the position embeddings to that size when the weights are loaded.
+
+Weights come from timm's own source of that name, through the hub's cache (HF_HOME) or torch hub's
+(TORCH_HOME), or from a file. No code in a file is run.
 
 Mean and std are those the weights were trained with, as timm lists them: CLIP's own, 0.5/0.5 for SigLIP,
-ImageNet's for DINO, DINOv2, DINOv3, MAE, I-JEPA and MoCo v3; the reference uses the same. Tokens are what the
-network's last norm gives (`x_norm_patchtokens` in DINOv2), without class and register tokens; of CLIP and
-MAE, under the reference's names, what enters that norm, because the reference aligns with that
-(`BEFORE_LAST_NORM`; the two differ by about half their length).
+ImageNet's for DINO, DINOv2, DINOv3, MAE, I-JEPA and MoCo v3; the reference uses the same. Tokens are the
+output of the network's last norm (`x_norm_patchtokens` in DINOv2), without class and register tokens. For
+CLIP and MAE under the reference's names they are the input of that norm, because the reference aligns with
+that (`BEFORE_LAST_NORM`; the two differ by about half their length).
 
-Errors a user can cause are ValueError with a message of one line.
+Errors that a user can cause are ValueError with a message of one line.
 """
 
 import difflib
-import errno
-import http.client
 import math
-import os
+import pickle
 import re
-import shutil
 import sys
-import time
-import urllib.error
-import urllib.request
-import zipfile
-from contextlib import contextmanager
-from logging import ERROR, getLogger
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from safetensors.torch import load_file
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 ENCODERS = {  # the reference's names -> timm's
     "dinov2-vit-s": "vit_small_patch14_dinov2.lvd142m",
@@ -64,9 +56,9 @@ ENCODERS = {  # the reference's names -> timm's
     "clip-vit-l": "vit_large_patch14_clip_quickgelu_224.openai",  # its GELU is x * sigmoid(1.702 x)
     "jepa-vit-h": "vit_huge_patch14_gap_224.in1k_ijepa",
     "siglip2-vit-b": "vit_base_patch16_siglip_256.v2_webli",
-    "mocov3-vit-s": "vit_small_patch16_224",  # of these three timm has the architecture; weights: MOCOV3_URL
-    "mocov3-vit-b": "vit_base_patch16_224",
-    "mocov3-vit-l": "vit_large_patch16_224",
+    "mocov3-vit-s": "vit_small_patch16_224.dino",  # architecture, mean and std; the weights are of MOCOV3_URL
+    "mocov3-vit-b": "vit_base_patch16_224.dino",
+    "mocov3-vit-l": "vit_large_patch16_224.mae",
 }
 BEFORE_LAST_NORM = "clip-vit-l", "mae-vit-b", "mae-vit-l"
 MOCOV3_URL = "https://dl.fbaipublicfiles.com/moco-v3/{0}-300ep/{0}-300ep.pth.tar"  # {0}: vit-s, vit-b, vit-l
@@ -77,9 +69,10 @@ MOCOV3_URL = "https://dl.fbaipublicfiles.com/moco-v3/{0}-300ep/{0}-300ep.pth.tar
 class TimmEncoder(nn.Module):
     """A frozen timm network as a token extractor.
 
-    `model` needs timm's `forward_features`; `size` is the side in pixels it gets to see, `mean` and `std` (3
+    `model` needs timm's `forward_features`; `size` is the side in pixels that it sees; `mean` and `std` (3
     numbers each) are those of its training, for images in [0, 1]. `last_norm`: whether tokens pass the
-    network's last norm. `probe` sets embed_dim, grid (tokens along a side) and flops (of one image).
+    network's last norm. Attributes: name, size, embed_dim, grid (tokens along a side). Raises ValueError for
+    a network that does not give a square grid of tokens.
     """
 
     def __init__(self, model, name, size, mean, std, last_norm=True):
@@ -89,14 +82,9 @@ class TimmEncoder(nn.Module):
         self.model.to(memory_format=torch.channels_last)  # 1.6 times as fast for EfficientNet-Lite0 on a CPU
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-
-    def probe(self):
-        """Run one blank image through: a network that gives no tokens is noticed before training starts."""
-        with FlopCounterMode(display=False) as counter:
-            tokens = self(torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=self.mean.device))
-        self.flops = counter.get_total_flops()
+        # a blank image: a network without a grid of tokens is noticed before training starts
+        tokens = self(torch.zeros(1, 3, size, size, dtype=torch.uint8))
         self.embed_dim, self.grid = tokens.shape[2], math.isqrt(tokens.shape[1])
-        return self
 
     def train(self, mode=True):
         return super().train(False)  # frozen: never in training mode, whatever its owner is switched to
@@ -121,12 +109,12 @@ class TimmEncoder(nn.Module):
             last = getattr(self.model, "output_fmt", None) == "NHWC"
             return x.flatten(1, 2) if last else x.flatten(2).transpose(1, 2)
         if not torch.is_tensor(x) or x.ndim != 3:
-            raise ValueError("it gives no grid of tokens")
+            raise ValueError("its features are not a grid of tokens")
         count = x.shape[1]
         prefix = getattr(self.model, "num_prefix_tokens", None)  # class and register tokens come first
         prefix = count - math.isqrt(count) ** 2 if prefix is None else prefix
         if math.isqrt(count - prefix) ** 2 != count - prefix:
-            raise ValueError(f"it gives {count - prefix} tokens, no square grid")
+            raise ValueError(f"its {count - prefix} tokens are not a square grid")
         return x[:, prefix:]
 
 
@@ -136,10 +124,10 @@ class HOG(nn.Module):
     After MaskFeat (arXiv 2112.09133): per colour channel, 9 unsigned orientation bins, 2x2 cells per patch,
     so 108 numbers. A pixel votes with its gradient magnitude for the two nearest bins; a cell averages the
     votes of a window twice its side. A patch is divided by sqrt(|v|^2 + eps^2), and eps over the same root is
-    appended as the 109th number: every token has length 1, and a flat patch is a definite direction, where
-    the plain histogram would be zero (which has no cosine) or noise blown up to length 1. `eps` is in units
+    appended as the 109th number. So every token has length 1 and a flat patch has a definite direction, where
+    the plain histogram would be zero (which has no cosine) or noise scaled up to length 1. `eps` is in units
     of intensity (range [0, 1]) per pixel. Patches are 16 pixels for images of 256 and more, smaller below, 4
-    at least: 32 pixels give an 8x8 grid. Where such patches do not fill the image, they are smaller still:
+    at least: 32 pixels give an 8x8 grid. Where such patches do not tile the image, smaller ones do. They are
     always a multiple of 4, so that a cell's window has a centre.
     """
 
@@ -153,7 +141,6 @@ class HOG(nn.Module):
         self.patch = max(patch for patch in (4, 8, 12, 16) if patch <= largest and resolution % patch == 0)
         self.name, self.eps, self.grid = "hog", eps, resolution // self.patch
         self.embed_dim = 3 * 4 * self.BINS + 1
-        self.flops = 0  # no matrix products
 
     @torch.no_grad()
     def forward(self, images):
@@ -188,250 +175,102 @@ def input_size(resolution, patch, own):
 
 # ---------------------------------------------------------------- weights
 
-@contextmanager
-def _one_line(what, remedy):
-    """Turns whatever goes wrong with someone else's file or network into a ValueError of one line."""
-    try:
-        yield
-    except (MemoryError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
-        raise ValueError(f"{what}: {reason[:200]}; {remedy}") from error
-
-
-def _reach(url):
-    """Raise OSError soon where no server answers; huggingface_hub alone retries for most of a minute."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise OSError("not in the local cache, and HF_HUB_OFFLINE is set")
-    try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
-    except urllib.error.HTTPError:
-        pass  # an answer is an answer
-    except OSError as error:
-        if "certificate" not in str(error).lower():  # another client may know more of those: let it try
-            reason = getattr(error, "reason", error)
-            raise OSError(f"not in the local cache, and no network ({reason})") from None
-
-
-class _StaysHttps(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, request, answer, code, message, headers, url):
-        if not url.startswith("https:"):
-            raise ValueError(f"{request.full_url} leads to an address that is not https")
-        return super().redirect_request(request, answer, code, message, headers, url)
-
-
-TRIES, BACK_OFF, TIMEOUT = 3, 1.0, 30.0     # seconds before the second try, doubled after it; without a byte
-
-
-def _download(url, path):
-    """Fetch `url` to `path`, whole or not at all; again where the server fails, stalls or stops early."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    opener, part = urllib.request.build_opener(_StaysHttps), f"{path}.{os.getpid()}.partial"
-    for left in range(TRIES - 1, -1, -1):
-        try:
-            with opener.open(url, timeout=TIMEOUT) as answer, open(part, "wb") as file:
-                shutil.copyfileobj(answer, file, 1 << 20)
-                size = int(answer.headers.get("Content-Length") or file.tell())
-                if file.tell() != size:
-                    raise OSError(f"{file.tell()} of {size} bytes came")
-            return os.replace(part, path)
-        except (OSError, http.client.HTTPException) as error:
-            refused = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429
-            if refused or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            if not left:
-                reason = str(error) or type(error).__name__
-                raise OSError(f"{url} cannot be fetched ({reason}; {TRIES} tries)") from None
-            time.sleep(BACK_OFF * 2 ** (TRIES - 1 - left))
-        finally:
-            if os.path.exists(part):
-                os.remove(part)
-
-
-def _fetch(name, cfg):
-    """Pretrained state dict of a named encoder: from timm's or torch.hub's cache, or downloaded there."""
-    with _one_line(f"weights of encoder {name}", "give them with --encoder-ckpt PATH, or take --encoder hog"):
-        url = cfg.url if cfg else None
-        if name.lower().startswith("mocov3-"):
-            url = MOCOV3_URL.format(name.lower().removeprefix("mocov3-"))
-        elif cfg and cfg.hf_hub_id:
-            return _from_hub(cfg)
-        if not url:
-            raise ValueError("timm has none")
-        path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
-        if not os.path.exists(path):
-            _reach(url)
-            _download(url, path)
-        try:
-            return _read_state(path)
-        except ValueError:  # a download that ended early shall not stay
-            os.remove(path)
-            raise
-
-
-def _from_hub(cfg):
-    from huggingface_hub import constants, try_to_load_from_cache
-    repo, _, revision = cfg.hf_hub_id.partition("@")
-    names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
-    if not any(isinstance(try_to_load_from_cache(repo, n, revision=revision or None), str) for n in names):
-        _reach(constants.ENDPOINT)
-    getLogger("huggingface_hub").setLevel(ERROR)  # a line for each retry
-    which = names[:1] if cfg.hf_hub_filename else []
-    return _unwrap(timm.models.load_state_dict_from_hf(cfg.hf_hub_id, *which, weights_only=True))
-
-
-def _read_state(path):
-    """State dict of a weights file, or of a hub-style folder holding one."""
-    if os.path.isdir(path):
-        files = [os.path.join(path, file) for file in ("model.safetensors", "pytorch_model.bin")]
-        path = next((file for file in files if os.path.exists(file)), files[0])
-    if not os.path.exists(path):
-        raise ValueError("no such file")
+def read_weights(path):
+    """Content of a .safetensors file or of a file that torch.save wrote; no code in it is run."""
     if path.endswith(".safetensors"):
-        from safetensors.torch import load_file
-        return _unwrap(load_file(path))
+        return load_file(path)
     try:
-        return _unwrap(torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))
-    except (OSError, MemoryError):
-        raise
-    except Exception:
-        what = "no whole file of tensors (torch.load with weights_only=True, or .safetensors)"
-        raise ValueError(what) from None
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:     # torch's message recommends to run the code
+        raise ValueError("it is not a file of tensors and plain containers alone") from error
 
 
-def _unwrap(state):
-    """The network's tensors by their names in it, out of what training scripts wrap around."""
-    for key in ("state_dict", "model", "teacher", "encoder"):  # "encoder": I-JEPA
+def unwrap(state):
+    """The network's tensors by their own names, without what training scripts put around them."""
+    for key in ("state_dict", "model", "teacher", "encoder"):   # "teacher": DINO; "encoder": I-JEPA
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     state = {k: v for k, v in state.items() if torch.is_tensor(v)} if isinstance(state, dict) else {}
-    # MoCo v3: base_
+    # "base_encoder.": MoCo v3
     for prefix in ("_orig_mod.", "module.", "base_encoder.", "backbone.", "model.", "timm_model."):
         state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)} or state
     return state
 
 
-def _fitting(model, state, what):
-    """`state` in the names and shapes of a timm `model`, through timm's own converter for that architecture.
+def load_weights(model, state):
+    """Load a file's content into a timm network by timm's own converter of names and positions.
 
-    All of the network must be there with the right shapes; only what lies outside it (classifier, decoder,
-    text tower) may be more. Raises ValueError naming what differs. The model may be on the meta device.
+    timm's loader leaves tensors that a file lacks at their random initial values. Here all of the network
+    must be there, as floating point; the file may contain more outside of it (classifier, decoder, text
+    tower). Raises ValueError naming the first tensor that differs.
     """
-    with _one_line(what, "give --encoder-ckpt a weights file of that encoder"):
-        if not state:
-            raise ValueError("holds no tensors")
-        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        own = model.state_dict()
-        if convert is not None:
-            try:
-                state = convert(dict(state), model)
-            # it assumes its architecture's names: without them, the comparison below says more
-            except Exception:
-                pass
-        missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
-        shapes = [k for k in own if k in state and state[k].shape != own[k].shape]
-        trunk = {k.split(".")[0] for k in own}
-        head = model.pretrained_cfg.get("classifier") or ()  # inside the trunk's "head." in some
-        head = tuple(f"{part}." for part in ([head] if isinstance(head, str) else head))
-        extra = [k for k in state if k not in own and k.split(".")[0] in trunk and not k.startswith(head)]
-        differs = [f"{len(keys)} tensors {kind} (first: {keys[0]})" for kind, keys in
-                   (("missing", missing), ("of another shape", shapes), ("more than it has", extra)) if keys]
-        if differs:
-            raise ValueError("another architecture: " + ", ".join(differs))
-        return {k: v for k, v in state.items() if k in own}
+    own, state = model.state_dict(), unwrap(state)
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    try:
+        state = convert(dict(state), model) if convert else state
+    except Exception:   # it expects its architecture's names; where they are missing, the list below says so
+        pass
+    trunk = {k.split(".")[0] for k in own}
+    classifier = model.pretrained_cfg.get("classifier") or ()   # inside the trunk's "head." in some networks
+    classifier = tuple(f"{k}." for k in ([classifier] if isinstance(classifier, str) else classifier))
+    differs = [f"{k} is missing" for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    differs += [f"{k} is unknown" for k in state
+                if k not in own and k.split(".")[0] in trunk and not k.startswith(classifier)]
+    state = {k: v for k, v in state.items() if k in own}
+    differs += [f"{k} is {v.dtype} {list(v.shape)}, not {own[k].dtype} {list(own[k].shape)}"
+                for k, v in state.items() if v.shape != own[k].shape or v.layout != torch.strided or v.is_meta
+                or v.is_floating_point() != own[k].is_floating_point()]
+    if differs:
+        raise ValueError(f"weights of another architecture, {len(differs)} tensors differ: {differs[0]}")
+    model.load_state_dict(state, strict=False)  # num_batches_tracked may be missing
 
 
 # ---------------------------------------------------------------- by name
 
-def _resolve(name):
-    """--encoder name -> (timm name, its pretrained_cfg); ValueError with near matches for an unknown one."""
-    known = ENCODERS.get(name.lower(), name)
+def timm_config(name):
+    """timm's name for encoder `name` and its pretrained_cfg; ValueError with near matches if unknown."""
+    timm_name = ENCODERS.get(name.lower(), name)
     try:
-        if not timm.is_model(known):
-            raise RuntimeError
-        cfg = timm.models.get_pretrained_cfg(known)
-    except RuntimeError:  # no such model, or no such tag of it
-        near = difflib.get_close_matches(name.lower(), [*ENCODERS, "hog"], 3, 0.6)
-        all_names = timm.list_models() + timm.list_models(pretrained=True)
-        near = near or difflib.get_close_matches(name, all_names, 3, 0.6)
-        hint = f"; near: {', '.join(near)}" if near else ""
-        known = ", ".join([*ENCODERS, "hog"])
-        raise ValueError(f"unknown encoder {name!r}: known are {known}, and any timm name{hint}") from None
-    return known, cfg
-
-
-def _create(name, size, device="cpu"):
-    """That encoder for images of `size` pixels, with random weights (none on "meta", at no cost)."""
-    timm_name, cfg = _resolve(name)
-    # A network with a table of positions is built for its size; a convolutional one takes any, untold.
-    options = {"img_size": size} if cfg and cfg.fixed_input_size else {}
-    mean, std = (cfg.mean, cfg.std) if cfg else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    # of timm's entry only the architecture is used, but for the heads of S
-    if name.lower().startswith("mocov3-"):
-        mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-        options |= {"num_heads": 12} if name.lower() == "mocov3-vit-s" else {}
-    remedy = "take another --encoder or --resolution"
-    with _one_line(f"encoder {name} at {size} pixels", remedy), torch.device(device):
-        model = timm.create_model(timm_name, num_classes=0, **options)
-        return TimmEncoder(model, name, size, mean, std, name.lower() not in BEFORE_LAST_NORM)
-
-
-def _outline(name, resolution, state=None, what=None):
-    """(encoder on the meta device, `state` in its names and shapes or None): what fits, at no cost.
-
-    A network that cannot be had at the size that suits `resolution`, or whose positions timm cannot resample
-    to it, is taken at the size it was trained on. `what` names the state's source in an error.
-    """
-    timm_name, cfg = _resolve(name)
-    own = cfg.input_size[-1] if cfg else 224
-    patch = re.search(r"_(?:patch|p)(\d+)", timm_name)
-    wanted = input_size(resolution, int(patch[1]) if patch else None, own)
-    failure = None
-    for size in dict.fromkeys((wanted, own)):
-        try:
-            encoder = _create(name, size, "meta")
-            weights = None if state is None else _fitting(encoder.model, state, what)
-            with _one_line(f"encoder {name} at {size} pixels", "take another --encoder or --resolution"):
-                encoder.probe()
-        except ValueError as error:
-            failure = failure or error
-            continue
-        if size != wanted and os.environ.get("RANK", "0") == "0" and (name, size) not in _SAID:
-            _SAID.add((name, size))
-            print(f"note: encoder {name} sees every image at {size} pixels, the size it was trained on; "
-                  f"it cannot be had at {wanted}", file=sys.stderr, flush=True)
-        return encoder, weights
-    raise failure
-
-
-_SAID = set()  # notes, each given once
-
-
-def _source(name, ckpt):
-    """Where an encoder's weights come from, for an error."""
-    return f"{ckpt} (weights for encoder {name})" if ckpt else f"weights of encoder {name}"
-
-
-def _state(name, ckpt):
-    """State dict of the file `ckpt`, or of the encoder's own weights."""
-    if not ckpt:
-        return _fetch(name, _resolve(name)[1])
-    with _one_line(_source(name, ckpt), "give --encoder-ckpt a weights file of that encoder"):
-        return _read_state(ckpt)
+        if timm.is_model(timm_name):
+            return timm_name, timm.models.get_pretrained_cfg(timm_name)
+    except RuntimeError:    # no such tag of a model
+        pass
+    near = difflib.get_close_matches(name.lower(), [*ENCODERS, "hog"], 3, 0.6)
+    near = near or difflib.get_close_matches(name, timm.list_models() + timm.list_models(pretrained=True), 3)
+    raise ValueError(f"unknown encoder {name!r}: known are {', '.join(ENCODERS)}, hog, and any timm name"
+                     + (f"; near: {', '.join(near)}" if near else ""))
 
 
 def build_encoder(name, resolution, ckpt=None, device="cpu"):
     """One frozen encoder; see `load_encoders`."""
-    check_encoders(name, ckpt)
     if name.lower() == "hog":
+        if ckpt:
+            raise ValueError(f"encoder hog has no weights, not {ckpt}; leave its place empty")
         return HOG(resolution).to(device)
-    state = _state(name, ckpt)  # before the network is made: a large one takes long
-    sketch, weights = _outline(name, resolution, state, _source(name, ckpt))
-    encoder = _create(name, sketch.size)
-    encoder.model.load_state_dict(weights, strict=False)  # whole, but for num_batches_tracked in some
-    encoder.grid, encoder.embed_dim, encoder.flops = sketch.grid, sketch.embed_dim, sketch.flops
+    timm_name, cfg = timm_config(name)
+    patch = re.search(r"_(?:patch|p)(\d+)", timm_name)
+    size = input_size(resolution, int(patch[1]) if patch else None, cfg.input_size[-1])
+    # A network with a table of positions is built for its size; a convolutional one takes any.
+    options = {"img_size": size} if cfg.fixed_input_size else {}
+    moco = name.lower().startswith("mocov3-")
+    if name.lower() == "mocov3-vit-s":
+        options["num_heads"] = 12   # timm's small ViT has 6
+    try:
+        model = timm.create_model(timm_name, pretrained=not (ckpt or moco), num_classes=0, **options)
+        if ckpt:
+            load_weights(model, read_weights(ckpt))
+        elif moco:
+            url = MOCOV3_URL.format(name.lower().removeprefix("mocov3-"))
+            load_weights(model, torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False,
+                                                                   weights_only=True))
+        encoder = TimmEncoder(model, name, size, cfg.mean, cfg.std, name.lower() not in BEFORE_LAST_NORM)
+    except Exception as error:      # timm, the hub, torch and safetensors raise nearly anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        remedy = (f"give --encoder-ckpt a file of {timm_name}'s weights" if ckpt else
+                  "give its weights with --encoder-ckpt PATH, or take --encoder hog; without a network "
+                  "HF_HUB_OFFLINE=1 saves the wait")
+        raise ValueError(f"encoder {name} at {size} pixels{f', {ckpt}' if ckpt else ''}: {reason}; {remedy}"
+                         ) from error
     return encoder.to(device)
 
 
@@ -444,37 +283,9 @@ def load_encoders(names, ckpts=None, resolution=256, device="cpu"):
     grid, embed_dim] without gradients. Raises ValueError for an unknown name, and for weights that are
     missing, of another architecture, or out of reach.
     """
-    return [build_encoder(name, resolution, path, device) for name, path in _pairs(names, ckpts)]
-
-
-def check_encoders(names, ckpts=None, resolution=None):
-    """Raise what load_encoders would for names, files and, with `resolution`, shapes; downloads nothing.
-
-    With `resolution`: a list of the encoders without weights (meta device): name, embed_dim, grid and flops
-    are there.
-    """
-    encoders = []
-    for name, path in _pairs(names, ckpts):
-        hog = name.lower() == "hog"
-        if hog and path:
-            raise ValueError(f"encoder hog takes no weights, not {path}; leave its place empty")
-        if not hog:
-            _resolve(name)
-        if path and not os.path.exists(path):
-            raise ValueError(f"{path}: no such file (weights for encoder {name}); check --encoder-ckpt")
-        if resolution and hog:
-            encoders.append(HOG(resolution))
-        elif resolution:
-            state = _state(name, path) if path else None
-            encoders.append(_outline(name, resolution, state, _source(name, path))[0])
-    return encoders
-
-
-def _pairs(names, ckpts):
-    """[(name, path or None)] of the two comma-separated lists."""
     names = [name.strip() for name in names.split(",")]
-    paths = [path.strip() or None for path in ckpts.split(",")] if ckpts else [None] * len(names)
+    paths = [path.strip() for path in ckpts.split(",")] if ckpts else [None] * len(names)
     if len(paths) != len(names):
         raise ValueError(f"--encoder names {len(names)} encoders, --encoder-ckpt {len(paths)} files; "
                          "give one for each")
-    return list(zip(names, paths))
+    return [build_encoder(name, resolution, path, device) for name, path in zip(names, paths)]
