@@ -153,9 +153,13 @@ def load_vae(args, resumed):
     if args.vae_ckpt != "none" and (args.freeze_vae or not resumed):
         _, state, stats = vae_files.open_vae(args.vae_ckpt, args.vae, args.latents_stats)
         return state, stats
-    if args.latents_stats is not None:
-        return None, vae_files.load_stats_file(args.latents_stats)
-    return None, None
+    if args.latents_stats is None:
+        return None, None
+    stats, channels = vae_files.load_stats_file(args.latents_stats), VAE_models[args.vae]().latent_channels
+    if stats[0].numel() != channels:
+        raise ValueError(f"{args.latents_stats}: statistics of {stats[0].numel()} channels, but {args.vae} "
+                         f"has {channels}")
+    return None, stats
 
 
 def build_sit(args, vae, encoders):
@@ -372,9 +376,9 @@ def main(argv=None):
         raise ValueError(f"--num-classes {args.num_classes} is below the {dataset.num_classes} classes "
                          f"found in {args.data_dir}")
     sources = {"data": identity(dataset)}   # what the run is made of, for its checkpoints
+    trainer.check_same_settings(args, sources)
 
-    # The run folder, and the checkpoint to resume from if it has one.
-    lock = trainer.claim_folder(folder, args.dry_run)
+    # The checkpoint to resume from, if there is one.
     path, state = trainer.find_checkpoint(args, folder)
     if state is not None:
         # a frozen VAE may have moved: its digest is compared below
@@ -387,8 +391,10 @@ def main(argv=None):
         nets = build_networks(args, device, vae_state, resumed=state is not None)
     if args.freeze_vae:
         sources["vae_digest"] = files.state_digest(vae_state)
+    sources["encoder_digests"] = {encoder.name: files.state_digest(encoder) for encoder in nets.encoders}
     if state is not None:
         trainer.check_sources(args, path, state, sources)
+    lock = trainer.claim_folder(folder, args.dry_run)   # nothing is written before, by a mistaken command
     trainer.prepare(nets, args)
     if args.init_from is not None and state is None:
         initial, own_heads = weights.initial_sit(args.init_from, nets.sit)
@@ -396,7 +402,8 @@ def main(argv=None):
         trainer.note(f"weights of {args.init_from}" + (", but new alignment heads" if own_heads else ""))
     data = dataset
     if args.latent_cache and not args.dry_run:
-        made_of = sources | {"--resolution": args.resolution, "--hflip": args.hflip}
+        made_of = {"VAE": sources["vae_digest"], "data set": sources["data"],
+                   "--resolution": args.resolution, "--hflip": args.hflip}
         data = cache.latents(args.latent_cache, dataset, made_of, nets.vae, device, args.num_workers,
                              images=bool(nets.encoders))
 
@@ -404,12 +411,13 @@ def main(argv=None):
     start = 0
     if state is not None:
         start = trainer.restore(nets, path, state)
-    trainer.check_room(nets, args.output_dir if args.dry_run else folder)
     if args.dry_run:
         trainer.note("settings are sound")
         return distributed.shut_down()
+    trainer.check_room(nets, folder)
     if state is None:
         set_latents_stats(nets, args, data, stats)
+    trainer.check_same_weights(nets, start)
     log = RunLog(folder, args)
     log.resume(start, (state or {}).get("log"), device)
     state = None    # its memory
@@ -441,7 +449,7 @@ def main(argv=None):
                 log.say(f"stopped: {error}; the last good checkpoint is {path or 'none yet'}")
                 sys.exit(1)
             if args.sampling_steps and step % args.sampling_steps == 0 and rank == 0:
-                with log.paused():
+                with log.paused(), torch.compiler.set_stance("force_eager"):    # compiling would take longer
                     originals = trainer.step_images(args, dataset, step, 8)
                     pictures.save_grids(nets, args, step, folder, originals)
             if stop:

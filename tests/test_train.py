@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import processes
@@ -13,9 +15,9 @@ from conftest import ROOT
 from PIL import Image
 
 import train_repae_e as train
-from models.runtime import files, flops, runlog, trainer
+from models.losses import denoising_loss, gan_loss, noisy_latents, reconstruction_losses
+from models.runtime import distributed, files, log, trainer
 from models.runtime.data import ShapesData
-from models.losses import denoising_loss, noisy_latents, reconstruction_losses
 
 TINY = ["--preset", "demo", "--model", "SiT-Ti/4", "--batch-size", "4", "--sampling-steps", "0",
         "--log-every", "1", "--checkpointing-steps", "2",
@@ -79,18 +81,21 @@ def gradient_norms(net):
 
 def vae_backward(nets, args, batch, use_gan=False):
     """Part 2 of the step alone; returns the reconstructions."""
-    parts = trainer.micro_batches(batch, 1)
-    _, recon = trainer.first_pass(nets, parts)
+    parts, gan, gradient = trainer.micro_batches(batch, 1), None, None
+    outputs, _, recon = trainer.vae_forward(nets, parts)
     if use_gan:
-        trainer.gan_gradient(nets, parts, recon, args.disc_weight)
-    trainer.backward(nets, parts, lambda part: train.vae_losses(nets, args, part), "vae_loss", "vae")
+        leaf = recon.clone().requires_grad_()
+        gan = gan_loss(nets.disc, leaf)
+        gradient, = torch.autograd.grad(args.disc_weight * gan, leaf)
+    trainer.backward(nets, "vae", "vae_loss", lambda *row: train.vae_losses(nets, args, gan, *row),
+                     parts, outputs, [gradient])
     return recon
 
 
 def sit_backward(nets, args, batch, z):
     """Part 4 of the step alone."""
-    batch.u = nets.sit.bn(z)
-    trainer.backward(nets, [batch], lambda part: train.sit_losses(nets, args, part), "sit_loss", "sit")
+    trainer.backward(nets, "sit", "sit_loss", lambda *row: train.sit_losses(nets, args, *row),
+                     [batch], [nets.sit.bn(z)])
 
 
 def test_alignment_reaches_vae_in_its_update_and_nothing_else():
@@ -110,8 +115,8 @@ def test_gan_reaches_the_vae_but_not_the_discriminator():
     recon = vae_backward(nets, args, batch, use_gan=True)
     assert gradient_norms(nets.vae)["decoder.conv_out.weight"] > 0
     assert set(gradient_norms(nets.disc).values()) == {0.0}
-    part = SimpleNamespace(images=batch.images, recon=recon)
-    trainer.backward(nets, [part], lambda part: train.disc_losses(nets, part), "d_loss", "disc")
+    trainer.backward(nets, "disc", "d_loss", lambda *row: train.disc_losses(nets, *row),
+                     [batch.images], [recon])
     assert all(norm > 0 for name, norm in gradient_norms(nets.disc).items() if "weight" in name)
 
 
@@ -145,14 +150,6 @@ def test_both_losses_reach_sit_and_projector_in_its_update():
     sit_backward(only_diffusion, args0, batch, z)
     assert set(v for k, v in gradient_norms(only_diffusion.sit).items()
                if k.startswith("projectors")) == {0.0}
-
-
-def test_learning_the_position_table_is_a_choice():
-    assert "pos_embed" in dict(tiny_nets()[0].sit.named_buffers())
-    nets, args = tiny_nets("--learn-pos-embed")
-    before = nets.sit.pos_embed.detach().clone()
-    train.train_step(nets, args, tiny_batch(nets, args))
-    assert not torch.equal(before, nets.sit.pos_embed)
 
 
 # -------------------------------------------------------------------------------- equal results, other splits
@@ -201,7 +198,8 @@ def test_two_nodes_and_then_one_process_equal_one(tmp_path):
 
 
 def test_killed_and_resumed_gives_the_same_bits(tmp_path):
-    flags = ("--max-train-steps", "5", "--hflip", "--num-workers", "1")
+    """Killed while a checkpoint is being written, or a little later."""
+    flags = ("--max-train-steps", "5", "--hflip", "--num-workers", "1", "--keep-checkpoints", "2")
     torch.set_num_threads(1)
     whole = final_state(run(tmp_path / "whole", *flags), 5)
     process = processes.start("train_repae_e", [*TINY, "--output-dir", tmp_path / "killed", *flags],
@@ -214,37 +212,111 @@ def test_killed_and_resumed_gives_the_same_bits(tmp_path):
     whole["args"].pop("output_dir"), resumed["args"].pop("output_dir")
     assert_same(whole, resumed)
     assert [m["step"] for m in metrics(folder)] == [1, 2, 3, 4, 5]  # no line twice
+    assert sorted(os.listdir(folder / "checkpoints")) == ["0000004.pt", "0000005.pt"]
 
 
 def test_a_signal_to_one_of_two_processes_saves_and_ends_both(tmp_path):
-    """As a cluster sends it; exit code 0 within seconds, and the same command goes on from there."""
-    log, folder = tmp_path / "log", tmp_path / "demo"
+    """As a cluster sends it; exit code 0 within seconds, and the same command resumes."""
+    output, folder = tmp_path / "log", tmp_path / "demo"
     arguments = [*TINY, "--checkpointing-steps", "100000", "--max-train-steps", "100000", "--output-dir",
                  tmp_path]
-    both = processes.start_two("train_repae_e", arguments, log)
+    both = processes.start_two("train_repae_e", arguments, output)
     try:
         processes.wait_for(lambda: (folder / "metrics.jsonl").exists() and len(metrics(folder)) > 2, both,
-                           log)
+                           output)
         os.kill(both[1].pid, signal.SIGTERM)
-        processes.wait_for(lambda: all(p.exitcode == 0 for p in both), both, log, seconds=60)
+        processes.wait_for(lambda: all(p.exitcode == 0 for p in both), both, output, seconds=60)
     finally:
         for process in both:
             processes.kill(process)
     saved, = (folder / "checkpoints").iterdir()
-    text = log.read_text()
-    assert "Traceback" not in text and f"saved {saved}; the same command continues" in text
+    text = output.read_text()
+    assert "Traceback" not in text and f"saved {saved}; the same command resumes" in text
     step = int(saved.stem)
     run(tmp_path, "--max-train-steps", str(step + 1))
     assert metrics(folder)[-1]["step"] == step + 1
 
 
+def test_sigterm_to_the_whole_process_group_saves_under_torchrun(tmp_path):
+    """As `timeout`, scancel and systemd send it: torchrun, the processes and their data workers get it."""
+    folder = tmp_path / "demo"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
+               ROOT / "train_repae_e.py", *TINY, "--num-workers", "2", "--checkpointing-steps", "100000",
+               "--max-train-steps", "100000", "--output-dir", tmp_path]
+    with open(tmp_path / "log", "w") as output:
+        group = subprocess.Popen([str(word) for word in command], stdout=output, stderr=output,
+                                 start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    wrapped = SimpleNamespace(exitcode=None)
+    try:
+        processes.wait_for(lambda: (folder / "metrics.jsonl").exists() and len(metrics(folder)) > 2,
+                           [wrapped], tmp_path / "log")
+        os.killpg(group.pid, signal.SIGTERM)
+        group.wait(60)
+    finally:
+        if group.poll() is None:
+            os.killpg(group.pid, signal.SIGKILL)
+    saved, = (folder / "checkpoints").iterdir()
+    text = (tmp_path / "log").read_text()
+    assert f"stopped by SIGTERM: saved {saved}" in text and "DataLoader worker" not in text
+
+
+@pytest.mark.parametrize("other, words", [
+    (["--learning-rate", "5e-4"], "--learning-rate differs between processes: 0.001 in rank 0, 0.0005 in"),
+    (["--data-dir", "photos"], "--data-dir (classes) differs"),
+    (["--data-dir", "nowhere"], "nowhere: "),
+])
+def test_processes_that_were_started_differently_end_before_the_first_step(tmp_path, monkeypatch, photos,
+                                                                           other, words):
+    """The one that finds the mistake names it; a process whose peer has died says so in one line."""
+    monkeypatch.chdir(tmp_path)
+    both = []
+    for rank, more in enumerate(processes.rendezvous()):
+        flags = [flag.replace("photos", str(photos)) for flag in other] if rank else []
+        both.append(processes.start("train_repae_e", [*TINY, "--output-dir", tmp_path / "out", *flags],
+                                    tmp_path / f"log{rank}", **more))
+    for process in both:
+        process.join(60)
+    assert all(process.exitcode in (1, 2) for process in both), [p.exitcode for p in both]
+    texts = [(tmp_path / f"log{rank}").read_text() for rank in (0, 1)]
+    assert words in "".join(texts) and "Traceback" not in "".join(texts), texts
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_differ_between_processes_are_named(monkeypatch):
+    nets, _ = tiny_nets()
+    seen = []
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "check_same", seen.append)
+    trainer.check_same_weights(nets, 3)
+    nets.vae.decoder.conv_out.bias.data.add_(1)
+    trainer.check_same_weights(nets, 3)
+    assert {name for name in seen[0] if seen[0][name] != seen[1][name]} == {"weights of the VAE"}
+    assert seen[0]["step to resume from"] == 3 and "weights of the encoder hog" in seen[0]
+
+
+# ----------------------------------------------------------------------------------------------- run folders
+
 def test_resume_passes_over_a_broken_checkpoint(tmp_path, capsys):
+    """And it is never replaced by a worse one: with one checkpoint kept, the sound one stays."""
     folder = run(tmp_path, "--max-train-steps", "4")
+    (folder / "checkpoints" / "0000006.pt").write_bytes(b"PK\x03\x04 cut off")
     (folder / "checkpoints" / "0000004.pt").write_bytes(b"PK\x03\x04 cut off")
-    run(tmp_path, "--max-train-steps", "4")
+    run(tmp_path, "--max-train-steps", "5", "--keep-checkpoints", "1")
     out = capsys.readouterr().out
-    assert "passed over" in out and "from step 2 of" in out
-    assert final_state(folder, 4)["steps"] == 4
+    assert out.count("passed over") == 2 and "from step 2 of" in out
+    assert final_state(folder, 5)["steps"] == 5 and (folder / "checkpoints" / "0000006.pt").exists()
+
+
+def test_a_checkpoint_with_nan_is_neither_written_nor_resumed(tmp_path, capsys):
+    folder = run(tmp_path, "--max-train-steps", "2")
+    state = final_state(folder, 2)
+    state["ema"]["bn.running_var"][0] = float("nan")
+    with pytest.raises(files.NotFinite, match="ema.bn.running_var"):
+        files.save(state, folder / "checkpoints" / "0000002.pt")
+    torch.save(state, folder / "checkpoints" / "0000003.pt")
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, "--max-train-steps", "4")
+    assert stop.value.code == 2 and "ema.bn.running_var is not finite" in capsys.readouterr().err
 
 
 def test_run_folder_and_checkpoint_layout(tmp_path):
@@ -257,27 +329,55 @@ def test_run_folder_and_checkpoint_layout(tmp_path):
     line = metrics(folder)[-1]
     names = ("reconstruction_loss kl_loss weighted_gan_loss gan_loss vae_align_loss vae_loss grad_norm_vae "
              "d_loss logits_real logits_fake grad_norm_disc denoising_loss proj_loss sit_loss grad_norm_sit "
-             "step images_per_s peak_memory_gib seconds_per_step mfu skipped_steps")
-    assert set(names.split()) <= set(line) and line["step"] == 2 and 0 < line["mfu"] < 2
+             "step images_per_s peak_memory_gib seconds_per_step skipped_steps")
+    assert set(names.split()) == set(line) and line["step"] == 2
     state = final_state(folder, 2)
     assert list(state) == ["model", "ema", "opt", "vae", "opt_vae", "discriminator", "opt_disc", "data",
-                           "log", "loss_scale", "args", "steps"]
+                           "encoder_digests", "log", "loss_scale", "args", "steps"]
     assert state["args"]["model"] == "SiT-Ti/4"
     assert json.loads((folder / "args.json").read_text()) == state["args"]
     assert not torch.equal(state["model"]["final_layer.linear.weight"],
                            state["ema"]["final_layer.linear.weight"])
 
 
-def test_frozen_vae_run(tmp_path):
+def test_a_checkpoint_comes_before_pictures_that_fail(tmp_path, monkeypatch, capsys):
+    """The step is not lost, and the same command does not fail there again."""
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(train.pictures, "save_grids", fail)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, "--max-train-steps", "3", "--sampling-steps", "2")
+    assert stop.value.code == 2 and "No space left" in capsys.readouterr().err
+    run(tmp_path, "--max-train-steps", "3", "--sampling-steps", "2")
+    assert "from step 2" in capsys.readouterr().out
+
+
+def test_frozen_vae_run(tmp_path, capsys):
     vae = train.VAE_models["f4d4"]()
     files.save(vae.state_dict(), tmp_path / "vae.pt")
-    folder = run(tmp_path, "--freeze-vae", "--vae-ckpt", str(tmp_path / "vae.pt"), "--max-train-steps", "2")
+    flags = "--freeze-vae", "--vae-ckpt", str(tmp_path / "vae.pt"), "--max-train-steps"
+    folder = run(tmp_path, *flags, "2")
     state = final_state(folder, 2)
-    assert list(state) == ["model", "ema", "opt", "data", "vae_digest", "log", "loss_scale", "args", "steps"]
+    assert list(state) == ["model", "ema", "opt", "data", "vae_digest", "encoder_digests", "log",
+                           "loss_scale", "args", "steps"]
     bn = {k: v for k, v in state["model"].items() if k.startswith("bn.")}
     # measured, then fixed
     assert bn["bn.num_batches_tracked"] == 0 and not torch.equal(bn["bn.running_var"], torch.ones(4))
     assert "proj_loss" in metrics(folder)[0] and "vae_loss" not in metrics(folder)[0]
+
+    files.save(train.VAE_models["f4d4"]().state_dict(), tmp_path / "vae.pt")    # another one lies there now
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, *flags, "3")
+    assert stop.value.code == 2 and "was trained on another VAE" in capsys.readouterr().err
+
+
+def test_other_weights_of_the_encoder_are_rejected_on_resume():
+    args = settings()
+    sources = {"data": {"classes": []}, "encoder_digests": {"dino": "1", "clip": "2"}}
+    trainer.check_sources(args, "x.pt", {"encoder_digests": {"dino": "1"}}, sources)
+    trainer.check_sources(args, "x.pt", {}, sources)    # of an older version
+    with pytest.raises(ValueError, match="other weights of encoder clip"):
+        trainer.check_sources(args, "x.pt", {"encoder_digests": {"dino": "1", "clip": "3"}}, sources)
 
 
 # ------------------------------------------------------------------------------------------------- robustness
@@ -316,26 +416,56 @@ def test_collapse_stops_the_run_and_names_the_last_good_checkpoint(tmp_path, mon
     assert out.rstrip().endswith("0000050.pt")  # skipped steps change no weight: still good
 
 
-def test_mfu_is_against_the_best_measurement(tmp_path):
-    """A peak that was measured in a busy moment is measured again when a step beats it; mfu ends at 1."""
-    args = SimpleNamespace(report_to="none", max_train_steps=10, log_every=1)
-    for later in (1e30, 1e-9):      # FLOP/s; each time 1e-9 at the start
-        measured = [1e-9, later]
-        log = runlog.RunLog(tmp_path, args, 1e6, lambda: measured.pop(0))
-        log.add({"loss": torch.tensor(1.0)}, torch.tensor(0.0))
-        log.write(1, 4)
-        assert not measured
-    idle, busy = (line["mfu"] for line in metrics(tmp_path))
-    assert 0 < idle < 1e-10 and busy == 1
-
-
 def test_vanishing_gradients_stop_the_run(tmp_path):
-    log = runlog.RunLog(tmp_path, SimpleNamespace(report_to="none", max_train_steps=10, log_every=1))
-    log.add({"grad_norm_sit": torch.tensor(2.0)}, torch.tensor(0.0))
-    log.write(1, 4)
-    log.add({"grad_norm_sit": torch.tensor(1e-6)}, torch.tensor(0.0))
-    with pytest.raises(runlog.Collapse, match="grad_norm_sit"):
-        log.write(2, 4)
+    run_log = log.RunLog(tmp_path, SimpleNamespace(report_to="none", max_train_steps=10, log_every=1))
+    run_log.add({"grad_norm_sit": torch.tensor(2.0)}, torch.tensor(0.0))
+    run_log.write(1, 4)
+    run_log.add({"grad_norm_sit": torch.tensor(1e-6)}, torch.tensor(0.0))
+    with pytest.raises(log.Collapse, match="grad_norm_sit"):
+        run_log.write(2, 4)
+
+
+def test_the_first_step_is_left_out_of_the_rate(tmp_path, monkeypatch):
+    """It compiles."""
+    times = iter([0.0, 100.0, 104.0, 107.0])    # made, first step, line, line
+    monkeypatch.setattr(log.time, "perf_counter", lambda: next(times))
+    run_log = log.RunLog(tmp_path, SimpleNamespace(report_to="none", max_train_steps=10, log_every=3))
+    for steps in (3, 3):
+        for _ in range(steps):
+            run_log.add({"loss": torch.tensor(1.0)}, torch.tensor(0.0))
+        run_log.write(steps, 4)
+    assert [line["seconds_per_step"] for line in metrics(tmp_path)] == [2.0, 1.0]
+
+
+def test_progress_prints_now_and_then_and_rewrites_a_terminals_line(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(log.time, "monotonic", lambda: clock[0])
+    for terminal, expected in ((False, "images encoded: 50 of 100, 1/s, 50s left\n"),
+                               (True, "\rimages encoded: 50 of 100, 1/s, 50s left\033[K"
+                                      "\rimages encoded: 100 of 100, 1/s, 0s left\033[K\n")):
+        clock[0] = 1.0
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        update = log.progress("images encoded", 100)
+        for clock[0], done in ((1.1, 10), (41.1, 50), (91.1 if terminal else 51.1, 100)):
+            update(done)
+        assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("error, code, words", [
+    (OSError(28, "No space left on device"), 2, "No space left"),
+    (files.NotFinite("x.pt: not written, because model.a contains NaN"), 1, "stopped: x.pt"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ..."), 1,
+     "Tried to allocate 2.00 GiB")])
+def test_what_ends_a_run_badly_is_one_line(tmp_path, monkeypatch, capsys, error, code, words):
+    def fail(*_):
+        raise error
+    monkeypatch.setattr(files, "save", fail)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, "--max-train-steps", "3")
+    shown = capsys.readouterr()
+    assert stop.value.code == code and words in shown.err + shown.out and shown.err.count("\n") <= 1
+    if isinstance(error, torch.OutOfMemoryError):
+        assert all(flag in shown.err for flag in ("--batch-size", "--gradient-acc", "--grad-checkpoint"))
 
 
 def test_loss_scale_backs_off_and_grows():
@@ -372,12 +502,33 @@ def test_bf16_step_stays_close_to_float32():
             assert values[name].item() == pytest.approx(reference[name].item(), rel=0.03, abs=0.01), name
 
 
+def test_a_gpu_without_bf16_takes_fp16_and_says_so(monkeypatch, capsys):
+    for has, expected in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
+        assert trainer.autocast_type(settings(), torch.device("cuda")) == expected
+    assert "fp16" in capsys.readouterr().out
+    assert trainer.autocast_type(settings(), torch.device("cpu")) == torch.float32
+
+
+def test_without_a_c_compiler_a_gpu_run_is_not_compiled_and_says_so(monkeypatch, capsys):
+    """pytorch's -runtime images have none; compiling would end in a traceback at step 1."""
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(trainer.os.path, "exists", lambda _: True)
+    monkeypatch.setattr(trainer.shutil, "which", lambda _: "/usr/bin/cc")
+    assert trainer.wants_compile(settings(), gpu) and not trainer.wants_compile(settings("--no-compile"), gpu)
+    monkeypatch.setattr(trainer.shutil, "which", lambda _: None)
+    assert not trainer.wants_compile(settings(), gpu) and "a C compiler not found" in capsys.readouterr().out
+    assert trainer.wants_compile(settings("--compile"), gpu)    # who asks for it gets its error
+    assert not trainer.wants_compile(settings(), torch.device("cpu"))
+
+
 # ------------------------------------------------------------------------------------------------------ flags
 
 def test_every_flag_is_read_and_every_setting_is_a_flag():
     used = set()
-    for name in ("train_repae_e.py", "models/runtime/trainer.py", "models/runtime/runlog.py",
-                 "models/runtime/online.py"):
+    for name in ("train_repae_e.py", "models/runtime/trainer.py", "models/runtime/log.py",
+                 "models/runtime/pictures.py"):
         used |= {node.attr for node in ast.walk(ast.parse((ROOT / name).read_text()))
                  if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
                  and node.value.id == "args"}
@@ -398,23 +549,6 @@ def test_every_flag_has_a_help_line_and_presets_name_flags(capsys):
         assert set(preset) <= flags
 
 
-def flag_tables():
-    """The README's tables of the training script's flags, group by group."""
-    text = ""
-    for group in train.make_parser()._action_groups[2:]:
-        text += f"\n**{group.title}**\n\n| flag | default | meaning |\n|---|---|---|\n"
-        for action in group._group_actions:
-            default = "" if action.default is None or action.default is False else action.default
-            choices = f" ({', '.join(action.choices)})" if action.choices and len(action.choices) < 6 else ""
-            text += f"| `{action.option_strings[0]}` | {default} | {action.help}{choices} |\n"
-    return text
-
-
-def test_readme_lists_every_flag_with_its_default():
-    readme = (ROOT / "README.md").read_text()
-    assert flag_tables() in readme, "README.md: put what flag_tables() returns under 'Flags'"
-
-
 def test_explicit_flags_win_over_a_preset():
     args = train.parse_args(["--preset", "demo", "--batch-size", "7"])
     assert args.batch_size == 7 and args.model == train.PRESETS["demo"]["model"]
@@ -433,18 +567,18 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
-def test_real_files_train(tmp_path, photos):
-    folder = run(tmp_path, "--data-dir", str(photos), "--max-train-steps", "2", "--num-workers", "1")
-    assert metrics(folder)[-1]["step"] == 2
-
-
-def corrupt(photos):
-    (photos / "class0" / "broken.jpg").write_text("this is no image")
+def test_a_corrupt_image_is_named_or_skipped(tmp_path, photos, capsys):
+    (photos / "class0" / "broken.jpg").write_text("this is not an image")
+    flags = ["--data-dir", str(photos), "--max-train-steps", "3", "--num-workers", "1"]
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, *flags)
+    assert stop.value.code == 2 and "class0/broken.jpg" in capsys.readouterr().err
+    assert metrics(run(tmp_path, *flags, "--skip-corrupt"))[-1]["step"] == 3
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--data-dir", "{tmp}/nowhere"], "nowhere"),
-    (["--data-dir", "{tmp}/empty"], "no images"),
+    (["--data-dir", "{tmp}/empty"], "empty"),
     (["--data-dir", "{photos}", "--num-classes", "1"], "--num-classes 1"),
     (["--resolution", "36"], "--resolution 36"),
     (["--gradient-accumulation-steps", "3"], "--batch-size 4"),
@@ -452,103 +586,73 @@ def corrupt(photos):
     (["--encoder", "tf_efficientnet_lite0", "--encoder-ckpt", "{tmp}/none.safetensors"], "none.safetensors"),
     (["--encoder-depth", "7"], "encoder depth 7"),
     (["--vae-ckpt", "{tmp}/nothing.pt"], "nothing.pt"),
-    (["--vae-ckpt", "{tmp}/other.pt"], "not the weights of a VAE"),
+    (["--vae-ckpt", "{tmp}/other.pt"], "other.pt"),
     (["--latents-stats", "{tmp}/other.pt"], "latents_scale"),
     (["--resume", "{tmp}/none.pt"], "none.pt"),
-    (["--resume", "{tmp}/other.pt"], "other.pt"),
+    (["--resume", "{tmp}/other.pt"], "--init-from"),
+    (["--init-from", "{tmp}/other.pt"], "other.pt"),
     (["--learning-rate", "0"], "--learning-rate"),
     (["--freeze-vae", "--diffusion-to-vae"], "exclude"),
     (["--freeze-vae"], "--vae-ckpt"),
+    (["--latent-cache", "{tmp}"], "--freeze-vae"),
+    (["--fixed-latents-stats"], "--latents-stats"),
     (["--cfg-scale", "0.5"], "--cfg-scale: 0.5"),
     (["--num-workers", "-1"], "--num-workers: -1"),
     (["--resolution", "16"], "--resolution 16"),
     (["--disc-ckpt", "{tmp}/nope.pt"], "nope.pt"),
     (["--latents-stats", "{tmp}/stats.pt"], "16 channels"),
-    (["--resume", "{tmp}/stats.pt"], "no training checkpoint"),
     (["--perceptual-weight", "1"], "--perceptual-weight 0"),
     (["--encoder", "dinov2-vit-s"], "--encoder hog"),
+    (["--output-dir", __file__], "test_train.py"),
 ])
 def test_user_errors_are_one_line_and_exit_code_2(tmp_path, photos, capsys, monkeypatch, flags, words):
+    """With --dry-run as without; nothing is written."""
     (tmp_path / "empty").mkdir()
     files.save({"decoder.conv_in.weight": torch.zeros(4, 4, 3, 3)}, tmp_path / "other.pt")
     files.save({k: torch.ones(1, 16, 1, 1) for k in ("latents_scale", "latents_bias")}, tmp_path / "stats.pt")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    expect_error([f.format(tmp=tmp_path, photos=photos) for f in flags], words, tmp_path, capsys)
+    monkeypatch.setattr(files.requests, "Session", no_network)
+    for dry_run in (["--dry-run"], []):
+        with pytest.raises(SystemExit) as stop:
+            run(tmp_path / "out", "--max-train-steps", "1", *[f.format(tmp=tmp_path, photos=photos)
+                                                              for f in flags], *dry_run)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert words in error and error.startswith("error: ") and error.count("\n") == 1, error
+        assert not (tmp_path / "out").exists()
 
 
 def no_network(*args, **kwargs):
     raise OSError("no network")
 
 
-def expect_error(flags, words, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path / "out", "--max-train-steps", "1", *flags)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert words in error and error.startswith("error: ") and error.count("\n") == 1, error
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_file_that_is_no_image(tmp_path, photos, capsys):
-    corrupt(photos)
-    flags = ["--data-dir", str(photos)]
-    expect_error(flags, "class0/broken.jpg", tmp_path, capsys)
-    folder = run(tmp_path / "out", *flags, "--skip-corrupt", "--max-train-steps", "3")
-    assert metrics(folder)[-1]["skipped_files"] > 0
-
-
-def test_resume_from_another_model(tmp_path, capsys):
-    run(tmp_path, "--max-train-steps", "1")
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path, "--max-train-steps", "2", "--model", "SiT-Ti/2")
-    assert stop.value.code == 2 and "SiT-Ti/4" in capsys.readouterr().err
-
-
 def test_an_old_run_is_neither_mixed_nor_overwritten(tmp_path, capsys):
     folder = run(tmp_path, "--max-train-steps", "2")
     for flags, words in ((["--resume", "none"], "step 2"), (["--proj-coeff", "0.1"], "--proj-coeff 0.5"),
                          (["--path-type", "cosine"], "--path-type linear"),
+                         (["--model", "SiT-Ti/2"], "SiT-Ti/4"),
                          (["--max-train-steps", "1"], "beyond --max-train-steps 1")):
         with pytest.raises(SystemExit) as stop:
             run(tmp_path, "--max-train-steps", "3", *flags)
         assert stop.value.code == 2 and words in capsys.readouterr().err
+    lock = files.lock(folder)   # of this very process, so a second one is asked
+    process = processes.start("train_repae_e", [*TINY, "--output-dir", tmp_path], tmp_path / "log")
+    process.join(60)
+    assert process.exitcode == 2 and "another run is at work" in (tmp_path / "log").read_text()
+    lock.close()
     run(tmp_path, "--max-train-steps", "3", "--learning-rate", "5e-5")
     assert "changed since" in capsys.readouterr().out
     state = final_state(folder, 3)
     assert state["opt"]["param_groups"][0]["lr"] == 5e-5 and state["args"]["vae_ckpt"] == "none"
 
 
-def test_a_dry_run_writes_nothing_and_what_it_calls_sound_is(tmp_path, capsys):
+def test_a_dry_run_writes_nothing(tmp_path, capsys):
     run(tmp_path / "out", "--dry-run")
     assert capsys.readouterr().out.endswith("settings are sound\n") and not (tmp_path / "out").exists()
     run(tmp_path / "out", "--max-train-steps", "1")
-    capsys.readouterr()
     run(tmp_path / "out", "--max-train-steps", "1", "--dry-run")
     assert capsys.readouterr().out.endswith("settings are sound\n")
-    run(tmp_path / "out", "--max-train-steps", "1")
-    assert "changed since" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["--encoder", "test_vit"], "give them with --encoder-ckpt"),
-    (["--encoder", "hog", "--resolution", "40", "--model", "SiT-Ti/8"], "--resolution 40"),
-    (["--perceptual-weight", "1"], "--perceptual-weight 0"),
-    (["--eval-steps", "1", "--eval-ref", __file__], "cannot be fetched"),
-    (["--resolution", "24"], "--disc-weight 0"),
-    (["--output-dir", f"{__file__}/out"], "test_train.py"),
-])
-def test_a_dry_run_finds_what_the_run_would(tmp_path, monkeypatch, capsys, flags, words):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(files.requests, "get", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
-    for dry_run in (["--dry-run"], []):
-        with pytest.raises(SystemExit) as stop:
-            run(tmp_path / "out", *flags, *dry_run)
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and words in error and error.count("\n") == 1, error
-        assert not (tmp_path / "out").exists() or not dry_run
 
 
 def test_the_papers_command_says_what_is_missing(tmp_path, monkeypatch, capsys):
@@ -556,17 +660,3 @@ def test_the_papers_command_says_what_is_missing(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--model", "SiT-XL/2"])
     assert stop.value.code == 2 and "data/imagenet/train" in capsys.readouterr().err
-
-
-def test_flops_agree_with_published_figures():
-    """GFLOP per 256-pixel image, forward: SiT-XL/2 237, f8d4 273 + 622, VGG16 40."""
-    image = (1, 3, 256, 256)
-    with torch.device("meta"):
-        vae = train.VAE_models["f8d4"]()
-        args = train.parse_args([])
-        nets = SimpleNamespace(sit=train.build_sit(args, vae, []), encoders=[], lpips=None, disc=None)
-    assert flops.forward_flops(train.VAE_models["f8d4"], image) / 1e9 == pytest.approx(895, rel=0.01)
-    assert flops.forward_flops(flops.LPIPS, image, image) / 2e9 == pytest.approx(40, rel=0.02)
-    args.freeze_vae, args.vae_align_proj_coeff = True, 0.0
-    total = flops.step_flops(args, nets, lambda: train.build_sit(args, vae, [])) / 1e9
-    assert total == pytest.approx(3 * 237 + 273, rel=0.01)

@@ -6,10 +6,13 @@ checkpoints. Errors a user can cause are ValueError or OSError, with one line ea
 """
 import contextlib
 import copy
+import hashlib
 import importlib.util
 import itertools
+import json
 import os
 import shutil
+import sysconfig
 import warnings
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -73,6 +76,37 @@ def check_settings(args, world_size):
         if weight > 0 and args.resolution < least:
             raise ValueError(f"--resolution {args.resolution} is below {least}, the least that its network "
                              f"takes; pass --{name}-weight 0")
+
+
+# Settings that may differ between the processes of a run. The same files may have other paths on another
+# machine: what is read from there is compared instead.
+MAY_DIFFER = ("data_dir", "vae_ckpt", "disc_ckpt", "encoder_ckpt", "latents_stats", "init_from", "ckpt",
+              "output_dir", "latent_cache", "num_workers", "resume")
+
+
+def check_same_settings(args, sources):
+    """Raise ValueError unless all processes were started with the same settings and data.
+
+    sources: as for check_sources.
+    """
+    values = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()
+              if name not in MAY_DIFFER}
+    for name, value in sources["data"].items():
+        text = json.dumps(value)
+        short = text if len(text) < 80 else hashlib.sha256(text.encode()).hexdigest()
+        values[f"--data-dir ({name})"] = short
+    distributed.check_same(values)
+
+
+def check_same_weights(nets, start):
+    """Raise ValueError unless all processes start at the same step from the same weights."""
+    if distributed.world_size() == 1:
+        return
+    networks = {"SiT": nets.sit, "VAE": nets.vae, "average": nets.ema, "discriminator": nets.disc,
+                "LPIPS": nets.lpips} | {f"encoder {e.name}": e for e in nets.encoders}
+    digests = {f"weights of the {name}": files.state_digest(net) for name, net in networks.items()
+               if net is not None}
+    distributed.check_same({"step to resume from": start} | digests)
 
 
 def data_loader(args, dataset, device, step, workers):
@@ -146,17 +180,26 @@ def prepare(nets, args):
 
 
 def wants_compile(args, device):
-    """Whether blocks are compiled: by flag, else on a GPU whose code torch's compiler can write."""
-    if args.compile is None:
-        return device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    return args.compile
+    """Whether blocks are compiled: by flag, else on a GPU where all that torch's compiler needs is there."""
+    if args.compile is not None or device.type != "cuda":
+        return bool(args.compile)
+    header = os.path.join(sysconfig.get_path("include"), "Python.h")
+    found = {"triton": importlib.util.find_spec("triton") is not None,
+             "a C compiler": any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))),
+             "Python.h": os.path.exists(header)}
+    if missing := [name for name in found if not found[name]]:
+        note(f"not compiled, which costs speed: {', '.join(missing)} not found")
+    return not missing
 
 
 def autocast_type(args, device):
-    """torch type of --mixed-precision: auto is bfloat16 on a GPU and float32 (no autocast) on the CPU."""
+    """torch type of --mixed-precision: auto is bfloat16 on a GPU (float16 where it has no bfloat16, before
+    Ampere) and float32, no autocast, on the CPU."""
     precision = args.mixed_precision
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "no"
+    if precision == "auto" and device.type == "cuda":
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        if precision == "fp16":
+            note("--mixed-precision auto: fp16, this GPU has no bf16")
     return LOW_PRECISION.get(precision, torch.float32)
 
 
@@ -447,6 +490,10 @@ def check_sources(args, path, state, sources):
         note(text)
     if state.get("vae_digest", sources.get("vae_digest")) != sources.get("vae_digest"):
         raise ValueError(f"{path}: was trained on another VAE than {args.vae_ckpt} now is; name that one")
+    for name, digest in sources["encoder_digests"].items():
+        if state.get("encoder_digests", {}).get(name, digest) != digest:
+            raise ValueError(f"{path}: was aligned with other weights of encoder {name}; give those with "
+                             "--encoder-ckpt")
 
 
 def checkpoint_state(nets, args, step, **more):
