@@ -29,9 +29,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 EXPECTED = "it must contain class folders of images (n01440764/x.JPEG ...)"
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif",
-              ".tga", ".jp2")
+              ".tga", ".jp2", ".avif")
 # What is decoded, whatever a file is called: Pillow would pass an .eps to Ghostscript, an interpreter.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "TGA", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "TGA", "JPEG2000", "AVIF")
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26             # sound PNGs have text and color profiles above 1 MiB
@@ -57,7 +57,8 @@ def damaged(what):
     except Exception as error:
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
             raise
-        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        reason = ("unknown format" if isinstance(error, Image.UnidentifiedImageError) else
+                  " ".join(str(error).split())[:150] or type(error).__name__)
         raise ImageError(f"{what} ({reason})") from None
 
 
@@ -117,8 +118,9 @@ def _walk(path):
 
 
 def _visible(name):
-    """Whether no part of the name is hidden or a Mac's __MACOSX; some .zips begin names with "./"."""
-    return not any(part.startswith(".") or part == "__MACOSX" for part in name.removeprefix("./").split("/"))
+    """Whether no part of the name is empty, hidden or a Mac's __MACOSX; some .zips begin names with "./"."""
+    parts = name.removeprefix("./").split("/")
+    return not any(part.startswith(".") or part in ("", "__MACOSX") for part in parts)
 
 
 def _shared_folders(names):
@@ -286,20 +288,18 @@ class ImageData(Dataset):
 class NpzData(Dataset):
     """The images arr_0, uint8 [N, H, W, 3], and labels arr_1 of a .npz; items and attributes as in ImageData.
 
-    arr_0 is mapped into memory, not read, unless it is compressed. array(name) is any other array. A file
-    with the statistics mu and sigma instead of images has length 0. With labelled=True arr_1 must be there.
+    arr_0 is mapped into memory, not read, unless it is compressed. array(name) is any other array, `protocol`
+    how sample_ddp.py drew the images (a dict, {} in other files). A file with the statistics mu and sigma
+    instead of images has length 0. With labelled=True arr_1 must be there.
     """
 
     def __init__(self, path, resolution=None, hflip=False, seed=0, labelled=True):
         self.path, self.resolution, self.hflip, self.seed = str(path), resolution, hflip, seed
-        with damaged(f"{path}: empty, truncated or not a .npz; write it again"):
+        with damaged(f"{path}: truncated, or not a .npz of images; write it again"):
             self.arrays = np.load(self.path)
             if not {"arr_0", "mu"} & set(self.arrays.files):
                 raise ValueError(f"no arr_0, only {', '.join(self.arrays.files)}")
             self.images = self._images() if "arr_0" in self.arrays.files else np.empty((0, 0, 0, 3), np.uint8)
-        if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[3] != 3:
-            raise ValueError(f"{path}: arr_0 is {self.images.dtype} {list(self.images.shape)}, not uint8 "
-                             "[N, H, W, 3]; convert it and save it again")
         self.labels = self.array("arr_1")
         if self.labels is None or self.labels.shape != (len(self),) or self.labels.dtype.kind not in "iu":
             if labelled:
@@ -310,16 +310,24 @@ class NpzData(Dataset):
         self.num_classes = len(self.classes)
         self.names = [f"{k:06d}" for k in range(len(self))]
         self.size = (resolution, resolution) if resolution else self.images.shape[1:3]
+        try:
+            self.protocol = dict(json.loads(str(self.array("protocol"))))
+        except (ValueError, TypeError, RecursionError):     # none, or another tool's array of that name
+            self.protocol = {}
 
     def _images(self):
         info = self.arrays.zip.getinfo("arr_0.npy")
         with self.arrays.zip.open(info) as member:
-            if info.compress_type != zipfile.ZIP_STORED or np.lib.format.read_magic(member) != (1, 0):
-                return self.arrays["arr_0"]
+            if np.lib.format.read_magic(member) != (1, 0):
+                raise ValueError("arr_0 has a header of another version than 1.0")
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
             begin = member.tell()
-        if info.file_size != begin + math.prod(shape) * dtype.itemsize:
+        if dtype != np.uint8 or shape[3:] != (3,):
+            raise ValueError(f"arr_0 is {dtype} {list(shape)}, not uint8 [N, H, W, 3]")
+        if info.file_size != begin + math.prod(shape):
             raise ValueError(f"arr_0 ends early, its header promises {list(shape)}")
+        if info.compress_type != zipfile.ZIP_STORED:
+            return self.arrays["arr_0"]
         with open(self.path, "rb") as file:     # the member's own header tells where its bytes begin
             file.seek(info.header_offset + 26)
             begin += info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
