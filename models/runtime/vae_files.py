@@ -1,13 +1,23 @@
-"""VAE files: CompVis .pt, diffusers' AutoencoderKL folders, hub names; latent statistics come along.
+"""VAE files: every published layout is read (`open_vae`), two are written (`export_vae`).
 
-`open_vae` opens any VAE, whatever it comes in; `export_vae` writes one for others.
+What is read, with latent statistics where it has some:
+    a .pt, .ckpt or .safetensors in CompVis names, as REPA-E, LDM and LightningDiT are released; statistics
+        from <name>-latents-stats.pt beside it;
+    a folder that diffusers saved, alone or in a pipeline's folder; statistics from its config.json;
+    a training checkpoint of train_repae_e.py or of the reference: its VAE, or the frozen one that its args
+        name; statistics from the batch norm of its `ema`;
+    a checkpoint of finetune_vae.py: its averaged VAE and its statistics;
+    a hub name such as stabilityai/sd-vae-ft-mse or REPA-E/e2e-vavae.
 
-Names used in this project are those of CompVis (encoder.down.0.block.1.conv1.weight ...). The renaming
-functions are pure: dict in, dict out, no file touched. Latent statistics are a pair (latents_scale,
-latents_bias), each float32 [1, C, 1, 1]: normalised latents are (z - latents_bias) * latents_scale.
+Which of diffusers' pipelines read what of an exported config.json: DiT's and Stable Diffusion's
+scaling_factor; Stable Diffusion 3's and Flux's scaling_factor and shift_factor; Stable Diffusion XL's also
+latents_mean and latents_std, one number per channel.
 
-Errors: ValueError or OSError with a one-line message.
+Names in this project are those of CompVis (encoder.down.0.block.1.conv1.weight ...). Latent statistics are a
+pair (latents_scale, latents_bias), each float32 [1, C, 1, 1]: normalised latents are (z - latents_bias) *
+latents_scale. Errors: ValueError or OSError with a one-line message.
 """
+import json
 import os
 import re
 import shutil
@@ -22,19 +32,27 @@ from models.vae import VAE_models
 # (levels, latent channels) -> name in VAE_models
 ARCHITECTURES = {(4, 4): "f8d4", (5, 32): "f16d32", (4, 16): "f8d16", (3, 4): "f4d4", (3, 16): "f4d16"}
 
-# The release's repositories in CompVis naming -> file; other hub names are taken for diffusers folders
+# The release's repositories in CompVis names -> file; other hub names are those of diffusers folders
 RELEASED = {
     "REPA-E/sdvae": "sdvae-f8d4.pt", "REPA-E/e2e-sdvae": "e2e-sdvae-400k.pt",
     "REPA-E/invae": "invae-f16d32.pt", "REPA-E/e2e-invae": "e2e-invae-400k.pt",
     "REPA-E/vavae": "vavae-f16d32.pt", "REPA-E/e2e-vavae": "e2e-vavae-400k.pt",
 }
 
-# What a file holds for the VAE itself; beside it LightningDiT keeps linear_proj.* and foundation_model.*, LDM
-# loss.*
-PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+ENDINGS = (".pt", ".pth", ".ckpt", ".safetensors", ".sft", ".bin")  # of files; no hub name has them
 
-# CompVis piece <-> diffusers piece; {} is a number, kept, but the decoder's levels are counted the other way
-# round
+# What diffusers calls the weights, the first one that is there
+DIFFUSERS_WEIGHTS = [f"diffusion_pytorch_model{variant}.{kind}"
+                     for variant in ("", ".fp16") for kind in ("safetensors", "bin")]
+
+# Where trainers put the weights in a file, the averaged ones first
+WRAPPERS = ("vae_ema", "vae", "ema", "model", "state_dict")
+
+# The VAE's parts, in both layouts. LDM has loss.* beside them, LightningDiT linear_proj.*, foundation_model.*
+PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+MARK = "decoder.conv_in.weight"     # every VAE has it, in both layouts
+
+# CompVis piece <-> diffusers piece, renamed in this order; {} is a number, kept
 _PIECES = (
     (".down.{}.block.{}.", ".down_blocks.{}.resnets.{}."),
     (".down.{}.attn.{}.", ".down_blocks.{}.attentions.{}."),
@@ -47,71 +65,60 @@ _PIECES = (
     (".mid.attn_1.", ".mid_block.attentions.0."),
     (".norm_out.", ".conv_norm_out."),
     (".nin_shortcut.", ".conv_shortcut."),
+    (".attentions.{}.norm.", ".attentions.{}.group_norm."),
+    (".attentions.{}.q.", ".attentions.{}.to_q."),
+    (".attentions.{}.k.", ".attentions.{}.to_k."),
+    (".attentions.{}.v.", ".attentions.{}.to_v."),
+    (".attentions.{}.proj_out.", ".attentions.{}.to_out.0."),
 )
-_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-_ATTENTION_BACK = {piece: own for own, piece in _ATTENTION.items()} | \
-    {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}  # the names of diffusers before 0.17
+_BACK = tuple((theirs, ours) for ours, theirs in reversed(_PIECES))
+# diffusers before 0.17
+_OLD = ((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0."))
 
 
-def _rename(name, pieces, levels):
-    for old, new in pieces:
-        pattern = re.escape(old).replace(r"\{\}", r"(\d+)")
-        name = re.sub(pattern, lambda m: new.format(*m.groups()), name)
-    return re.sub(r"\.(up|up_blocks)\.(\d+)\.", lambda m: f".{m[1]}.{levels - 1 - int(m[2])}.", name)
-
-
-def _rename_attention(name, table):
-    """An attention weight's name in diffusers' layout, its last part through `table`; other names stay."""
-    match = re.fullmatch(r"(.*\.attentions\.\d+)\.([\w.]+)\.(weight|bias)", name)
-    if not match:
-        return name
-    if match[2] not in table:
-        raise ValueError(f"{name}: no such attention weight in an AutoencoderKL of these sizes")
-    return f"{match[1]}.{table[match[2]]}.{match[3]}"
-
+# ---------------------------------------------------------------- names: pure functions of state dicts
 
 def to_diffusers(state):
     """State dict in CompVis names -> the same tensors in the names of diffusers' AutoencoderKL.
 
     Attention 1x1 convolutions [C, C, 1, 1] become linear weights [C, C].
     """
-    levels = _levels(state, "encoder.down.")
-    out = {}
+    levels, out = _levels(state), {}
     for name, tensor in state.items():
-        name = _rename_attention(_rename(name, _PIECES, levels), _ATTENTION)
+        name = _rename(name, _PIECES, levels)
         out[name] = tensor.flatten(1) if ".attentions." in name and tensor.ndim == 4 else tensor
     return out
 
 
 def from_diffusers(state):
-    """The inverse of `to_diffusers`; also takes the attention names before diffusers 0.17 (query ...)."""
-    levels = _levels(state, "encoder.down_blocks.")
-    back = tuple((new, old) for old, new in _PIECES)
-    out = {}
+    """The inverse of `to_diffusers`; also accepts the attention names before diffusers 0.17 (query ...)."""
+    levels, out = _levels(state, "encoder.down_blocks."), {}
     for name, tensor in state.items():
-        attention = ".attentions." in name
-        name = _rename(_rename_attention(name, _ATTENTION_BACK), back, levels)
-        out[name] = tensor[:, :, None, None] if attention and tensor.ndim == 2 else tensor
+        if ".attentions." in name and tensor.ndim == 2:
+            tensor = tensor[:, :, None, None]
+        out[_rename(name, _OLD + _BACK, levels)] = tensor
     return out
 
 
-def _levels(state, prefix):
+def _rename(name, pieces, levels):
+    for old, new in pieces:
+        pattern = re.escape(old).replace(r"\{\}", r"(\d+)")
+        name = re.sub(pattern, lambda m: new.format(*m.groups()), name)
+    # diffusers counts the decoder's levels the other way round
+    return re.sub(r"\.(up|up_blocks)\.(\d+)\.", lambda m: f".{m[1]}.{levels - 1 - int(m[2])}.", name)
+
+
+def _levels(state, prefix="encoder.down."):
     """1 + the largest number that follows `prefix` in a name."""
-    numbers = [int(name[len(prefix):].split(".")[0]) for name in state if name.startswith(prefix)]
-    if not numbers:
-        raise ValueError(f"not the weights of a VAE: no name begins with {prefix}")
-    return 1 + max(numbers)
+    return 1 + max((int(k[len(prefix):].split(".")[0]) for k in state if k.startswith(prefix)), default=-1)
 
 
-def vae_name(state):
-    """Key of VAE_models for a state dict in CompVis names, by its number of levels and latent channels."""
-    first = state.get("decoder.conv_in.weight")
-    if not torch.is_tensor(first) or first.ndim != 4:
-        raise ValueError("not the weights of a VAE: no decoder.conv_in.weight")
-    shape = (_levels(state, "encoder.down."), first.shape[1])
+def vae_name(state, what="the weights"):
+    """Key of VAE_models for a state dict in CompVis names; `what` it is begins the error if there is none."""
+    shape = _levels(state), state[MARK].shape[1] if state[MARK].ndim == 4 else 0
     if shape not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES.values())
-        raise ValueError(f"a VAE with {shape[0]} levels and {shape[1]} latent channels is none of {known}")
+        raise ValueError(f"{what}: a VAE with {shape[0]} levels and {shape[1]} latent channels is none of "
+                         f"{', '.join(ARCHITECTURES.values())}")
     return ARCHITECTURES[shape]
 
 
@@ -121,11 +128,11 @@ def diffusers_config(state, stats=None, sample_size=256, source=None):
     """An AutoencoderKL's config.json (a dict) for `to_diffusers(state)`; sizes are read off the tensors.
 
     Pipelines take latents z from the scale of their network to that of the VAE as z / scaling_factor +
-    shift_factor. `source`, the config that the VAE came with (see `source_config`), keeps these numbers and
-    force_upcast. Otherwise statistics that are the same in all channels become them, and others latents_mean
-    and latents_std, with scaling_factor 1, since the pipelines that read those multiply the two.
+    shift_factor. `source`, the numbers of the config that the VAE came with (see `source_config`), keeps
+    these and force_upcast. Otherwise statistics that are the same in all channels become them, and others
+    latents_mean and latents_std, with scaling_factor 1, since the pipelines that read those multiply the two.
     """
-    levels = _levels(state, "encoder.down.")
+    levels = _levels(state)
     widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
     # models/vae.py: groups of 4 channels there, where diffusers has one number for all layers
     if min(widths) < 128:
@@ -148,7 +155,7 @@ def diffusers_config(state, stats=None, sample_size=256, source=None):
         "down_block_types": ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attention],
         "force_upcast": source.get("force_upcast", False),
         "in_channels": 3,
-        "latent_channels": state["decoder.conv_in.weight"].shape[1],
+        "latent_channels": state[MARK].shape[1],
         "layers_per_block": len({n.split(".")[4] for n in state if n.startswith("encoder.down.0.block.")}),
         "norm_num_groups": 32,
         "out_channels": 3,
@@ -161,120 +168,94 @@ def diffusers_config(state, stats=None, sample_size=256, source=None):
     } | moments
 
 
-def _pipelines(config):
-    """Which pipelines of diffusers find in this config what they need, in a sentence."""
-    scalars = f"scaling_factor {config['scaling_factor']:g} and shift_factor {config['shift_factor']:g}"
-    if "latents_mean" not in config:
-        return f"its config has {scalars}, which is all that diffusers' pipelines read"
-    return ("its config has latents_mean and latents_std per channel, which Stable Diffusion XL's pipeline "
-            "reads; DiT's and Stable Diffusion's read scaling_factor alone, Stable Diffusion 3's and Flux's "
-            f"scaling_factor and shift_factor (here {scalars}): give those latents in the VAE's own scale")
-
-
-def check_export(out, state, stats=None, format="diffusers", force=False):
+def check_export(out, state, stats=None, format="diffusers", source=None):
     """Raise the ValueError or OSError that `export_vae` would; nothing is written."""
-    compvis = f"{os.path.basename(os.path.abspath(out))}.pt"
-    ours = {"config.json", "diffusion_pytorch_model.safetensors", compvis,
-            _companion(compvis, "latents-stats"), _companion(compvis, "discriminator-ckpt")}
-    if os.path.lexists(out) and not force:
-        raise ValueError(f"{out}: exists; choose another folder, or pass --force to replace it")
-    if os.path.lexists(out) and not (os.path.isdir(out) and set(os.listdir(out)) <= ours):
-        raise ValueError(f"{out}: holds more than an export, so --force does not replace it; choose another "
-                         "folder")
+    if os.path.lexists(out):
+        raise ValueError(f"{out}: exists; choose another folder, or remove it")
     if (bad := files.first_non_finite(state)) is not None:
-        raise ValueError(f"{out}: not written, because {bad} of the VAE holds NaN or infinity")
+        raise ValueError(f"{out}: not written, because {bad} of the VAE contains NaN or infinity")
     if format == "diffusers":
-        diffusers_config(state, stats)
-    files.check_writable(f"{os.path.abspath(out)}.tmp")     # beside it: it appears there by a rename
+        diffusers_config(state, stats, source=source)
+    files.check_writable(out)
 
 
-def export_vae(out, state, stats=None, format="diffusers", sample_size=256, force=False, source=None,
-               discriminator=None):
-    """Write a VAE (state dict in CompVis names) and its statistics as a folder `out`, whole or not at all.
+def export_vae(out, state, stats=None, format="diffusers", sample_size=256, source=None, discriminator=None):
+    """Write a VAE (state dict in CompVis names) and its statistics as a new folder `out`, atomically.
 
     format "diffusers": config.json and diffusion_pytorch_model.safetensors, what
     AutoencoderKL.from_pretrained loads; `source`: see `diffusers_config`. "compvis": <folder's name>.pt and
     -latents-stats.pt, as REPA-E is released, and -discriminator-ckpt.pt if a discriminator's state dict is
-    given. An existing `out` is refused, or with `force` replaced if it holds nothing but such an export.
-    Returns what was written and who can read it, in a sentence.
+    given. An existing `out` is rejected.
     """
     out = os.path.abspath(out)
-    parent, name = os.path.split(out)
-    files.remove_leftovers(parent)
-    # A process that was killed between the two renames below left the old export under its temporary name,
-    # and one killed after them left it for nothing.
-    for left in os.listdir(parent) if os.path.isdir(parent) else []:
-        if left.startswith(f".{name}.") and left.endswith(".old"):
-            if os.path.lexists(out):
-                shutil.rmtree(os.path.join(parent, left), ignore_errors=True)
-            else:
-                os.rename(os.path.join(parent, left), out)
-    check_export(out, state, stats, format, force)
-    compvis = f"{name}.pt"
-    temporary, old = files.temporary_name(out), files.temporary_name(out, "old")
+    check_export(out, state, stats, format, source)
+    temporary = f"{out}.{os.getpid()}.tmp"
     try:
         if format == "compvis":
-            target = os.path.join(temporary, compvis)
+            target = os.path.join(temporary, f"{os.path.basename(out)}.pt")
             files.save(state, target)
             if stats is not None:
                 content = {"latents_scale": stats[0], "latents_bias": stats[1]}
-                files.save(content, _companion(target, "latents-stats"))
+                files.save(content, companion(target, "latents-stats"))
             if discriminator is not None:
-                files.save(discriminator, _companion(target, "discriminator-ckpt"))
-            wrote = ", ".join(sorted(os.listdir(temporary)))
+                files.save(discriminator, companion(target, "discriminator-ckpt"))
         else:
-            config = diffusers_config(state, stats, sample_size, source)
             tensors = {k: v.contiguous() for k, v in to_diffusers(state).items()}
-            data = safetensors.torch.save(tensors, {"format": "pt"})
-            target = os.path.join(temporary, "diffusion_pytorch_model.safetensors")
-            with files.replace(target) as path, open(path, "wb") as f:
-                f.write(data)  # safetensors' own save_file makes a file that only its owner can read
-            files.save_json(config, os.path.join(temporary, "config.json"), indent=2)
-            wrote = f"a folder for diffusers.AutoencoderKL.from_pretrained; {_pipelines(config)}"
-        if os.path.lexists(out):
-            os.rename(out, old)
+            with files.replace(os.path.join(temporary, DIFFUSERS_WEIGHTS[0])) as path, open(path, "wb") as f:
+                # safetensors' own save_file makes a file that only its owner can read
+                f.write(safetensors.torch.save(tensors, {"format": "pt"}))
+            with files.replace(os.path.join(temporary, "config.json")) as path, open(path, "w") as f:
+                json.dump(diffusers_config(state, stats, sample_size, source), f, indent=2)
         os.rename(temporary, out)
     finally:
-        if not os.path.lexists(out) and os.path.isdir(old):
-            os.rename(old, out)
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-    return wrote
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def companion(path, what):
+    """sdvae-f8d4.pt -> sdvae-f8d4-latents-stats.pt or -discriminator-ckpt.pt, the release's naming."""
+    return f"{os.path.splitext(path)[0]}-{what}.pt"
 
 
 # ---------------------------------------------------------------- statistics
 
-def _number(value, what):
-    """`value` as a float; ValueError unless it is a finite number, also in float32."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e38:
-        raise ValueError(f"{what} is not a finite number")
-    return float(value)
+def load_stats_file(path):
+    """(latents_scale, latents_bias) of a latent statistics file, each [1, C, 1, 1]."""
+    content = files.load(path)
+    if not {"latents_scale", "latents_bias"} <= set(content):
+        raise ValueError(f"{path}: a latent statistics file contains latents_scale and latents_bias")
+    return _checked_stats(content["latents_scale"], content["latents_bias"], path)
 
 
 def stats_from_config(config, channels):
     """(latents_scale, latents_bias) of a diffusers config.
 
     1/latents_std and latents_mean where it has them, as the REPA-E exports do, otherwise scaling_factor and
-    shift_factor; where it states none, diffusers' own default 0.18215 (stabilityai/sd-vae-ft-mse) and 0.
+    shift_factor (see `_numbers`).
     """
-    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-        for key in ("latents_mean", "latents_std"):
-            if not isinstance(config[key], list) or len(config[key]) != channels:
-                raise ValueError(f"config.json: {key} is no list of {channels} values")
-        bias, std = (torch.tensor([_number(v, f"config.json: a value of {key}") for v in config[key]])
-                     for key in ("latents_mean", "latents_std"))
-        scale = 1 / std
-    else:
-        scalars = _scalars(config)
-        bias, scale = (torch.full((channels,), scalars[key]) for key in ("shift_factor", "scaling_factor"))
+    try:
+        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+            bias, scale = torch.tensor(config["latents_mean"]), 1 / torch.tensor(config["latents_std"])
+        else:
+            numbers = _numbers(config)
+            bias = torch.full((channels,), float(numbers["shift_factor"]))
+            scale = torch.full((channels,), float(numbers["scaling_factor"]))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"config.json: its latent statistics are not numbers ({error})") from error
+    if bias.shape != (channels,):
+        raise ValueError(f"config.json: latents_mean is not a list of {channels} values")
     return _checked_stats(scale, bias, "config.json")
 
 
-def _scalars(config):
-    """The numbers in a diffusers config that pipelines read, with diffusers.AutoencoderKL's defaults."""
-    values = {key: default if config.get(key) is None else _number(config[key], f"config.json: {key}")
+def _numbers(config):
+    """The numbers in a diffusers config that pipelines read, with diffusers' own defaults.
+
+    That is scaling_factor, shift_factor, force_upcast, and whether latents_mean is there.
+    stabilityai/sd-vae-ft-mse states none of them.
+    """
+    values = {key: default if config.get(key) is None else config[key]
               for key, default in (("scaling_factor", 0.18215), ("shift_factor", 0.0))}
-    return values | {"force_upcast": config.get("force_upcast") is not False}
+    values["force_upcast"] = config.get("force_upcast") is not False
+    return values if config.get("latents_mean") is None else values | {"latents_mean": True}
 
 
 def _checked_stats(scale, bias, what):
@@ -287,222 +268,144 @@ def _checked_stats(scale, bias, what):
     return scale, bias
 
 
-def load_stats_file(path):
-    """(latents_scale, latents_bias) of a latent statistics file, each [1, C, 1, 1]."""
-    content = files.load(path)
-    if not {"latents_scale", "latents_bias"} <= set(content):
-        raise ValueError(f"{path}: a latent statistics file holds latents_scale and latents_bias")
-    return _checked_stats(content["latents_scale"], content["latents_bias"], path)
-
-
 # ---------------------------------------------------------------- reading
 
-def open_vae(source, name=None, stats_file=None):
+def open_vae(source, name=None, stats_file=None, content=None):
     """(key of VAE_models, state dict in CompVis names, statistics or None) of any VAE, all checked.
 
-    `source`: see `load_vae_file`. Raises ValueError if it is not of architecture `name`, where one is given,
-    or does not hold exactly that architecture's weights. The statistics are those of `stats_file` if given.
+    `source`: a path or a hub name, see the top of this file; `content`: of that file, if loaded already. The
+    statistics are those of `stats_file` if given. Raises ValueError if it is not of architecture `name`,
+    where one is given, or not exactly its weights.
     """
-    state, stats = load_vae_file(source)
-    try:
-        found = vae_name(state)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+    state, stats, _ = read(source, content)
+    found = vae_name(state, source)
     if name not in (None, found):
-        raise ValueError(f"{source}: weights of another architecture, a VAE of type {found}, "
-                         f"not --vae {name}")
+        raise ValueError(f"{source}: weights of another architecture, a VAE of type {found}, not {name}")
     with torch.device("meta"):
         files.check_state(VAE_models[found](), state, source)
     if (bad := files.first_non_finite(state)) is not None:
-        raise ValueError(f"{source}: {bad} of the VAE holds NaN or infinity; take a sound copy")
+        raise ValueError(f"{source}: {bad} of the VAE contains NaN or infinity; use another copy")
     stats = load_stats_file(stats_file) if stats_file else stats
-    channels = state["decoder.conv_in.weight"].shape[1]
+    channels = state[MARK].shape[1]
     if stats is not None and stats[0].numel() != channels:
         raise ValueError(f"{stats_file or source}: statistics of {stats[0].numel()} channels, but {found} "
                          f"has {channels}")
     return found, state, stats
 
 
-def load_vae_file(source):
-    """(state dict in CompVis names, (latents_scale, latents_bias) or None) of a VAE on disk or on the hub.
+def source_config(source):
+    """The numbers that pipelines read of a VAE (see `_numbers`); {} if it has none.
 
-    `source`: a .pt or .safetensors in CompVis or diffusers names (statistics from the <name>-latents-stats.pt
-    or config.json beside it, if there), a training checkpoint of REPA-E (its `vae`, or the frozen one that
-    its args name; statistics of its `ema`) or of finetune_vae.py (its `vae_ema` and statistics), a folder
-    that diffusers saved, or a hub name such as stabilityai/sd-vae-ft-mse or REPA-E/e2e-vavae. Tensors that
-    are no part of a VAE are left out, with a note on stderr.
+    finetune_vae.py keeps them in its checkpoints: a VAE refined with a frozen encoder has the latents of the
+    one it started from, and so its numbers.
     """
-    path = _path_of(source)
-    return _load_folder(path) if os.path.isdir(path) else vae_in(files.load(path), path)
+    return read(source)[2]
 
 
-def _path_of(source):
-    """The file or diffusers folder that `source` names, fetched if it is a hub name."""
-    if os.path.exists(source):
-        nested = os.path.join(source, "vae")  # of a whole pipeline
-        is_vae = os.path.isfile(os.path.join(source, "config.json"))
-        return nested if os.path.isdir(nested) and not is_vae else source
-    is_file_name = source.endswith((".pt", ".pth", ".ckpt", ".safetensors"))
-    if is_file_name or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+def find(source):
+    """The file with the weights of the VAE that `source` names, fetched if that is a hub name."""
+    if os.path.isfile(source):
+        return source
+    if os.path.isdir(source):
+        nested = os.path.join(source, "vae")    # of a whole pipeline
+        folder = nested if os.path.isdir(nested) else source
+        for name in DIFFUSERS_WEIGHTS:
+            if os.path.isfile(os.path.join(folder, name)):
+                return os.path.join(folder, name)
+        raise FileNotFoundError(f"{folder}: no {DIFFUSERS_WEIGHTS[0]}, so it is not a folder of diffusers' "
+                                "AutoencoderKL")
+    if source.endswith(ENDINGS) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
         raise FileNotFoundError(f"{source}: no such VAE; give a .pt file, a diffusers folder or a hub name "
                                 "such as REPA-E/e2e-vavae")
     if source not in RELEASED:
-        files.hub_file(source, "diffusion_pytorch_model.safetensors")
-        return os.path.dirname(files.hub_file(source, "config.json"))
+        config = _on_hub(source, "config.json", "vae/config.json")
+        inside = "vae/" if os.path.basename(os.path.dirname(config)) == "vae" else ""
+        return _on_hub(source, *(inside + name for name in DIFFUSERS_WEIGHTS))
     path = files.hub_file(source, RELEASED[source])
     try:
-        files.hub_file(source, _companion(RELEASED[source], "latents-stats"))
+        files.hub_file(source, companion(RELEASED[source], "latents-stats"))
     except OSError:
-        pass  # a VAE without statistics is whole: the diffusion model's batch norm holds them too
+        pass  # a VAE without statistics is complete: the diffusion model's batch norm has them too
     return path
 
 
-def vae_in(content, path, _followed=()):
-    """`load_vae_file` of a file that has been read: `content` of `path`."""
-    stats, ema = None, content.get("ema")
-    if isinstance(ema, dict) and all(torch.is_tensor(ema.get(f"bn.running_{k}")) for k in ("mean", "var")):
-        stats = _checked_stats(ema["bn.running_var"].rsqrt(), ema["bn.running_mean"], f"{path} (ema)")
-    if "vae" in content or "vae_ema" in content:
-        state = content.get("vae_ema", content.get("vae"))  # vae_ema: from finetune_vae.py
-        if "latents_scale" in content:
-            stats = _checked_stats(content["latents_scale"], content.get("latents_bias"), path)
-    elif isinstance(ema, dict):
-        return _frozen_vae(content, path, _followed)[0], stats
-    else:
-        state = content.get("state_dict", content)  # a whole CompVis training checkpoint
-    if not isinstance(state, dict):
-        raise ValueError(f"{path}: holds no VAE (a dict of name -> tensor)")
-    companion, config = _companion(path, "latents-stats"), os.path.join(os.path.dirname(path), "config.json")
-    in_diffusers_names = any(isinstance(k, str) and k.startswith("encoder.down_blocks.") for k in state)
-    state = _own_names(state, path)
-    if stats is None and in_diffusers_names and os.path.isfile(config):
-        stats = stats_from_config(_diffusers_json(config), state["decoder.conv_in.weight"].shape[1])
-    if stats is None and os.path.isfile(companion):
-        stats = load_stats_file(companion)
-    return state, stats
+def _on_hub(repo, *names):
+    """The first of `names` that the repository has."""
+    errors = []
+    for name in names:
+        try:
+            return files.hub_file(repo, name)
+        except OSError as error:
+            errors.append(error)
+    raise errors[0]
 
 
-def _frozen_vae(content, path, followed):
-    """(state, statistics) of the VAE that a frozen-VAE checkpoint was trained on: the file its args name."""
+def read(source, content=None):
+    """(state dict in CompVis names, statistics or None, pipelines' numbers) of a VAE; see `open_vae`."""
+    path = source if content else find(source)
+    content = content or files.load(path)
+    state, stats, numbers, ema = _weights_in(content, path), None, {}, content.get("ema")
+    if state is None and isinstance(ema, dict):
+        state, _, numbers = _frozen_vae(content, path)
+    if state is None:
+        raise ValueError(f"{path}: not the weights of a VAE, it has no {MARK} in CompVis or diffusers names")
+    if "latents_scale" in content:      # of finetune_vae.py
+        stats = _checked_stats(content["latents_scale"], content.get("latents_bias"), path)
+        numbers = content.get("source_config", {})
+    elif isinstance(ema, dict) and "bn.running_var" in ema:     # of train_repae_e.py
+        stats = _checked_stats(ema["bn.running_var"].rsqrt(), ema.get("bn.running_mean"), f"{path} (ema)")
+    config = os.path.join(os.path.dirname(path), "config.json")
+    if any(name.startswith("encoder.down_blocks.") for name in state):
+        state = from_diffusers(state)
+        if stats is None and os.path.isfile(config):
+            config = _load_config(config)
+            stats, numbers = stats_from_config(config, state[MARK].shape[1]), _numbers(config)
+    if stats is None and os.path.isfile(companion(path, "latents-stats")):
+        stats = load_stats_file(companion(path, "latents-stats"))
+    return state, stats, numbers
+
+
+def _weights_in(content, path):
+    """The VAE's tensors in a file, their names without wrapper and prefix; None if there are none.
+
+    Of raw weights and their averages (ema) the averages are taken. What is not part of a VAE is left out,
+    with a note on stderr.
+    """
+    for part in (*map(content.get, WRAPPERS), content):
+        names = [name for name in part if isinstance(name, str)] if isinstance(part, dict) else []
+        prefixes = [name.removesuffix(MARK) for name in names if name.endswith(MARK)]
+        if not prefixes:
+            continue
+        prefix = min(prefixes, key=lambda p: ("ema" not in p, len(p)))     # module., first_stage_model. ...
+        tensors = {name.removeprefix(prefix): part[name] for name in names
+                   if name.startswith(prefix) and torch.is_tensor(part[name])}
+        others = [name for name in tensors if not name.startswith(PARTS)]
+        if others and os.environ.get("RANK", "0") == "0":
+            kinds = ", ".join(sorted({name.split(".")[0] for name in others})[:5])
+            print(f"note: {path}: {len(others)} tensors beside the VAE left out ({kinds})", file=sys.stderr)
+        return {name: tensor for name, tensor in tensors.items() if name.startswith(PARTS)}
+    return None
+
+
+def _frozen_vae(content, path):
+    """`read` of the VAE that a frozen-VAE checkpoint was trained on: the one that its args name."""
     settings = files.training_args(content, path)
     source = settings.get("vae_ckpt")
     remedy = "name the VAE itself, with --vae-ckpt or in place of this checkpoint"
     if not isinstance(source, str) or source in ("none", "auto"):
-        raise ValueError(f"{path}: holds no VAE and names none; {remedy}")
-    if source in followed:
-        raise ValueError(f"{path}: names {source} as its VAE, which leads back here; {remedy}")
+        raise ValueError(f"{path}: contains no VAE and names none; {remedy}")
     try:
-        found = _path_of(source)
-        if os.path.isdir(found):
-            return _load_folder(found)
-        return vae_in(files.load(found), found, (*followed, source))
+        return read(source)
     except OSError as error:
         hub = {file: repo for repo, file in RELEASED.items()}.get(os.path.basename(source))
         raise FileNotFoundError(f"{path}: trained on a frozen {settings.get('vae')} VAE, {source}, which is "
                                 f"not here; {remedy}{f', for example {hub}' if hub else ''}") from error
 
 
-def _own_names(state, path):
-    """The VAE in CompVis names, out of those, diffusers' names, or a whole latent diffusion model."""
-    state = {k: v for k, v in state.items() if isinstance(k, str) and torch.is_tensor(v)}
-    whole = "first_stage_model."  # Stable Diffusion in one file
-    state = {k.removeprefix(whole): v for k, v in state.items() if k.startswith(whole)} or state
-    averages = _averages(state)
-    if averages:
-        _note(f"{path}: of its weights the averages (model_ema) are taken")
-    vae = {k: v for k, v in (state | averages).items() if k.startswith(PARTS)}
-    if any(k.startswith("encoder.down_blocks.") for k in vae):
-        try:
-            vae = from_diffusers(vae)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-    if "decoder.conv_in.weight" not in vae:
-        raise ValueError(f"{path}: not the weights of a VAE, it has no decoder.conv_in.weight in CompVis or "
-                         "diffusers names")
-    beside = [k for k in state if not k.startswith(PARTS) and not (averages and k.startswith("model_ema."))]
-    if beside:
-        kinds = ", ".join(sorted({k.split(".")[0] for k in beside})[:5])
-        _note(f"{path}: {len(beside)} tensors beside the VAE are left out ({kinds})")
-    return vae
-
-
-def _averages(state):
-    """The averaged weights of a VAE, by name, where a trainer kept such; {} otherwise.
-
-    LDM's average is model_ema.<name without dots>, others' model_ema.<name>. The files of sd-vae-ft-mse hold
-    only the counters of it (model_ema.decay): their weights are the averages.
-    """
-    average = {k.removeprefix("model_ema."): v for k, v in state.items() if k.startswith("model_ema.")}
-    names = [k for k in (*state, *average) if k.startswith(PARTS)]
-    if not names and average:  # no names to learn from where the dots were
-        with torch.device("meta"):
-            names = sorted({k for make in VAE_models.values() for k in make().state_dict()})
-    return {name: average[key] for name in names for key in (name.replace(".", ""), name) if key in average}
-
-
-def _note(text):
-    if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
-        print(f"note: {text}", file=sys.stderr, flush=True)
-
-
-def _companion(path, what):
-    """sdvae-f8d4.pt -> sdvae-f8d4-latents-stats.pt or -discriminator-ckpt.pt, the release's naming."""
-    return f"{os.path.splitext(path)[0]}-{what}.pt"
-
-
-def _diffusers_json(path):
+def _load_config(path):
     config = files.load_json(path)
     if config.get("_class_name") != "AutoencoderKL":
         raise ValueError(f"{path}: class {config.get('_class_name')!r} is not AutoencoderKL")
     if config.get("norm_num_groups", 32) != 32:
         raise ValueError(f"{path}: norm_num_groups {config['norm_num_groups']}; only 32 is supported")
     return config
-
-
-def _load_folder(folder):
-    if not os.path.isfile(os.path.join(folder, "config.json")):
-        raise FileNotFoundError(f"{folder}: no config.json, so it is no diffusers AutoencoderKL folder")
-    _diffusers_json(os.path.join(folder, "config.json"))
-    for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
-        path = os.path.join(folder, name)
-        if os.path.isfile(path):
-            return vae_in(files.load(path), path)
-    raise FileNotFoundError(f"{folder}: no diffusion_pytorch_model.safetensors")
-
-
-def source_config(source, trained=False):
-    """What `export_vae` keeps of a VAE's diffusers config; {} if it has none, or if that can't be told.
-
-    That is scaling_factor, shift_factor, force_upcast and whether latents_mean is there.
-    finetune_vae.py keeps them with its checkpoints: a VAE refined with a frozen encoder has the latents of
-    the one it began as, and so its numbers. `trained`: its encoder was trained since; then only force_upcast
-    is kept, which is about the range of activations.
-    """
-    path = _path_of(source)
-    is_folder = os.path.isdir(path)
-    config = os.path.join(path if is_folder else os.path.dirname(path), "config.json")
-    found = {}
-    if os.path.isfile(config) and (is_folder or _has_diffusers_names(path)):
-        config = _diffusers_json(config)
-        found = _scalars(config) | ({} if config.get("latents_mean") is None else {"latents_mean": True})
-    elif not is_folder:
-        content = files.load(path, verify=False)
-        if "vae_ema" in content:
-            found = content.get("source_config", {})
-        elif "ema" in content:
-            found = _config_of_stage_one(content, path)
-    return {key: value for key, value in found.items() if key == "force_upcast" or not trained}
-
-
-def _config_of_stage_one(content, path):
-    """`source_config` of a checkpoint of train_repae_e.py: that of the VAE it began with, if still there."""
-    try:
-        before = files.training_args(content, path).get("vae_ckpt")
-    except (OSError, ValueError):
-        return {}
-    here = isinstance(before, str) and os.path.exists(before)
-    return source_config(before, trained="vae" in content) if here else {}
-
-
-def _has_diffusers_names(path):
-    return any(str(k).startswith("encoder.down_blocks.") for k in files.load(path, verify=False))
