@@ -1,8 +1,8 @@
 """AutoencoderKL, the convolutional VAE of latent diffusion (Rombach et al., arXiv 2112.10752).
 
 State-dict names are those of CompVis. f8d4 is SD-VAE, f16d32 is IN-VAE and VA-VAE, f8d16 the
-16-channel kind of FLUX and SD-3.5 (no quant convolutions), f4d4 and f4d16 tiny ones for small images. Needs
-only torch.
+16-channel kind of FLUX and SD-3.5 (no quant convolutions), f16d16 the KL-16 of MAR and later work, f16d16-ldm
+that of LDM, with attention in the decoder too, f4d4 and f4d16 tiny ones for small images. Needs only torch.
 """
 import torch
 import torch.nn as nn
@@ -245,16 +245,18 @@ class AutoencoderKL(nn.Module):
         base, multipliers: widths of the levels; the downsampling factor is 2^(len(multipliers) - 1).
         blocks: residual blocks per encoder level; the decoder has one more.
         attention_levels: levels with attention after each block (the middle always has one).
+        decoder_attention: whether these are the decoder's levels too.
         quant: with the 1x1 quant_conv and post_quant_conv.
     """
 
     def __init__(self, latent_channels, base=128, multipliers=(1, 2, 4, 4), blocks=2, attention_levels=(),
-                 quant=True):
+                 decoder_attention=True, quant=True):
         super().__init__()
         self.latent_channels = latent_channels
         self.downsample = 2 ** (len(multipliers) - 1)
         self.encoder = Encoder(latent_channels, base, multipliers, blocks, attention_levels)
-        self.decoder = Decoder(latent_channels, base, multipliers, blocks, attention_levels)
+        self.decoder = Decoder(latent_channels, base, multipliers, blocks,
+                               attention_levels if decoder_attention else ())
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if quant else nn.Identity()
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if quant else nn.Identity()
 
@@ -277,11 +279,14 @@ class AutoencoderKL(nn.Module):
         """Latents [B, C, h, w] to images [B, 3, h*f, w*f], nominally in [-1, 1]."""
         return self.decoder(self.post_quant_conv(z))
 
-    def forward(self, x, eps=None):
-        """Returns (moments [B, 2C, h, w], z = sampled latents [B, C, h, w], recon [B, 3, H, W])."""
+    def forward(self, x, eps=None, decoder_noise=None):
+        """Returns (moments [B, 2C, h, w], z = sampled latents [B, C, h, w], recon [B, 3, H, W]).
+
+        decoder_noise [B, C, h, w] is added to the latents that the decoder sees, not to the z returned.
+        """
         moments = self.moments(x)
         z = Posterior(moments).sample(eps)
-        return moments, z, self.decode(z)
+        return moments, z, self.decode(z if decoder_noise is None else z + decoder_noise)
 
 
 # name -> constructor: VAE_models["f8d4"](). f = downsampling factor, d = latent channels.
@@ -289,6 +294,9 @@ VAE_models = {
     "f8d4": lambda: AutoencoderKL(4, multipliers=(1, 2, 4, 4)),
     "f16d32": lambda: AutoencoderKL(32, multipliers=(1, 1, 2, 2, 4), attention_levels=(4,)),
     "f8d16": lambda: AutoencoderKL(16, multipliers=(1, 2, 4, 4), quant=False),
+    "f16d16": lambda: AutoencoderKL(16, multipliers=(1, 1, 2, 2, 4), attention_levels=(4,),
+                                    decoder_attention=False),
+    "f16d16-ldm": lambda: AutoencoderKL(16, multipliers=(1, 1, 2, 2, 4), attention_levels=(4,)),
     "f4d4": lambda: AutoencoderKL(4, base=32, multipliers=(1, 1, 2), blocks=1),
     "f4d16": lambda: AutoencoderKL(16, base=16, multipliers=(1, 1, 2), blocks=1),
 }

@@ -29,8 +29,10 @@ import torch
 from models.runtime import files
 from models.vae import VAE_models
 
-# (levels, latent channels) -> name in VAE_models
-ARCHITECTURES = {(4, 4): "f8d4", (5, 32): "f16d32", (4, 16): "f8d16", (3, 4): "f4d4", (3, 16): "f4d16"}
+# (levels, latent channels, whether the decoder's levels have attention) -> name in VAE_models
+ARCHITECTURES = {(4, 4, False): "f8d4", (5, 32, True): "f16d32", (4, 16, False): "f8d16",
+                 (5, 16, False): "f16d16", (5, 16, True): "f16d16-ldm",
+                 (3, 4, False): "f4d4", (3, 16, False): "f4d16"}
 
 # The release's repositories in CompVis names -> file; other hub names are those of diffusers folders
 RELEASED = {
@@ -115,9 +117,11 @@ def _levels(state, prefix="encoder.down."):
 
 def vae_name(state, what="the weights"):
     """Key of VAE_models for a state dict in CompVis names; `what` it is begins the error if there is none."""
-    shape = _levels(state), state[MARK].shape[1] if state[MARK].ndim == 4 else 0
+    attention = any(re.match(r"decoder\.up\.\d+\.attn", name) for name in state)
+    shape = _levels(state), state[MARK].shape[1] if state[MARK].ndim == 4 else 0, attention
     if shape not in ARCHITECTURES:
-        raise ValueError(f"{what}: a VAE with {shape[0]} levels and {shape[1]} latent channels is none of "
+        raise ValueError(f"{what}: a VAE with {shape[0]} levels and {shape[1]} latent channels, with"
+                         f"{'' if attention else 'out'} attention in the decoder's levels, is none of "
                          f"{', '.join(ARCHITECTURES.values())}")
     return ARCHITECTURES[shape]
 
@@ -137,7 +141,8 @@ def diffusers_config(state, stats=None, sample_size=256, source=None):
     # models/vae.py: groups of 4 channels there, where diffusers has one number for all layers
     if min(widths) < 128:
         raise ValueError("diffusers has no group norms like those of so narrow a VAE; use --format compvis")
-    attention = [f"encoder.down.{i}.attn.0.q.weight" in state for i in range(levels)]
+    down = [f"encoder.down.{i}.attn.0.q.weight" in state for i in range(levels)]
+    up = [f"decoder.up.{i}.attn.0.q.weight" in state for i in reversed(range(levels))]
     source = source or {}
     uniform = stats is not None and all(bool((s == s.flatten()[0]).all()) for s in stats)
     scaling, shift, moments = 1.0, 0.0, {}
@@ -152,7 +157,7 @@ def diffusers_config(state, stats=None, sample_size=256, source=None):
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
         "block_out_channels": widths,
-        "down_block_types": ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attention],
+        "down_block_types": ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in down],
         "force_upcast": source.get("force_upcast", False),
         "in_channels": 3,
         "latent_channels": state[MARK].shape[1],
@@ -162,7 +167,7 @@ def diffusers_config(state, stats=None, sample_size=256, source=None):
         "sample_size": sample_size,
         "scaling_factor": scaling,
         "shift_factor": shift,
-        "up_block_types": ["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attention)],
+        "up_block_types": ["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in up],
         "use_post_quant_conv": "post_quant_conv.weight" in state,
         "use_quant_conv": "quant_conv.weight" in state,
     } | moments
@@ -176,6 +181,9 @@ def check_export(out, state, stats=None, format="diffusers", source=None):
         raise ValueError(f"{out}: not written, because {bad} of the VAE contains NaN or infinity")
     if format == "diffusers":
         diffusers_config(state, stats, source=source)
+        if stats is None:   # a silent scaling_factor of 1 would give pipelines latents of another scale
+            raise ValueError(f"{out}: the VAE comes without latent statistics, which pipelines need; name them "
+                             "with --latents-stats (a file, or a scale: 0.18215 for Stable Diffusion's VAE)")
     files.check_writable(out)
 
 
@@ -217,6 +225,15 @@ def companion(path, what):
 
 
 # ---------------------------------------------------------------- statistics
+
+def load_stats(source, channels):
+    """(latents_scale, latents_bias), each [1, C, 1, 1], of a latent statistics file, or of a number as text:
+    the scale of all channels, such as 0.18215."""
+    try:
+        return _checked_stats(torch.full((channels,), float(source)), torch.zeros(channels), source)
+    except ValueError:
+        return load_stats_file(source)
+
 
 def load_stats_file(path):
     """(latents_scale, latents_bias) of a latent statistics file, each [1, C, 1, 1]."""
@@ -285,8 +302,9 @@ def open_vae(source, name=None, stats_file=None, content=None):
         files.check_state(VAE_models[found](), state, source)
     if (bad := files.first_non_finite(state)) is not None:
         raise ValueError(f"{source}: {bad} of the VAE contains NaN or infinity; use another copy")
-    stats = load_stats_file(stats_file) if stats_file else stats
     channels = state[MARK].shape[1]
+    if stats_file:
+        stats = load_stats(stats_file, channels)
     if stats is not None and stats[0].numel() != channels:
         raise ValueError(f"{stats_file or source}: statistics of {stats[0].numel()} channels, but {found} "
                          f"has {channels}")
@@ -395,11 +413,14 @@ def _frozen_vae(content, path):
     if not isinstance(source, str) or source in ("none", "auto"):
         raise ValueError(f"{path}: contains no VAE and names none; {remedy}")
     try:
-        return read(source)
+        state, stats, numbers = read(source)
     except OSError as error:
         hub = {file: repo for repo, file in RELEASED.items()}.get(os.path.basename(source))
         raise FileNotFoundError(f"{path}: trained on a frozen {settings.get('vae')} VAE, {source}, which is "
                                 f"not here; {remedy}{f', for example {hub}' if hub else ''}") from error
+    if content.get("vae_digest") not in (None, files.state_digest(state)):
+        raise ValueError(f"{path}: was trained on another VAE than {source} is now; {remedy}")
+    return state, stats, numbers
 
 
 def _load_config(path):
