@@ -169,20 +169,17 @@ def _json_labels(content, names, shared, where):
         classes = list(content.get("classes") or [])
     if content["labels"] is None:
         return ["images"], np.zeros(len(names), np.int64)
-    label_of, known = dict(pairs), set(names)
+    label_of = dict(pairs)
     for name, label in pairs:
         if type(label) is not int or not 0 <= label < 10 ** 6:
             raise ValueError(f"{where}: label {label} of {name} is not a whole number from 0 to 999999")
         if label != label_of[name]:
             raise ValueError(f"{where}: {name} has two labels, {label} and {label_of[name]}")
-        if name not in known:
-            raise ValueError(f"{where}: {name} has a label, but there is no such image")
-    if unlabelled := known - set(label_of):
-        raise ValueError(f"{where}: {min(unlabelled)} has no label")
+    if odd := set(label_of) ^ set(names):
+        there = "no label" if min(odd) in names else "a label, but there is no such image"
+        raise ValueError(f"{where}: {min(odd)} has {there}")
     labels = np.array([label_of[name] for name in names], np.int64)
-    classes = classes or [str(k) for k in range(labels.max() + 1)]
-    if len(classes) <= labels.max():
-        raise ValueError(f"{where}: label {labels.max()} has no name among its {len(classes)} classes")
+    classes += [str(k) for k in range(len(classes), labels.max() + 1)]
     return classes, labels
 
 
