@@ -280,14 +280,14 @@ def judge_samples(job, npz, out):
 def judge_vae(job, checkpoint, out):
     """Into `out`, on held-out images: PSNR, rFD (Fréchet distance of images and their reconstructions to the
     judge), and spatial variance and total variation of the latents."""
-    images = np.load(job.reference, allow_pickle=False)["images"]
+    images = torch.from_numpy(np.load(job.reference, allow_pickle=False)["images"])
     judge = make_judge(job.judge, job.setting["judge_size"])
 
     def statistics(batches):
         return dict(zip(("mu", "sigma"), feature_statistics(torch.cat([judge(batch) for batch in batches]))))
 
     vae = vae_report.open_vae(str(checkpoint), job.setting["resolution"])
-    batches = [images[i:i + 50] for i in range(0, len(images), 50)]
+    batches = images.split(50)
     found = vae_report.measure(vae, iter(batches), torch.device("cpu"), features=statistics,
                                reference=statistics(batches))
     names = ("psnr", "rfid", "spatial_variance", "total_variation")
