@@ -35,7 +35,7 @@ FIXED_IN_A_RUN = (
     "freeze_vae", "bn_momentum", "fixed_latents_stats", "cfg_prob", "batch_size", "seed", "hflip",
     "path_type", "weighting", "proj_coeff", "vae_align_proj_coeff", "spatial_norm", "diffusion_to_vae",
     "reconstruction_weight", "reconstruction_loss", "perceptual_weight", "kl_weight", "disc_weight",
-    "disc_ckpt")
+    "disc_ckpt", "decoder_noise")
 
 # One row per configuration; every value is an ordinary flag and can be overridden.
 PRESETS = {
@@ -155,7 +155,8 @@ def load_vae(args, resumed):
         return state, stats
     if args.latents_stats is None:
         return None, None
-    stats, channels = vae_files.load_stats_file(args.latents_stats), VAE_models[args.vae]().latent_channels
+    channels = VAE_models[args.vae]().latent_channels
+    stats = vae_files.load_stats(args.latents_stats, channels)
     if stats[0].numel() != channels:
         raise ValueError(f"{args.latents_stats}: statistics of {stats[0].numel()} channels, but {args.vae} "
                          f"has {channels}")
@@ -222,6 +223,9 @@ def make_batch(nets, args, step, images, labels, latents=()):
     eps, noise = (torch.randn(shape, generator=generator, device=device) for _ in range(2))
     t = sample_time(total, args.weighting, args.path_type, generator, device)
     dropped = torch.rand(total, generator=generator, device=device) < args.cfg_prob
+    more = {}
+    if args.decoder_noise:
+        more["decoder_noise"] = torch.randn(shape, generator=generator, device=device)[mine]
     images, labels, *latents = (v.to(device, non_blocking=True) for v in (images, labels, *latents))
     with torch.no_grad(), nets.autocast():
         zs = [encoder(images).bfloat16() for encoder in nets.encoders]
@@ -229,7 +233,7 @@ def make_batch(nets, args, step, images, labels, latents=()):
         zs = [spatial_norm(z, args.spatial_norm) for z in zs]
     labels_dropped = torch.where(dropped[mine], nets.sit.num_classes, labels)
     return SimpleNamespace(images=images.float() / 127.5 - 1, labels=labels, labels_dropped=labels_dropped,
-                           latents=latents, zs=zs, eps=eps[mine], noise=noise[mine], t=t[mine])
+                           latents=latents, zs=zs, eps=eps[mine], noise=noise[mine], t=t[mine], **more)
 
 
 def train_step(nets, args, batch, use_gan=True):
@@ -242,7 +246,8 @@ def train_step(nets, args, batch, use_gan=True):
         batch: namespace of this process's images [b, 3, R, R] in [-1, 1], labels [b], labels_dropped [b]
             (some of them the null label), zs (list of encoder tokens [b, T', D_k]), eps (of the posterior)
             and noise (of the path), both [b, C, h, w] ~ N(0, 1), t [b] in [0, 1], latents (of --latent-cache:
-            [mean, std], else empty). The VAE's and the SiT's update share t and noise.
+            [mean, std], else empty), with --decoder-noise decoder_noise [b, C, h, w] ~ N(0, 1). The VAE's
+            and the SiT's update share t and noise.
         use_gan: whether the VAE sees the discriminator yet.
     Returns (metrics: dict of scalar tensors, skip: 1.0 if one of them was not finite: then no weight and no
     batch norm statistic has changed; the EMA still averages).
@@ -256,7 +261,8 @@ def train_step(nets, args, batch, use_gan=True):
         z = torch.cat([frozen_latents(nets, part) for part in parts])
     else:
         # 1) VAE forward: posterior, latents z, reconstruction r.
-        outputs, z, recon = trainer.vae_forward(nets, parts)
+        noises = trainer.decoder_noises(nets, args, parts)      # None without --decoder-noise
+        outputs, z, recon = trainer.vae_forward(nets, parts, noises)
         # 2) The VAE's gradient: its own losses, and the alignment loss through a frozen SiT.
         gan, gan_gradients = None, [None] * n
         if nets.disc is not None and use_gan:
@@ -269,7 +275,7 @@ def train_step(nets, args, batch, use_gan=True):
                 gan_gradient, = torch.autograd.grad(args.disc_weight * gan, r)
             gan_gradients = (n * gan_gradient).chunk(n)     # n: backward averages over the micro-batches
         metrics |= trainer.backward(nets, "vae", "vae_loss", lambda *row: vae_losses(nets, args, gan, *row),
-                                    parts, outputs, gan_gradients)
+                                    parts, noises, outputs, gan_gradients)
         # 3) The discriminator's gradient, on the same reconstructions; the whole batch at once, for its
         #    batch norms.
         if nets.disc is not None:
@@ -298,14 +304,14 @@ def frozen_latents(nets, part):
     return nets.vae.encode(part.images).sample(part.eps)
 
 
-def vae_losses(nets, args, gan, part, output, gan_gradient):
+def vae_losses(nets, args, gan, part, noise, output, gan_gradient):
     """Part 2: the losses of the VAE on a micro-batch, as scalars by name; "vae_loss" is what it minimises.
 
     gan: the GAN loss of the whole batch, None until the VAE sees the discriminator; gan_gradient: this part's
     share of its gradient at the reconstructions, weighted. Gradient reaches the VAE. Not the SiT and its
     projector, whose weights enter detached; not the encoder.
     """
-    moments, z, recon = trainer.vae_outputs(nets, part, output)     # [b, 2C, h, w], [b, C, h, w], images
+    moments, z, recon = trainer.vae_outputs(nets, part, noise, output)      # [b, 2C, h, w], [b, C, h, w], images
     losses = reconstruction_losses(part.images, recon, Posterior(moments), nets.lpips,
                                    args.reconstruction_weight, args.perceptual_weight, args.kl_weight,
                                    args.reconstruction_loss)                                         # (5)

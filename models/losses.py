@@ -154,12 +154,8 @@ def gan_loss(discriminator, recon):
     return -wide(discriminator(recon)).mean()
 
 
-def discriminator_loss(discriminator, images, recon, lecam_weight=0.0, lecam_means=None):
+def discriminator_loss(discriminator, images, recon):
     """(7), the hinge loss; recon is detached.
-
-    With lecam_weight, LeCam regularisation on top (Tseng et al., arXiv 2104.03310, eq. 3): no logit may run
-    away from lecam_means [2], the moving averages of the mean logits of images and of reconstructions, to the
-    far side of them. The released code puts each GPU's mean logit there: its loss depends on their number.
 
     Returns (d_loss, logits_real, logits_fake), scalars; the logits are means, for the log. The discriminator
     sees the images first: in train mode each call updates its running statistics.
@@ -167,7 +163,4 @@ def discriminator_loss(discriminator, images, recon, lecam_weight=0.0, lecam_mea
     real = wide(discriminator(images))
     fake = wide(discriminator(recon.detach()))
     d_loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
-    if lecam_weight > 0:
-        real_excess, fake_excess = F.relu(real - lecam_means[1]), F.relu(lecam_means[0] - fake)
-        d_loss = d_loss + lecam_weight * (real_excess.square().mean() + fake_excess.square().mean())
     return d_loss, real.detach().mean(), fake.detach().mean()

@@ -82,13 +82,13 @@ def gradient_norms(net):
 def vae_backward(nets, args, batch, use_gan=False):
     """Part 2 of the step alone; returns the reconstructions."""
     parts, gan, gradient = trainer.micro_batches(batch, 1), None, None
-    outputs, _, recon = trainer.vae_forward(nets, parts)
+    outputs, _, recon = trainer.vae_forward(nets, parts, [None])
     if use_gan:
         leaf = recon.clone().requires_grad_()
         gan = gan_loss(nets.disc, leaf)
         gradient, = torch.autograd.grad(args.disc_weight * gan, leaf)
     trainer.backward(nets, "vae", "vae_loss", lambda *row: train.vae_losses(nets, args, gan, *row),
-                     parts, outputs, [gradient])
+                     parts, [None], outputs, [gradient])
     return recon
 
 
@@ -154,12 +154,13 @@ def test_both_losses_reach_sit_and_projector_in_its_update():
 
 # -------------------------------------------------------------------------------- equal results, other splits
 
-def test_accumulation_equals_the_whole_batch():
+@pytest.mark.parametrize("flags", [[], ["--decoder-noise", "0.3"]])
+def test_accumulation_equals_the_whole_batch(flags):
     """All gradients, batch norm statistics and losses, the discriminator's batch norm included."""
     results = []
     for n in (1, 2, 4):
         nets, args = tiny_nets("--gradient-accumulation-steps", str(n), "--disc-start", "0",
-                               "--max-grad-norm", "1e9")
+                               "--max-grad-norm", "1e9", *flags)
         nets.opts = {}  # keep the gradients
         values, _ = train.train_step(nets, args, tiny_batch(nets, args))
         gradients = {f"{name}.{k}": p.grad for name in nets.trained
@@ -172,6 +173,19 @@ def test_accumulation_equals_the_whole_batch():
             torch.testing.assert_close(gradients[name], results[0][1][name], atol=1e-5, rtol=1e-4, msg=name)
         for a, b in zip(statistics, results[0][2]):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_decoder_noise_has_the_latents_scale_and_is_seen_by_the_decoder_alone():
+    plain, args0 = tiny_nets("--batch-size", "8")
+    nets, args = tiny_nets("--batch-size", "8", "--decoder-noise", "0.3")
+    (part,), (part0,) = (trainer.micro_batches(tiny_batch(n, a), 1) for n, a in ((nets, args), (plain, args0)))
+    assert torch.equal(part.eps, part0.eps) and torch.equal(part.noise, part0.noise)
+    noise, = trainer.decoder_noises(nets, args, [part])
+    _, z0, recon0 = trainer.vae_forward(plain, [part0], trainer.decoder_noises(plain, args0, [part0]))
+    _, z, recon = trainer.vae_forward(nets, [part], [noise])
+    assert torch.equal(z, z0) and not torch.equal(recon, recon0)
+    ratio = noise.std((0, 2, 3)) / z.std((0, 2, 3))
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 0.3), rtol=0.2, atol=0)
 
 
 def test_two_nodes_and_then_one_process_equal_one(tmp_path):
@@ -500,14 +514,6 @@ def test_bf16_step_stays_close_to_float32():
         assert skip == 0
         for name in ("reconstruction_loss", "vae_align_loss", "denoising_loss", "proj_loss", "d_loss"):
             assert values[name].item() == pytest.approx(reference[name].item(), rel=0.03, abs=0.01), name
-
-
-def test_a_gpu_without_bf16_takes_fp16_and_says_so(monkeypatch, capsys):
-    for has, expected in ((True, torch.bfloat16), (False, torch.float16)):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
-        assert trainer.autocast_type(settings(), torch.device("cuda")) == expected
-    assert "fp16" in capsys.readouterr().out
-    assert trainer.autocast_type(settings(), torch.device("cpu")) == torch.float32
 
 
 def test_without_a_c_compiler_a_gpu_run_is_not_compiled_and_says_so(monkeypatch, capsys):

@@ -100,7 +100,7 @@ def latents(folder, data, made_of, vae, device, workers, images=False):
     if not os.path.exists(path):
         fill(np.load(part, mmap_mode="r+"), Blocks(data, rows), vae, device, workers)
         distributed.barrier()
-        if distributed.is_main():
+        if distributed.is_main() and os.path.exists(part):  # a second run may have made it meanwhile
             os.replace(part, path)
         distributed.barrier()
     return Latents(data, path, images)
@@ -110,7 +110,7 @@ def latents(folder, data, made_of, vae, device, workers, images=False):
 def fill(table, blocks, vae, device, workers):
     """Compute this process's share of the blocks that `table` lacks."""
     mine = range(distributed.rank(), len(blocks), distributed.world_size())
-    missing = [k for k in mine if not table["std"][k * BLOCK:(k + 1) * BLOCK, 0, 0, 0].all()]
+    missing = [k for k in mine if not table["std"][k * BLOCK:(k + 1) * BLOCK, -1, -1, -1].all()]
     pool = {"multiprocessing_context": "fork", "worker_init_fn": start_worker} if workers else {}
     loader = DataLoader(Subset(blocks, missing), batch_size=None, num_workers=workers, **pool)
     update = progress("blocks of 16 images encoded", len(mine))

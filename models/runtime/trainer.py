@@ -1,7 +1,7 @@
 """The plumbing that both training scripts share. No loss is defined here: they say what is trained by what.
 
 In the order in which a script calls it: the networks of a run, its settings and data, what `prepare` adds for
-training, the functions around the losses of one step (micro_batches, vae_forward, backward, update), and
+training, the functions around the losses of one step (micro_batches, decoder_noises, vae_forward, backward, update), and
 checkpoints. Errors a user can cause are ValueError or OSError, with one line each.
 """
 import contextlib
@@ -22,11 +22,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models.metrics import latent_moments
-from models.runtime import distributed, files
+from models.runtime import cli, distributed, files
 from models.runtime.data import EndlessSampler, check_same_data, make_loader
-from models.vae import ResnetBlock
+from models.vae import Posterior, ResnetBlock
 
-LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MEMORY_REMEDY = "lower --batch-size, raise --gradient-accumulation-steps, or pass --grad-checkpoint"
 
 
@@ -53,8 +52,8 @@ class Networks:
 
     def autocast(self, enabled=True):
         """Context in which the networks run in `dtype`; enabled=False: in float32, within such a context."""
-        low = self.dtype if self.dtype in LOW_PRECISION.values() else None
-        return torch.autocast(self.device.type, low, enabled=enabled and low is not None)
+        low = self.dtype in (torch.bfloat16, torch.float16)
+        return torch.autocast(self.device.type, self.dtype if low else None, enabled=enabled and low)
 
 
 # ---------------------------------------------------------------- settings and data
@@ -169,7 +168,7 @@ def prepare(nets, args):
         nets.ddp[name] = wrap_ddp(net, nets.device)
         nets.statistics += [b for b in net.buffers() if b.is_floating_point()]
     nets.ema = copy.deepcopy(getattr(nets, nets.averaged)).eval().requires_grad_(False)
-    nets.dtype = autocast_type(args, nets.device)
+    nets.dtype = cli.autocast_type(args.mixed_precision, nets.device)
     nets.loss_scale = LossScale(nets.dtype == torch.float16, nets.device)
     if args.grad_checkpoint:
         nets.vae.save_memory()
@@ -190,17 +189,6 @@ def wants_compile(args, device):
     if missing := [name for name in found if not found[name]]:
         note(f"not compiled, which costs speed: {', '.join(missing)} not found")
     return not missing
-
-
-def autocast_type(args, device):
-    """torch type of --mixed-precision: auto is bfloat16 on a GPU (float16 where it has no bfloat16, before
-    Ampere) and float32, no autocast, on the CPU."""
-    precision = args.mixed_precision
-    if precision == "auto" and device.type == "cuda":
-        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        if precision == "fp16":
-            note("--mixed-precision auto: fp16, this GPU has no bf16")
-    return LOW_PRECISION.get(precision, torch.float32)
 
 
 def adamw(parameters, args, learning_rate):
@@ -276,7 +264,25 @@ def micro_batches(batch, n):
     return parts
 
 
-def vae_forward(nets, parts):
+@torch.no_grad()
+def decoder_noises(nets, args, parts):
+    """What is added to the latents that the decoder sees: [b, C, h, w] for each micro-batch, or None.
+
+    Gaussian noise of --decoder-noise times the latents' standard deviation, per channel over the global batch,
+    for which the encoder runs once more. A decoder that is trained with it tolerates the errors that a
+    diffusion model makes (representation autoencoders do so, arXiv 2510.11690).
+    """
+    if not args.decoder_noise:
+        return [None] * len(parts)
+    with nets.autocast():
+        z = torch.cat([Posterior(nets.vae.moments(part.images)).sample(part.eps) for part in parts]).double()
+    sums = torch.stack([z.mean((0, 2, 3)), z.square().mean((0, 2, 3))])
+    mean, square = distributed.all_reduce_sum(sums) / distributed.world_size()
+    std = (square - mean.square()).sqrt().float()[:, None, None]
+    return [args.decoder_noise * std * part.decoder_noise for part in parts]
+
+
+def vae_forward(nets, parts, noises):
     """The VAE's forward pass over the micro-batches of a step, before any gradient is taken.
 
     Returns (outputs, z, recon): latents z [b, C, h, w] and reconstructions [b, 3, R, R] of the whole batch,
@@ -287,15 +293,15 @@ def vae_forward(nets, parts):
     keep = len(parts) == 1
     vae = nets.ddp["vae"] if keep else nets.vae
     with torch.set_grad_enabled(keep), nets.autocast():
-        outputs = [vae(part.images, part.eps) for part in parts]
+        outputs = [vae(part.images, part.eps, noise) for part, noise in zip(parts, noises)]
     z, recon = (torch.cat([output[k].detach() for output in outputs]) for k in (1, 2))
     return outputs if keep else [None] * len(parts), z, recon
 
 
-def vae_outputs(nets, part, output):
+def vae_outputs(nets, part, noise, output):
     """(moments [b, 2C, h, w], z [b, C, h, w], r [b, 3, R, R]) of a micro-batch, with their graph: `output` of
     vae_forward, computed now where that is None."""
-    return nets.ddp["vae"](part.images, part.eps) if output is None else output
+    return nets.ddp["vae"](part.images, part.eps, noise) if output is None else output
 
 
 def with_gradient(value, x, gradient):
