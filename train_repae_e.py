@@ -64,6 +64,9 @@ def make_parser():
 
     flag(model, "--model", "SiT-XL/2", "diffusion transformer: SiT-{XL,L,B,S,Ti}/{1,2,4,8}",
          choices=list(SiT_models), metavar="NAME")
+    flag(model, "--encoder", "dinov2-vit-b",
+         "target encoder(s), comma-separated: reference names, timm names, or hog")
+    flag(model, "--encoder-ckpt", None, "encoder weights on disk, comma-separated in the order of --encoder")
     flag(model, "--encoder-depth", 8,
          "block, from 1, whose tokens are aligned (8 for L and XL, 4 is usual for B)", above=0)
     flag(model, "--projector", "mlp",

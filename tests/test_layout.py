@@ -84,7 +84,7 @@ def test_files_of_models_import_alone(tmp_path):
     ("train_repae_e.py", ("data:", "losses:", "torchrun --nproc-per-node 8 train_repae_e.py")),
     ("finetune_vae.py", ("losses:", "finetune_vae.py --export")),
     ("sample_ddp.py", ("samples:", "solver and guidance:", "output:", "torchrun --nproc-per-node")),
-    ("evaluate_fid.py", ("evaluate_fid.py --save-ref ref.npz", "--kid-subsets", "torchrun"))])
+    ("evaluate_fid.py", ("evaluate_fid.py --save-ref ref.npz", "--save-ref-images", "torchrun"))])
 def test_help_and_a_mistyped_flag(tmp_path, script, words):
     """Groups of flags and examples are on the page. A foreign package named models does not shadow ours."""
     (tmp_path / "models").mkdir()

@@ -150,11 +150,11 @@ def check_writable(path, inputs=()):
 
     It may exist, but must not be one of the files `inputs`, which it would replace. Leaves nothing behind.
     """
-    path = os.path.realpath(path)
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path}: is a folder; give the name of a file to write")
     if os.path.exists(path) and not os.path.isfile(path):
         return      # a device or FIFO
+    path = os.path.realpath(path)
     if os.path.exists(path) and any(os.path.exists(i) and os.path.samefile(path, i) for i in inputs):
         raise ValueError(f"{path}: is an input and would be replaced; give another name to write to")
     folder = os.path.dirname(path)
