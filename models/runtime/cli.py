@@ -139,8 +139,8 @@ def training_flags(parser):
     flag(model, "--vae", None, "VAE: downsampling factor and latent channels", choices=list(VAE_models))
     flag(model, "--disc-ckpt", "auto",
          "discriminator weights: a path, a hub name, none (from scratch), or auto")
-    flag(model, "--latents-stats", None, "file with latents_scale and latents_bias, or a scale such as 0.18215, "
-         "for a VAE that has none")
+    flag(model, "--latents-stats", None, "file with latents_scale and latents_bias, or a scale such as "
+         "0.18215, for a VAE that has none")
 
     flag(losses, "--reconstruction-weight", 1.0, "weight of the distance between pixels")
     flag(losses, "--reconstruction-loss", "l1",
