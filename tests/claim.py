@@ -39,7 +39,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from models.metrics import feature_statistics, frechet_distance_of_features
+from models.metrics import feature_statistics, frechet_distance
 from models.runtime import files, vae_report
 from models.runtime.data import ShapesData, open_images
 from models.runtime.pictures import label_grid
@@ -240,8 +240,8 @@ def rows_of(judge, images, batch=50):
 
 
 def distance(rows, known):
-    """Fréchet distance of features [N, D] and [M, D]."""
-    return float(frechet_distance_of_features(torch.from_numpy(rows), torch.from_numpy(known)))
+    """Frechet distance of features [N, D] and [M, D]."""
+    return frechet_distance(*feature_statistics(rows), *feature_statistics(known))
 
 
 def agreement(rows, labels, known, known_labels, k=5):
@@ -270,7 +270,7 @@ def make_reference(job, path):
 
 
 def judge_samples(job, npz, out):
-    """Fréchet distance and label agreement of a sample file, into `out`."""
+    """Frechet distance and label agreement of a sample file, into `out`."""
     known, file = np.load(job.reference, allow_pickle=False), np.load(npz, allow_pickle=False)
     rows = rows_of(make_judge(job.judge, job.setting["judge_size"]), file["arr_0"].transpose(0, 3, 1, 2))
     files.save_json({"distance": distance(rows, known["rows"]),
@@ -278,7 +278,7 @@ def judge_samples(job, npz, out):
 
 
 def judge_vae(job, checkpoint, out):
-    """Into `out`, on held-out images: PSNR, rFD (Fréchet distance of images and their reconstructions to the
+    """Into `out`, on held-out images: PSNR, rFD (Frechet distance of images and their reconstructions to the
     judge), and spatial variance and total variation of the latents."""
     images = torch.from_numpy(np.load(job.reference, allow_pickle=False)["images"])
     judge = make_judge(job.judge, job.setting["judge_size"])
@@ -558,7 +558,7 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", choices=list(SETTINGS), default="shapes")
     parser.add_argument("--out", type=Path, default=Path("claims"), help="folder for all that is made")
-    parser.add_argument("--minutes", type=float, default=1e6, help="budget; the same command resumes")
+    parser.add_argument("--minutes", type=float, default=10000, help="budget; the same command resumes")
     parser.add_argument("--steps", type=int, help="of the recipes, instead of the setting's; in a folder of "
                         "its own. A multiple of the setting's steps between checkpoints")
     parser.add_argument("--seeds", type=lambda text: [int(x) for x in text.split(",")], default=[0, 1, 2])
