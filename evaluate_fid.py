@@ -1,25 +1,51 @@
 """Inception Score, FID, sFID, precision and recall, exactly as the ADM evaluation suite computes them.
 
-    python evaluate_fid.py ref.npz samples.npz                       # prints the five numbers, no TensorFlow
+    python evaluate_fid.py ref.npz samples.npz                       # prints the five figures, no TensorFlow
     python evaluate_fid.py --json out.json ref.npz samples/          # .npz, folder or .zip on either side
-    python evaluate_fid.py --save-ref ref.npz images/                # make a reference once, use it for ever
+    python evaluate_fid.py --save-ref ref.npz images/                # compute a reference's statistics once
     torchrun --nproc-per-node 8 evaluate_fid.py ref.npz samples.npz  # features on 8 GPUs
-    python evaluate_fid.py --metrics kid,fid_infinity --cache features ref.npz samples.npz
+    python evaluate_fid.py --metrics kid,fdd ref.npz samples.npz     # KID and FD-DINOv2 as well
 
-In a .npz, arr_0 holds the images, uint8 [N, H, W, 3]. Where a file also holds mu, sigma, mu_s, sigma_s, these
-give FID and sFID; Inception Score, precision and recall always come from the images. A reference may be
+In a .npz, arr_0 contains the images, uint8 [N, H, W, 3]. If a file also contains mu, sigma, mu_s, sigma_s,
+FID and sFID use these; Inception Score, precision and recall always come from the images. A reference may be
 statistics alone: mu and sigma (as pytorch-fid writes them) give FID, mu_s and sigma_s give sFID.
 
-With --cache a stopped run goes on where it was. As a library:
+As a library:
 
     from evaluate_fid import feature_statistics, frechet_distance, inception_score, precision_recall
 
-The formulas are in models/metrics.py, the network and its preprocessing in models/inception.py, the work on
-files and processes in models/runtime/features.py.
+The formulas are in models/metrics.py, the network and its preprocessing in models/inception.py, the loop over
+images and processes in models/runtime/features.py.
 """
-from models.runtime import cli
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from types import SimpleNamespace
 
-METRICS = ("kid", "fdd", "cmmd", "fid_infinity", "fid_per_class")     # beside the five, under their own names
+import numpy as np
+import torch
+
+from models.inception import POOL_DIM, SPATIAL_DIM, WEIGHTS_SHA256
+from models.metrics import (check_covariance, feature_statistics, frechet_distance,  # noqa: F401
+                            inception_score, kernel_distance, precision_recall)
+from models.runtime import cli, distributed, files, log
+from models.runtime.data import NpzData, evenly_spaced, identity, open_images
+from models.runtime.features import (encoder_features, extract, fitting_batch_size, hog_features,
+                                     inception_features, load_inception, read, score)
+
+METRICS = ("kid", "fdd")    # further ones, on request
+FDD_ENCODERS = ("dinov2-vit-l", "vit_large_patch14_dinov2.lvd142m")     # whose figure is called fdd
+STATISTICS = {"mu": (POOL_DIM,), "sigma": (POOL_DIM,) * 2,
+              "mu_s": (SPATIAL_DIM,), "sigma_s": (SPATIAL_DIM,) * 2}
+LEAST = 4           # images per set: precision and recall look at the 3rd neighbour
+PROTOCOL = 50_000   # samples behind published figures
+LABELS = {"inception_score": "Inception Score", "fid": "FID", "sfid": "sFID", "precision": "Precision",
+          "recall": "Recall", "f_score": "F-score", "kid": "KID", "kid_std": "KID, spread of its subsets",
+          "inception_score_std": "Inception Score, spread of its splits",
+          "inception_score_shuffled": "Inception Score, shuffled", "fdd": "FDD", "fd_hog": "FD-hog"}
 
 
 # ---------------------------------------------------------------- flags
@@ -28,80 +54,32 @@ def parse_args(argv=None):
     parser, flag = cli.make_parser(__doc__), cli.flag
     parser.add_argument("ref", help="reference: .npz with arr_0 or statistics, folder or .zip of images")
     parser.add_argument("samples", nargs="?", help="samples, likewise (none with --save-ref)")
-    inputs, arithmetic, more, weights, output = (parser.add_argument_group(name) for name in (
-        "inputs", "arithmetic", "further metrics", "weights", "output and speed"))
+    inputs, metrics, output = map(parser.add_argument_group, ("inputs", "metrics", "output and speed"))
     flag(inputs, "--resolution", None, "crop the images of folders and .zips to this size as ADM does",
          type=int, above=0)
-    flag(inputs, "--limit", None, "only the first N images of each input, for a look", type=int, least=4,
-         metavar="N")
-
-    flag(arithmetic, "--exact", False, "both of the following")
-    flag(arithmetic, "--exact-is", False, "Inception Score in float64: a number where the suite prints nan")
-    flag(arithmetic, "--exact-pr", False, "precision and recall in float32 instead of the suite's float16")
-    flag(arithmetic, "--features", "inception", "hog: a Frechet distance on gradient histograms (FD-hog) "
-         "alone, which needs no weights", choices=["inception", "hog"])
-
-    flag(more, "--metrics", "", f"comma-separated: {', '.join(METRICS)}")
-    flag(more, "--kid-subsets", 100, "pairs of subsets behind KID", above=0, most=10**6)
-    flag(more, "--kid-subset-size", 1000, "images in each; smaller sets are used whole", least=2, most=10**5)
-    flag(more, "--seed", 2020, "of KID's subsets and FID-infinity's halves", most=2**32 - 1)
-    flag(more, "--encoder", "dinov2-vit-l", "encoder of fdd; another one is reported as fd_NAME")
-
-    flag(weights, "--inception-weights", None, "pt_inception-2015-12-05-6726825d.pth; without it a copy in "
-         "torch hub's folder is used, or downloaded once", metavar="PATH")
-    flag(weights, "--encoder-ckpt", None, "weights of --encoder on disk", metavar="PATH")
-    flag(weights, "--clip-ckpt", None, "timm's weights of CLIP ViT-L/14 at 336 px on disk, for cmmd",
+    flag(inputs, "--limit", None, "only the first N images of each input", type=int, least=LEAST, metavar="N")
+    flag(inputs, "--inception-weights", None,
+         "pt_inception-2015-12-05-6726825d.pth; default: a copy in torch hub's folder, or a download",
          metavar="PATH")
+    flag(inputs, "--encoder-ckpt", None, "weights of --encoder on disk", metavar="PATH")
 
-    flag(output, "--json", None, "figures, and what proves them: digests, counts, versions", metavar="PATH")
+    flag(metrics, "--exact", False, "not the suite's arithmetic: Inception Score in float64, precision and "
+         "recall in float32 instead of float16")
+    flag(metrics, "--features", "inception", "hog: a Frechet distance on gradient histograms (FD-hog) alone, "
+         "which needs no weights", choices=["inception", "hog"])
+    flag(metrics, "--metrics", "", f"comma-separated: {', '.join(METRICS)}")
+    flag(metrics, "--encoder", "dinov2-vit-l", "encoder of fdd; another one is reported as fd_NAME")
+
+    flag(output, "--json", None, "write figures, digests, counts, settings and versions", metavar="PATH")
     flag(output, "--save-ref", None, "write a reference made from the one input and stop", metavar="OUT.npz")
-    flag(output, "--save-ref-images", 10_000, "images kept in it (evenly spaced) for precision and recall; "
-         "its statistics are of all", least=4, metavar="N")
-    flag(output, "--cache", None, "keep features there, 16 KB per image, by content; a run that was stopped "
-         "goes on from them", metavar="FOLDER")
+    flag(output, "--save-ref-images", 10_000,
+         "images kept in it, evenly spaced, for precision and recall; its statistics are of all",
+         least=LEAST, metavar="N")
     flag(output, "--batch-size", None, "images per process at a time (default: what fits)", type=int, above=0)
     args = parser.parse_args(argv)
     args.metrics = [name for name in args.metrics.split(",") if name]
-    args.exact_is, args.exact_pr = args.exact_is or args.exact, args.exact_pr or args.exact
     return args
 
-
-if __name__ == "__main__":
-    cli.answer_early(parse_args)
-
-import hashlib
-import json
-import os
-import platform
-import sys
-
-import numpy as np
-import scipy
-import timm
-import torch
-
-from models.inception import POOL_DIM, WEIGHTS_SHA256
-from models.metrics import (check_covariance, feature_statistics, frechet_distance,  # noqa: F401
-                            inception_score, kernel_distance, precision_recall)
-from models.runtime import distributed, files, signals
-from models.runtime.features import (CLIP, cached_features, clip_features, encoder_features,  # noqa: F401
-                                     extract, fitting_batch_size, hog_features, inception_features,
-                                     load_inception, load_reference, progress_line, score, score_samples)
-from models.runtime.images import STATISTICS, evenly_spaced, input_digest, open_input, write_npz
-
-# What a figure called fdd may come from.
-FDD_ENCODERS = ("dinov2-vit-l", "vit_large_patch14_dinov2.lvd142m")
-PROTOCOL = 50_000    # samples behind published figures
-LABELS = {"inception_score": "Inception Score", "fid": "FID", "sfid": "sFID", "precision": "Precision",
-          "recall": "Recall", "f_score": "F-score", "kid": "KID", "kid_std": "KID, spread of its subsets",
-          "inception_score_std": "Inception Score, spread of its splits", "fid_infinity": "FID-infinity",
-          "fid_error": "FID, standard error", "cmmd": "CMMD", "fdd": "FDD", "fd_hog": "FD-hog"}
-# The files behind a figure.
-CODE = ("evaluate_fid.py", "models/metrics.py", "models/inception.py", "models/encoders.py",
-        "models/runtime/features.py", "models/runtime/images.py", "models/runtime/data.py")
-
-
-# ---------------------------------------------------------------- what can be wrong, before any work
 
 def check_args(args):
     """Raise a one-line error for settings that contradict each other, or outputs that cannot be written."""
@@ -111,200 +89,197 @@ def check_args(args):
         raise ValueError("give a reference and samples, or --save-ref OUT.npz and one input")
     if args.features == "hog" and (args.metrics or args.save_ref):
         raise ValueError("--features hog gives FD-hog alone; drop --metrics and --save-ref")
-    if args.save_ref and args.metrics:
-        raise ValueError("--metrics belongs to a comparison; drop it with --save-ref")
+    if args.save_ref and (args.metrics or args.json):
+        raise ValueError("--metrics and --json belong to a comparison; drop them with --save-ref")
     if args.save_ref and not args.save_ref.endswith(".npz"):
         raise ValueError(f"--save-ref {args.save_ref}: must end in .npz")
-    if args.save_ref and args.json:
-        raise ValueError("--json belongs to a comparison; drop it with --save-ref")
-    read = (args.ref, args.samples, args.inception_weights, args.encoder_ckpt, args.clip_ckpt)
-    for path in (args.json, args.save_ref, args.cache and os.path.join(args.cache, "piece")):
-        if path:
-            files.check_writable(path, [p for p in read if p])
-            files.remove_leftovers(os.path.dirname(os.path.abspath(path)))
+    given = [p for p in (args.ref, args.samples, args.inception_weights, args.encoder_ckpt) if p]
+    for path in filter(None, (args.json, args.save_ref)):
+        files.check_writable(path, given)
 
 
-def check_inputs(args, inputs):
-    """Raise a one-line error for inputs too poor for the task; set images.used and images.labels."""
-    for images in inputs:
-        images.used = min(images.count, args.limit or images.count)
-        for name in ("sigma", "sigma_s"):
-            if name in images.statistics and args.features == "inception":
-                check_covariance(images.statistics[name], f"{images.path}: {name}")
-        if not images.count and (args.features == "hog" or args.save_ref):
-            raise ValueError(f"{images.path}: has statistics but no images (arr_0), which this needs")
-        if "fid_per_class" in args.metrics:
-            labels = images.array("arr_1")
-            if labels is None or labels.shape != (images.count,) or labels.dtype.kind not in "iu":
-                raise ValueError(f"{images.path}: fid_per_class needs a .npz with a label per image (arr_1)")
-            images.labels = labels[:images.used]
-    if args.save_ref and inputs[0].statistics:
-        raise ValueError(f"{args.ref}: is a reference with statistics already")
-    if args.features == "hog" and len({images.size for images in inputs} | {inputs[0].size[::-1]}) > 1:
-        raise ValueError("--features hog needs square images of one size in both inputs; pass --resolution")
+# ---------------------------------------------------------------- inputs and networks
+
+def open_input(path, args):
+    """One of the two inputs: namespace(path, images, used, statistics).
+
+    images: from data.open_images; used: how many of them count; statistics: {mu, sigma, mu_s, sigma_s} that a
+    .npz stores, else {}. Raises ValueError or OSError in one line.
+    """
+    if not os.path.exists(path) and path != "shapes":
+        raise FileNotFoundError(f"{path}: no such file; give a .npz with arr_0, a folder or a .zip of images")
+    resolution = None if path.endswith(".npz") else args.resolution
+    images = open_images(path, resolution, seed=1, labelled=False)   # seed: not the shapes of training
+    statistics = stored_statistics(images) if isinstance(images, NpzData) else {}
+    if len(images) < LEAST and (len(images) or not statistics):
+        raise ValueError(f"{path}: {len(images)} images are too few, at least {LEAST} are needed")
+    if not len(images) and (args.features == "hog" or args.save_ref):
+        raise ValueError(f"{path}: has statistics but no images (arr_0), which this needs")
+    if statistics and args.save_ref:
+        raise ValueError(f"{path}: is a reference with statistics already")
+    used = min(len(images), args.limit or len(images))
+    return SimpleNamespace(path=path, images=images, used=used, statistics=statistics)
 
 
-def load_networks(args, inputs, device):
+def stored_statistics(images):
+    """{name: array} of the STATISTICS in a .npz that has mu, else {}. Without images mu and sigma will do."""
+    names = set(images.arrays.files)
+    if "mu" not in names:
+        return {}
+    alone = not len(images) and not {"mu_s", "sigma_s"} & names
+    found = {name: images.array(name) for name in (["mu", "sigma"] if alone else STATISTICS)}
+    for name, value in found.items():
+        shape, where = STATISTICS[name], f"{images.path}: {name}"
+        if value is None:
+            raise ValueError(f"{images.path}: has mu but not {name}; make the reference with --save-ref")
+        if value.shape != shape or value.dtype.kind != "f" or not np.isfinite(value).all():
+            raise ValueError(f"{where} is not a finite float array of shape {list(shape)}; "
+                             "make the reference with --save-ref")
+        if len(shape) == 2:
+            check_covariance(value, where)
+    return found
+
+
+def stored_protocol(images):
+    """The protocol (JSON text) in a .npz of sample_ddp.py or --save-ref as a dict, {} in other files."""
+    try:
+        protocol = json.loads(str(images.array("protocol")))
+    except (AttributeError, ValueError, RecursionError):
+        return {}
+    return protocol if isinstance(protocol, dict) else {}
+
+
+def load_networks(args, size, device):
     """-> (Inception network or None, list of feature functions, {network: what its weights are})."""
     if args.features == "hog":
-        return None, [hog_features(inputs[0].size[0], device)], {"hog": {"size": list(inputs[0].size)}}
+        return None, [hog_features(size[0], device)], {"hog": {"size": list(size)}}
     net = load_inception(args.inception_weights, device)
-    networks, about = [inception_features(net)], {"inception": {"path": net.path}}
+    networks, about = [inception_features(net)], {"inception": {"path": net.path, "sha256": net.sha256}}
     if "fdd" in args.metrics:
         networks.append(encoder_features(args.encoder, args.encoder_ckpt, device))
-        about["fdd"] = {"name": args.encoder, "path": args.encoder_ckpt}
-    if "cmmd" in args.metrics:
-        networks.append(clip_features(args.clip_ckpt, device))
-        about["cmmd"] = {"name": CLIP, "path": args.clip_ckpt}
-    for weights in about.values():
-        if weights["path"]:
-            weights["sha256"] = files.sha256(weights["path"])
+        about["fdd"] = {"name": args.encoder, "path": args.encoder_ckpt,
+                        "sha256": files.sha256(args.encoder_ckpt) if args.encoder_ckpt else None}
     return net, networks, about
 
 
-# ---------------------------------------------------------------- the work
+def check_same_everywhere(args, inputs, about):
+    """Raise ValueError if another process has other settings, images or weights; paths may differ."""
+    settings = {f"--{name}": getattr(args, name) for name in ("features", "metrics", "exact", "limit")}
+    weights = {f"weights of {name}": entry.get("sha256", "none") for name, entry in about.items()}
+    images = {f"input {k}": identity(source.images) for k, source in enumerate(inputs)}
+    distributed.check_same(settings | weights | images)
 
-def save_reference(path, images, statistics, count):
+
+# ---------------------------------------------------------------- output
+
+def save_reference(path, source, statistics, count):
     """Write `count` evenly spaced images and mu, sigma, mu_s, sigma_s: the layout of the suite's references.
 
-    `protocol` says of how many images the statistics are; arr_1, where the input has it, keeps their labels.
+    `protocol`, JSON text, says of how many images the statistics are.
     """
-    chosen, labels = evenly_spaced(images.used, count), images.array("arr_1")
-    more = {name: statistics[name] for name in STATISTICS}
-    if labels is not None and labels.shape == (images.count,):
-        more["arr_1"] = labels[chosen]
-    protocol = {"reference": os.path.basename(images.path), "statistics_of": images.used}
-    more["protocol"] = np.array(json.dumps(protocol))
-    write_npz(path, images.read(256, rows=chosen), (len(chosen), *images.size, 3), **more)
-    print(f"{path}: statistics of {images.used:,} images, {len(chosen):,} kept for precision and recall")
+    chosen = evenly_spaced(source.used, count)
+    rows = (source.images[int(row)][0].permute(1, 2, 0)[None].numpy() for row in chosen)
+    protocol = json.dumps({"reference": os.path.basename(source.path), "statistics_of": source.used})
+    files.write_npz(path, rows, (len(chosen), *source.images.size, 3),
+                    **{name: statistics[name] for name in STATISTICS}, protocol=np.array(protocol))
+    print(f"{path}: statistics of {source.used:,} images, {len(chosen):,} kept for precision and recall")
 
 
-def remarks(args, ref, samples, result, about):
+def remarks(ref, samples, result, about):
     """What a reader of the figures must know, one line each."""
-    lines, both = [], (ref, samples)
-    for images in both:
-        if images.converted:
-            lines.append(f"{images.path}: {images.converted:,} grey, palette or transparent images were "
-                         "converted to RGB")
-        if images.statistics and "fid" in result:
-            of = (images.protocol or {}).get("statistics_of")
-            which = "FID and sFID use" if "mu_s" in images.statistics else "FID uses"
-            lines.append(f"{which} the statistics stored in {images.path}"
-                         + (f" (of {of:,} images)" if isinstance(of, int) else "")
-                         + (f", precision and recall its {images.used:,} images" if images.used else
-                            ", which has no images: precision, recall and the like are left out"))
-        if images.statistics and "mu_s" not in images.statistics:
-            lines.append(f"{images.path}: no mu_s, so no sFID. If pytorch-fid made it: it resizes with half-"
-                         "pixel centres and scales to [-1, 1], unlike the suite, so FID is off by about 1 %")
-    if ref.count and samples.count and ref.size != samples.size:
-        (a, b), (c, d) = ref.size, samples.size
+    lines = []
+    for source in (ref, samples):
+        if source.statistics and "fid" in result:
+            of = stored_protocol(source.images).get("statistics_of", "unknown many")
+            lines.append(f"{source.path}: FID uses the statistics stored in it (of {of} images)" +
+                         ("" if source.used else "; it has no images, so no precision, recall and the like"))
+        if source.statistics and "mu_s" not in source.statistics:
+            lines.append(f"{source.path}: no mu_s, so no sFID. If pytorch-fid made it, FID is off by about "
+                         "1 %: it resizes with half-pixel centers and scales to [-1, 1], unlike the suite")
+        if 0 < source.used < PROTOCOL and not (source.statistics and "fid" in result):
+            lines.append(f"{source.path}: {source.used:,} images; FID of few images is biased upwards, "
+                         "compare only at equal numbers")
+    if ref.used and samples.used and ref.images.size != samples.images.size:
+        (a, b), (c, d) = ref.images.size, samples.images.size
         lines.append(f"sizes differ: {a}x{b} in the reference, {c}x{d} in the samples")
-    few = [(images.used, name) for name, images in (("reference images", ref), ("samples", samples))
-           if 0 < images.used < PROTOCOL and not (images.statistics and "fid" in result)]
-    if few:
-        counts = " and ".join(f"{n:,} {name}" for n, name in few)
-        singular = f"; below {POOL_DIM + 1:,} the covariance is singular" if min(few)[0] <= POOL_DIM else ""
-        lines.append(f"{counts}: FID is biased upwards by few images, compare only at equal numbers"
-                     + singular)
-    if args.exact_pr and "precision" in result:
-        lines.append("--exact-pr: precision and recall in float32, not the suite's arithmetic")
-    if args.exact_is and "inception_score" in result:
-        lines.append("--exact-is: Inception Score in float64, not the suite's arithmetic")
+    if "inception_score_shuffled" in result:
+        lines.append(f"{samples.path}: sorted by class. The suite's Inception Score depends on the order, "
+                     "since its splits are consecutive images; the shuffled one compares with published ones")
     if np.isnan(result.get("inception_score", 0)):
-        lines.append("Inception Score nan, as in the suite: a probability underflows; see --exact-is")
-    if "kid" in result and min(ref.used, samples.used) < args.kid_subset_size:
-        lines.append(f"KID: a set is smaller than --kid-subset-size {args.kid_subset_size:,} and used whole")
+        lines.append("Inception Score nan, as in the suite: a probability underflows; see --exact")
     if "inception" in about and not about["inception"]["sha256"].startswith(WEIGHTS_SHA256):
         lines.append(f"{about['inception']['path']}: not the FID Inception (its sha256 does not begin with "
                      f"{WEIGHTS_SHA256}); no figure here compares with a published one")
     return lines
 
 
+def proof(args, ref, samples, about, device):
+    """What makes the figures repeatable: inputs, weights, settings, versions."""
+    inputs = {which: {"path": source.path, "images": len(source.images), "used": source.used,
+                      "size": list(source.images.size), "sha256": digest(source.images),
+                      "statistics": "stored" if source.statistics else "computed",
+                      "protocol": stored_protocol(source.images) or None}
+              for which, source in (("ref", ref), ("samples", samples))}
+    versions = {name: importlib.metadata.version(name) for name in ("timm", "numpy", "scipy")}
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return inputs | {"weights": about, "settings": vars(args), "processes": distributed.world_size(),
+                     "device": hardware, "versions": {"torch": torch.__version__} | versions}
+
+
+def digest(images):
+    """sha256 (hex) of a .npz or .zip, or of the names and contents of a folder's images."""
+    if os.path.isfile(images.path):
+        return files.sha256(images.path)
+    found = hashlib.sha256()
+    for row, name in enumerate(images.names):
+        found.update(os.fsencode(name) + images.content(row))
+    return found.hexdigest()
+
+
 def report(args, ref, samples, result, about, device):
-    """Print the figures, the suite's five first, and write --json."""
-    notes = remarks(args, ref, samples, result, about)
+    """Write --json and print the figures, the suite's five first."""
+    notes = remarks(ref, samples, result, about)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    per_class = result.pop("fid_per_class", None)
-    for name in sorted(result, key=[*LABELS, *result].index):
-        print(f"{LABELS.get(name, name)}: {result[name]}")
-    if per_class:
-        worst, best = max(per_class, key=per_class.get), min(per_class, key=per_class.get)
-        mean = np.mean(list(per_class.values()))
-        print(f"FID per class: {mean}, the mean of {len(per_class)}, from {per_class[best]:.6g} "
-              f"(class {best}) to {per_class[worst]:.6g} (class {worst})")
-    if args.json:
-        figures = {name: value if np.isfinite(value) else None for name, value in result.items()}
-        figures |= {"fid_per_class": per_class} if per_class else {}
-        files.save_json({**figures, **proof(args, ref, samples, about, device), "notes": notes}, args.json)
+    try:
+        if args.json:
+            figures = {name: value if np.isfinite(value) else None for name, value in result.items()}
+            files.save_json(figures | proof(args, ref, samples, about, device) | {"notes": notes}, args.json)
+    finally:    # a full disk does not cost the figures, nor a closed pipe the file
+        for name in sorted(result, key=[*LABELS, *result].index):
+            print(f"{LABELS.get(name, name)}: {result[name]}")
 
 
-def proof(args, ref, samples, about, device):
-    """What makes the figures repeatable: inputs, weights, settings, versions, precision, seeds."""
-    inputs = {which: {"path": images.path, "images": images.count, "used": images.used,
-                      "size": list(images.size), "sha256": images.digest, "converted": images.converted,
-                      "protocol": images.protocol,
-                      "statistics": "stored" if images.statistics else "computed"}
-              for which, images in (("ref", ref), ("samples", samples))}
-    code = hashlib.sha256()
-    for name in CODE:
-        with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), name), "rb") as file:
-            code.update(file.read())
-    return inputs | {
-        "weights": about, "settings": vars(args), "processes": distributed.world_size(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "versions": {"code_sha256": code.hexdigest(), "python": platform.python_version(),
-                     "torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__,
-                     "timm": timm.__version__},
-        "arithmetic": {"features": "float32, TF32 off", "statistics": "mean float32, covariance float64",
-                      "inception_score": "float64" if args.exact_is else "float32",
-                      "precision_recall": "float32" if args.exact_pr else "float16, float32 on overflow"},
-        "seeds": {"kid": args.seed, "fid_infinity": args.seed}}
-
-
-def run(args):
-    """The program after the flags; raises ValueError or OSError, one line, for what a user can mend."""
-    _, _, device = distributed.init()
-    check_args(args)
-    inputs = [open_input(path, args.resolution) for path in (args.ref, args.samples) if path is not None]
-    check_inputs(args, inputs)
-    net, networks, about = load_networks(args, inputs, device)
-    with distributed.busy("reading the inputs for their digests"):
-        for images in inputs:
-            wanted = (args.json or args.cache) and distributed.is_main()
-            images.digest = input_digest(images) if wanted else None
-    distributed.barrier()
-    args.batch_size = args.batch_size or fitting_batch_size(device)
-
-    weights = {name: network.get("sha256", network) for name, network in about.items()}
-    found = []
-    for images in inputs:
-        key = json.dumps([images.digest, images.size, weights, torch.__version__])
-        folder = args.cache and os.path.join(args.cache, hashlib.sha256(key.encode()).hexdigest()[:32])
-        found.append(cached_features(images, networks, device, args.batch_size, not args.save_ref, folder))
-    if distributed.is_main() and args.save_ref:
-        save_reference(args.save_ref, inputs[0], found[0], args.save_ref_images)
-    elif distributed.is_main():
-        ref, samples = inputs
-        labels = (samples.labels, ref.labels) if "fid_per_class" in args.metrics else None
-        result = score(found[1], found[0], net, args.exact_is, args.exact_pr, args.metrics,
-                       (args.kid_subsets, args.kid_subset_size), args.seed, device, labels,
-                       lambda name: progress_line(name, unit=None))
-        if "fdd" in result and args.encoder not in FDD_ENCODERS:
-            result[f"fd_{args.encoder}"] = result.pop("fdd")
-        report(args, ref, samples, result, about, device)
-    distributed.shut_down()
-
+# ---------------------------------------------------------------- main
 
 def main(argv=None):
     args = parse_args(argv)
-    remedy = (f"the same command goes on from the features in {args.cache}" if args.cache else
-              "with --cache FOLDER a run can go on where it was stopped")
-    try:
-        with signals.stopped_in_one_line(remedy):
-            run(args)
-    except (ValueError, OSError) as error:
-        cli.fail(error)
+    with cli.one_line_errors("pass a smaller --batch-size"):
+        rank, _, device = distributed.init()
+        check_args(args)
+        inputs = [open_input(path, args) for path in (args.ref, args.samples) if path]
+        if args.features == "hog" and len({side for source in inputs for side in source.images.size}) > 1:
+            raise ValueError("--features hog needs square images of one size; pass --resolution")
+        with distributed.main_first():
+            net, networks, about = load_networks(args, inputs[0].images.size, device)
+        check_same_everywhere(args, inputs, about)
+        batch_size = args.batch_size or fitting_batch_size(device)
+
+        found = []
+        for source in inputs:
+            batches = read(source.images, batch_size, range(source.used), device)
+            update = log.progress(source.path, source.used)
+            found.append(extract(batches, networks, device, not args.save_ref, update) | source.statistics)
+        if rank == 0 and args.save_ref:
+            save_reference(args.save_ref, inputs[0], found[0], args.save_ref_images)
+        elif rank == 0:
+            ref, samples = inputs
+            result = score(found[1], found[0], net, args.exact, "kid" in args.metrics,
+                           samples.images.labels[:samples.used], device)
+            if "fdd" in result and args.encoder not in FDD_ENCODERS:
+                result[f"fd_{args.encoder}"] = result.pop("fdd")
+            report(args, ref, samples, result, about, device)
+        distributed.shut_down()
 
 
 if __name__ == "__main__":

@@ -7,28 +7,19 @@ Generated images, from features [N, D] of their network, with the arithmetic of 
     score = inception_score(logits)                                     # Salimans et al. 2016; [N, 1008]
     precision, recall = precision_recall(ref, samples)                  # Kynkaanniemi et al. 2019
     kid = kernel_distance(ref, samples)                                 # Binkowski et al. 2018
-    fid_infinity, error = frechet_infinity(samples, mu_ref, sigma_ref)  # after Chong & Forsyth 2020
-    cmmd = clip_distance(ref, samples)                                  # Jayasumana et al. 2024; of CLIP
 
-Pairs of images: psnr, ssim. Latents: latent_moments, spatial_variance, total_variation, principal_colors,
-cknna.
+Pairs of images: psnr, ssim. Latents: latent_moments, spatial_variance, total_variation, principal_colors.
 
 Needs numpy, scipy and torch, so the file can be lifted out alone. Inputs are detached; what a function cannot
 use (other shapes, too few rows, NaN) is a ValueError of one line. float32_exactly keeps a GPU from rounding
 to TF32 meanwhile.
 """
 import contextlib
-import functools
-import threading
 
 import numpy as np
 import scipy.linalg
 import torch
 import torch.nn.functional as F
-
-
-def _no_progress(done, total):
-    pass
 
 
 def _rows(x, what="features", least=2):
@@ -45,54 +36,37 @@ def _rows(x, what="features", least=2):
 
 # ---------------------------------------------------------------- the arithmetic's precision
 
-_lock, _users, _saved = threading.Lock(), 0, []
-
-
 @contextlib.contextmanager
 def float32_exactly():
     """Full float32 in products and convolutions, whatever the caller has set: no TF32, no autocast.
 
-    The flags belong to the process, so a stage of work enters once, in one thread, around all its batches:
-    code that another thread runs meanwhile, such as a generator of images, sees the same flags for every
-    batch. Where contexts overlap, the first one in sets them and the last one out puts back what it found.
-    Autocast belongs to a thread.
+    The flags belong to the process, so the code of other threads sees them too. At the end the caller's are
+    put back.
     """
-    global _users
-    with _lock:
-        _users += 1
-        if _users == 1:
-            _saved[:] = _set_float32()
-    try:
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        with _lock:
-            _users -= 1
-            if _users == 0:
-                for restore in _saved:
-                    restore()
-
-
-def _set_float32():
-    """Set the flags; returns functions that put back what was there."""
     cuda, cudnn, mkldnn = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn
     switches = [(cudnn, "allow_tf32", False), (cuda, "allow_fp16_reduced_precision_reduction", False),
-                (cudnn, "benchmark", True)]          # all batches but the last are of one shape
-    # torch 2.9 added a second set of switches, one for each operation, which rule where both are set.
+                (cudnn, "benchmark", True)]          # all batches but the last have one shape
+    # torch 2.9 added a second set of switches, one per operation, which wins where both are set.
     operations = [cuda, *(getattr(owner, name, None) for owner in (cudnn, mkldnn)
                           for name in ("conv", "rnn", "matmul"))]
     switches += [(op, "fp32_precision", "ieee") for op in operations if hasattr(op, "fp32_precision")]
-    restore = []
-    with contextlib.suppress(RuntimeError):          # a caller's fp32_precision makes the older getters raise
-        before = torch.get_float32_matmul_precision()
-        restore.append(functools.partial(torch.set_float32_matmul_precision, before))
+    before, products = [], None
+    with contextlib.suppress(RuntimeError):          # with mixed settings the getters of the older set raise
+        products = torch.get_float32_matmul_precision()
     for owner, name, _ in switches:
         with contextlib.suppress(RuntimeError):
-            restore.append(functools.partial(setattr, owner, name, getattr(owner, name)))
-    torch.set_float32_matmul_precision("highest")
-    for owner, name, value in switches:
-        setattr(owner, name, value)
-    return restore
+            before.append((owner, name, getattr(owner, name)))
+    try:
+        torch.set_float32_matmul_precision("highest")
+        for switch in switches:
+            setattr(*switch)
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        if products:
+            torch.set_float32_matmul_precision(products)
+        for switch in before:
+            setattr(*switch)
 
 
 # ---------------------------------------------------------------- Frechet distance (FID, sFID, FDD)
@@ -147,7 +121,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     r' sigma2 r with r r' = sigma1, in float64: no matrix square root, so rank-deficient covariances (fewer
     samples than dimensions) are fine. The mean term keeps the type of mu, float32 in ADM. May come out as
     -1e-14 for equal sets. Raises ValueError for shapes that differ, for non-finite input, and for a sigma
-    that is no covariance as far as the computation meets it (see check_covariance).
+    that is not a covariance matrix, as far as the computation notices (see check_covariance).
     """
     mu1, sigma1, mu2, sigma2 = (x.detach().cpu().numpy() if torch.is_tensor(x) else np.asarray(x)
                                 for x in (mu1, sigma1, mu2, sigma2))
@@ -160,7 +134,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     difference, root = mu1 - mu2, covariance_root(sigma1)
     inner = torch.linalg.eigvalsh(torch.from_numpy(root.T @ sigma2 @ root)).numpy()
     if len(inner) and inner[0] < -COVARIANCE_TOLERANCE * np.abs(inner).max():
-        raise ValueError("a sigma is no covariance: it is not positive semi-definite")
+        raise ValueError("a sigma is not a covariance matrix: it is not positive semi-definite")
     trace = np.trace(sigma1) + np.trace(sigma2) - 2 * np.sqrt(np.maximum(inner, 0)).sum()
     return float(difference @ difference + trace)
 
@@ -176,7 +150,7 @@ def covariance_root(sigma):
     root[order - 1] = np.tril(factor[:, :rank])
     diagonal = np.diag(sigma)
     if np.abs(diagonal - np.square(root).sum(1)).max() > COVARIANCE_TOLERANCE * np.abs(diagonal).max():
-        raise ValueError("a sigma is no covariance: it is not positive semi-definite")
+        raise ValueError("a sigma is not a covariance matrix: it is not positive semi-definite")
     return root
 
 
@@ -188,64 +162,12 @@ def check_covariance(sigma, what="sigma"):
     sigma = np.asarray(sigma, np.float64)
     allowed = COVARIANCE_TOLERANCE * np.linalg.norm(sigma)
     if np.abs(sigma - sigma.T).max() > allowed:
-        raise ValueError(f"{what}: no covariance, it is not symmetric")
+        raise ValueError(f"{what}: not a covariance matrix, it is not symmetric")
     # A Cholesky factor exists if and only if all eigenvalues are positive, and costs a tenth of them.
     if torch.linalg.cholesky_ex(torch.from_numpy(sigma + allowed * np.eye(len(sigma)))).info:
         smallest = torch.linalg.eigvalsh(torch.from_numpy(sigma))[0].item()
         if smallest < -allowed:
-            raise ValueError(f"{what}: no covariance, it has the negative eigenvalue {smallest:.3g}")
-
-
-def frechet_distance_of_features(samples, ref):
-    """The same distance from few features, samples [N, D] and ref [M, D]: no D x D matrix is made.
-
-    With A and B the centred features over sqrt(N - 1) and sqrt(M - 1), tr((sigma1 sigma2)^(1/2)) is the sum
-    of the singular values of A B', an N x M matrix. Float64 throughout.
-    """
-    a, b = (_rows(x).double() for x in (samples, ref))
-    mean_a, mean_b = a.mean(0), b.mean(0)
-    a, b = ((x - mean) / (len(x) - 1) ** 0.5 for x, mean in ((a, mean_a), (b, mean_b)))
-    root = torch.linalg.svdvals(a @ b.T).sum()
-    return ((mean_a - mean_b).square().sum() + a.square().sum() + b.square().sum() - 2 * root).item()
-
-
-def frechet_infinity(samples, mu_ref, sigma_ref, splits=10, seed=2020, device="cpu", progress=_no_progress):
-    """(estimate of FID at infinitely many samples, standard error of FID at these N); samples [N, D], N >= 4.
-
-    FID of N samples is biased upwards by about b / N with b of the model's own (Chong & Forsyth 2020, arXiv
-    1911.07023), so two counts give the limit: 2 FID(N) - FID(N / 2), the latter averaged over both halves of
-    `splits` random splits. The spread of FID over the halves is also its standard error at N: a half drawn
-    without replacement has the same variance around the whole set as the whole set has around the law it was
-    drawn from (delete-half jackknife).
-
-    Why neither a bootstrap nor a line through many counts: a bootstrap draws images twice, which raises FID
-    by the bias of N / 2 or so; on a 64-dimensional skewed law with known FID 0.0213 and 2,000 samples (FID(N)
-    0.0604 +- 0.0053), its 95 % interval held neither the limit nor the mean of FID(N) in any of 200 trials,
-    while limit +- 2 standard errors from here held the truth in 95 %, and the estimate (0.0215 +- 0.0054) was
-    steadier than a line through 15 counts (0.0194 +- 0.0075). Below a few thousand samples (N / 2 < D) the
-    bias is not b / N and the estimate is too low. The reference's statistics are taken as they are.
-    """
-    x = _rows(samples, least=4).to(device, torch.float64)
-    # With r r' = sigma_ref only r' sigma r of a subset is needed: the covariance of x r.
-    projected = x @ torch.from_numpy(covariance_root(sigma_ref)).to(device)
-    mu_ref = torch.as_tensor(mu_ref, dtype=torch.float64, device=device)
-    trace_ref = float(np.trace(sigma_ref))
-
-    def distance(rows):
-        part, y = x[rows], projected[rows]
-        mean, y = part.mean(0), y - y.mean(0)
-        traces = (part - mean).square().sum() / (len(y) - 1) + trace_ref
-        gram = y.T @ y if len(y) >= y.shape[1] else y @ y.T     # the same eigenvalues but for zeros
-        root = torch.linalg.eigvalsh(gram / (len(y) - 1)).clamp(min=0).sqrt().sum()
-        return ((mean - mu_ref).square().sum() + traces - 2 * root).item()
-
-    n, random, halves = len(x), np.random.RandomState(seed), []
-    for k in range(splits):
-        order = torch.from_numpy(random.permutation(n)).to(device)
-        halves += [distance(order[:n // 2]), distance(order[n // 2:2 * (n // 2)])]
-        progress(k + 1, splits)
-    whole = distance(torch.arange(n, device=device))
-    return 2 * whole - float(np.mean(halves)), float(np.std(halves, ddof=1))
+            raise ValueError(f"{what}: not a covariance matrix, it has the eigenvalue {smallest:.3g}")
 
 
 # ---------------------------------------------------------------- Inception Score
@@ -333,23 +255,23 @@ def manifold_radii(features, k=3, exact=False, block=(10000, 10000), progress=la
 
 
 def precision_recall(ref, samples, k=3, exact=False, block=(10000, 10000), device="cpu",
-                     progress=_no_progress):
+                     progress=lambda done: None):
     """(precision, recall), improved: of features ref [N, D] and samples [M, D], N and M above k.
 
     precision = share of samples within the k-nearest-neighbour radius of some reference point, recall the
     reverse. Distances are in float16 with a float32 fallback per block of `block` rows and columns, as in
-    ADM; exact=True is float32 throughout. progress(done, total) counts distances, after each block.
+    ADM; exact=True is float32 throughout. progress(done) counts the N^2 + M^2 + N M distances.
     """
     ref, samples = (_rows(x).to(device, torch.float32) for x in (ref, samples))
     if min(len(ref), len(samples)) <= k:
         counts = f"{len(ref)} and {len(samples)}"
         raise ValueError(f"precision and recall need more than {k} images per set, not {counts}")
-    done, total = 0, len(ref) ** 2 + len(samples) ** 2 + len(ref) * len(samples)
+    done = 0
 
     def count(pairs):
         nonlocal done
         done += pairs
-        progress(done, total)
+        progress(done)
 
     with float32_exactly():
         radii_ref, radii_samples = (manifold_radii(x, k, exact, block, count) for x in (ref, samples))
@@ -370,10 +292,9 @@ def precision_recall(ref, samples, k=3, exact=False, block=(10000, 10000), devic
     return in_ref.double().mean().item(), in_samples.double().mean().item()
 
 
-# ---------------------------------------------------------------- kernel distances: KID, CMMD
+# ---------------------------------------------------------------- kernel distance: KID
 
-def kernel_distances(ref, samples, subsets=100, subset_size=1000, seed=2020, device="cpu",
-                     progress=_no_progress):
+def kernel_distances(ref, samples, subsets=100, subset_size=1000, seed=2020, device="cpu"):
     """Unbiased squared MMD, kernel (x.y / D + 1)^3, of each of `subsets` random pairs of subsets: an array.
 
     ref [N, D], samples [M, D]; sets smaller than `subset_size` are used whole. Subsets, their order and the
@@ -389,42 +310,17 @@ def kernel_distances(ref, samples, subsets=100, subset_size=1000, seed=2020, dev
 
     values = []
     with float32_exactly():
-        for k in range(subsets):
+        for _ in range(subsets):
             x = samples[torch.from_numpy(random.choice(len(samples), size, replace=False)).to(device)]
             y = ref[torch.from_numpy(random.choice(len(ref), size, replace=False)).to(device)]
             within = kernel(x, x)[off_diagonal].mean() + kernel(y, y)[off_diagonal].mean()
             values.append((within - 2 * kernel(x, y).mean()).item())
-            progress(k + 1, subsets)
     return np.array(values)
 
 
 def kernel_distance(ref, samples, subsets=100, subset_size=1000, seed=2020, device="cpu"):
     """KID: the mean of kernel_distances. May be slightly negative."""
     return float(kernel_distances(ref, samples, subsets, subset_size, seed, device).mean())
-
-
-def clip_distance(ref, samples, device="cpu", progress=_no_progress):
-    """CMMD: 1000 times the squared MMD of CLIP embeddings ref [N, D] and samples [M, D], normalised here.
-
-    Jayasumana et al. 2024 (arXiv 2401.09603): kernel exp(-|x - y|^2 / (2 * 10^2)), the biased estimate (means
-    over all pairs, the diagonal included), and no Gaussian assumption. Published figures use ViT-L/14 at 336
-    px.
-    """
-    ref, samples = (F.normalize(_rows(x).to(device, torch.float32), dim=1) for x in (ref, samples))
-    done, total = 0, len(ref) ** 2 + len(samples) ** 2 + len(ref) * len(samples)
-
-    def mean_kernel(a, b):      # minus 1: the ones cancel, and the small rest keeps its digits
-        nonlocal done
-        rest = 0.0
-        for strip in a.split(2048):
-            square = (2 - 2 * strip @ b.T).clamp_(min=0)
-            rest += square.mul_(-1 / 200).expm1_().sum(dtype=torch.float64).item()
-            done += strip.shape[0] * len(b)
-            progress(done, total)
-        return rest / (len(a) * len(b))
-
-    with float32_exactly():
-        return 1000 * (mean_kernel(ref, ref) + mean_kernel(samples, samples) - 2 * mean_kernel(ref, samples))
 
 
 # ---------------------------------------------------------------- pairs of images
@@ -501,6 +397,26 @@ def total_variation(z):
     return (z.diff(dim=2).abs().sum((2, 3)) + z.diff(dim=3).abs().sum((2, 3))).mean(1)
 
 
+def between_images(means, std):
+    """Share of the variance of latents that lies between images, mean over channels: in [0, 1].
+
+    means [N, C]: of each image's latents over its positions; std [C]: of all latents. What is left varies
+    within images, and is where the details are that the decoder needs. Alignment makes this share larger.
+    """
+    return float((means.double().var(0, correction=0) / std.to(means.device).double().square()).mean())
+
+
+def psnr_under_noise(decode, images, z, std, noise, sigma):
+    """PSNR [B] of images decoded from latents with an error, as a diffusion model makes one.
+
+    images: [B, 3, H, W] in [0, 255]; z, noise: their latents and N(0, 1), [B, C, h, w]; std: of the latents
+    per channel, [C]; sigma: size of the error at unit scale. By how much this is below the PSNR without noise
+    says what equal errors of the diffusion model cost in this latent space.
+    """
+    copies = decode(z + sigma * std.view(1, -1, 1, 1) * noise)
+    return psnr(images, ((copies.float() + 1) * 127.5).round().clamp(0, 255))
+
+
 def principal_colors(z):
     """Latents z [N, C, h, w] as colours [N, 3, h, w]: their first three principal components.
 
@@ -515,36 +431,3 @@ def principal_colors(z):
     low, high = (torch.quantile(x, q, dim=0) for q in (0.01, 0.99))
     x = ((x - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
     return x.view(z.shape[0], *z.shape[2:], -1).permute(0, 3, 1, 2).float()
-
-
-def _nearest(kernel, k):
-    """Mask [N, N] float64: 1 where column j is one of the k largest of row i, i itself excluded."""
-    kernel = kernel.clone().fill_diagonal_(-torch.inf)
-    return torch.zeros_like(kernel).scatter_(1, kernel.topk(k, dim=1).indices, 1.0)
-
-
-def _unbiased_hsic(kernel_a, kernel_b):
-    """Unbiased HSIC (Song et al. 2012, eq. 5) of two kernels [N, N] with zero diagonals."""
-    n = len(kernel_a)
-    total = (kernel_a * kernel_b.T).sum() + kernel_a.sum() * kernel_b.sum() / ((n - 1) * (n - 2))
-    return (total - 2 * (kernel_a.sum(0) @ kernel_b.sum(1)) / (n - 2)) / (n * (n - 3))
-
-
-def cknna(a, b, k=10):
-    """Centred kernel nearest-neighbour alignment of features a [N, D], b [N, D'] of the same images, a float.
-
-    Huh et al. 2024 (arXiv 2405.07987): a kernel alignment that looks only at pairs which are among the k
-    nearest neighbours in both; rows are brought to unit length, kernels are inner products. 1 for equal
-    features, near 0 for unrelated ones. REPA takes 10,000 images and k = 10. Raises ValueError unless N > k
-    and N > 3.
-    """
-    if len(a) != len(b) or len(a) <= max(k, 3):
-        raise ValueError(f"CKNNA with {k} neighbours needs more images than that in both: {len(a)}, {len(b)}")
-    kernels = [x @ x.T for x in (F.normalize(v.double(), dim=1) for v in (a, b))]
-    masks = [_nearest(kernel, k) for kernel in kernels]
-
-    def aligned(i, j):
-        mask = masks[i] * masks[j]
-        return _unbiased_hsic(mask * kernels[i], mask * kernels[j])
-
-    return (aligned(0, 1) / (aligned(0, 0) * aligned(1, 1)).sqrt()).item()
