@@ -179,7 +179,7 @@ def vae_losses(nets, args, gan, part, noise, output, gan_gradient):
     """Part 2: the losses of the VAE on a micro-batch, as scalars by name; "vae_loss" is what it minimises.
 
     gan: the GAN loss of the whole batch, None until the VAE sees the discriminator; gan_gradient: this part's
-    share of its gradient at the reconstructions, weighted. Gradient reaches the trained part of the VAE alone.
+    share of its gradient at the reconstructions, weighted. Gradient reaches the part of the VAE that learns.
     """
     moments, _, recon = trainer.vae_outputs(nets, part, noise, output)  # [b, 2C, h, w], z, [b, 3, R, R]
     kl_weight = args.kl_weight if args.train_encoder else 0.0

@@ -115,9 +115,9 @@ def test_pipelines_decode_as_with_the_original(vaes, pipeline, close):
 
 def test_there_and_back(vaes, tmp_path):
     """CompVis -> diffusers' own save -> CompVis: the same bits."""
-    state, _ = vae_files.load_vae_file(vaes["exported"])
-    vae_files.export_vae(tmp_path / "a", state, None, "compvis")
-    vae_files.export_vae(tmp_path / "b", vae_files.open_vae(str(tmp_path / "a" / "a.pt"))[1])
+    state, stats, _ = vae_files.read(vaes["exported"])
+    vae_files.export_vae(tmp_path / "a", state, stats, "compvis")
+    vae_files.export_vae(tmp_path / "b", *vae_files.open_vae(str(tmp_path / "a" / "a.pt"))[1:])
     diffusers.AutoencoderKL.from_pretrained(tmp_path / "b").save_pretrained(tmp_path / "c")
     vae_files.export_vae(tmp_path / "d", vae_files.open_vae(str(tmp_path / "c"))[1], None, "compvis")
     back = files.load(tmp_path / "d" / "d.pt")
@@ -135,7 +135,7 @@ def test_stable_diffusion_xl_reads_the_statistics(tmp_path, close):
     close(z * std / config.scaling_factor + mean, z / stats[0] + stats[1], 1e-6)
 
 
-@pytest.mark.parametrize("name", ["f8d4", "f16d32", "f8d16"])
+@pytest.mark.parametrize("name", ["f8d4", "f16d32", "f8d16", "f16d16"])
 def test_networks_agree(name, tmp_path, close):
     vae = fill_(VAE_models[name]()).eval()
     channels = vae.latent_channels
@@ -150,6 +150,6 @@ def test_networks_agree(name, tmp_path, close):
         close(peer.encode(x).latent_dist.mean, vae.encode(x).mean, atol=1e-5, rtol=1e-5)
     assert peer.config.latents_mean == pytest.approx(stats[1].flatten().tolist())
     peer.save_pretrained(tmp_path / "again")
-    state, again = vae_files.load_vae_file(str(tmp_path / "again"))
+    state, again, _ = vae_files.read(str(tmp_path / "again"))
     assert all(torch.equal(state[k], v) for k, v in vae.state_dict().items())
     close(again[0], stats[0])

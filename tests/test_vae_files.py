@@ -1,7 +1,6 @@
-"""VAE files: CompVis and diffusers names, statistics, and what is refused."""
+"""VAE files: CompVis and diffusers names, statistics, every layout that is read, and what is rejected."""
 import json
 import os
-import re
 
 import pytest
 import torch
@@ -11,13 +10,16 @@ from models.discriminator import Discriminator
 from models.runtime import files, vae_files, weights
 from models.vae import AutoencoderKL, VAE_models
 
-NAMES = ["f8d4", "f16d32", "f8d16", "f4d4"]
+NAMES = ["f8d4", "f16d32", "f8d16", "f4d4", "f16d16", "f16d16-ldm"]
 
 
 def stats_of(channels):
-    return torch.linspace(0.5, 2, channels).view(1, -1, 1, 1), torch.linspace(-1, 1, channels).view(
-        1, -1, 1, 1
-    )
+    return (torch.linspace(0.5, 2, channels).view(1, -1, 1, 1),
+            torch.linspace(-1, 1, channels).view(1, -1, 1, 1))
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
 
 
 @pytest.fixture
@@ -29,11 +31,11 @@ def slim(monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_round_trip(name):
-    state = VAE_models[name]().state_dict()
+    with torch.device("meta"):
+        state = VAE_models[name]().state_dict()
     there = vae_files.to_diffusers(state)
-    assert not any(
-        piece in k for k in there for piece in (".down.", ".up.", ".mid.", "nin_shortcut", ".norm_out")
-    )
+    ours = (".down.", ".up.", ".mid.", "nin_shortcut", ".norm_out")
+    assert not any(piece in k for k in there for piece in ours)
     old_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     older = {}
     for k, v in there.items():
@@ -42,27 +44,33 @@ def test_names_round_trip(name):
         older[k] = v
     assert set(older) != set(there)
     for back in (vae_files.from_diffusers(there), vae_files.from_diffusers(older)):
-        assert list(back) == list(state) and all(torch.equal(back[k], state[k]) for k in state)
+        assert list(back) == list(state) and all(back[k].shape == state[k].shape for k in state)
     assert vae_files.vae_name(state) == name
 
 
-@pytest.mark.parametrize("name", NAMES[:3])
-def test_files_round_trip(name, tmp_path, close):
-    """CompVis -> diffusers -> CompVis through files; all widths are the smallest of the real ones, the names
-    the same."""
-    narrow = {
-        "f8d4": dict(latent_channels=4, multipliers=(1,) * 4),
-        "f8d16": dict(latent_channels=16, multipliers=(1,) * 4, quant=False),
-        "f16d32": dict(latent_channels=32, multipliers=(1,) * 5, attention_levels=(4,)),
-    }
-    vae = AutoencoderKL(**narrow[name])
+def test_kl_16_has_attention_in_the_last_level_of_its_encoder_alone():
+    with torch.device("meta"):
+        names = VAE_models["f16d16"]().state_dict()
+    assert {k[:15] for k in names if ".attn." in k} == {"encoder.down.4."}
+    config = vae_files.diffusers_config(dict(names), sample_size=256)
+    assert config["down_block_types"][-1] == "AttnDownEncoderBlock2D"
+    assert set(config["up_block_types"]) == {"UpDecoderBlock2D"} and config["use_quant_conv"]
+
+
+@pytest.mark.parametrize("name, sizes", [
+    ("f8d4", dict(latent_channels=4, multipliers=(1,) * 4)),
+    ("f8d16", dict(latent_channels=16, multipliers=(1,) * 4, quant=False)),
+    ("f16d32", dict(latent_channels=32, multipliers=(1,) * 5, attention_levels=(4,)))])
+def test_files_round_trip(name, sizes, tmp_path, close):
+    """CompVis -> diffusers -> CompVis through files, of the smallest widths; the same bits."""
+    vae = AutoencoderKL(**sizes)
     state, stats = {k: v.bfloat16() for k, v in vae.state_dict().items()}, stats_of(vae.latent_channels)
     vae_files.export_vae(tmp_path / "a", state, stats, "compvis")
     source = str(tmp_path / "a" / "a.pt")
     for folder, format, file in (("b", "diffusers", ""), ("c", "compvis", "c.pt")):
-        vae_files.export_vae(tmp_path / folder, *vae_files.load_vae_file(source), format)
+        vae_files.export_vae(tmp_path / folder, *vae_files.read(source)[:2], format)
         source = os.path.join(tmp_path, folder, file)
-    back, again = vae_files.load_vae_file(source)
+    back, again, _ = vae_files.read(source)
     assert vae_files.vae_name(back) == name and set(back) == set(state)
     assert all(torch.equal(back[k], v) and back[k].dtype == v.dtype for k, v in state.items())
     for mine, theirs in zip(again, stats):
@@ -73,107 +81,114 @@ def test_every_kind_of_file(tmp_path, close, capfd, slim):
     state, stats = slim, stats_of(4)
     vae_files.export_vae(tmp_path / "folder", state, stats)
     vae_files.export_vae(tmp_path / "pipeline" / "vae", state, stats)
+    vae_files.export_vae(tmp_path / "half" / "vae", {k: v.half() for k, v in state.items()}, stats)
+    os.rename(tmp_path / "half" / "vae" / "diffusion_pytorch_model.safetensors",
+              tmp_path / "half" / "vae" / "diffusion_pytorch_model.fp16.safetensors")
+    vae_files.export_vae(tmp_path / "bin", state, stats)
+    os.remove(tmp_path / "bin" / "diffusion_pytorch_model.safetensors")
+    torch.save(vae_files.to_diffusers(state), tmp_path / "bin" / "diffusion_pytorch_model.bin")
     files.save(state, tmp_path / "bare.pt")
     files.save(state, tmp_path / "with-400k.pt")
     files.save({"latents_scale": stats[0], "latents_bias": stats[1]}, tmp_path / "with-400k-latents-stats.pt")
     ema = {"bn.running_var": stats[0].flatten() ** -2, "bn.running_mean": stats[1].flatten()}
     files.save({"model": {}, "ema": ema, "vae": state, "steps": 1}, tmp_path / "0000001.pt")
+    files.save({"vae": state, "vae_ema": state, "latents_scale": stats[0], "latents_bias": stats[1]},
+               tmp_path / "refined.pt")
     save_file(vae_files.to_diffusers(state), tmp_path / "alone.safetensors")
-    save_file(state, tmp_path / "compvis.safetensors")
-    with_stats = {
-        "folder",
-        "pipeline",
-        "with-400k.pt",
-        "0000001.pt",
-        "folder/diffusion_pytorch_model.safetensors",
-    }
-    for name in with_stats | {"bare.pt", "alone.safetensors", "compvis.safetensors"}:
+    save_file(state, tmp_path / "ae.sft")
+    with_stats = {"folder", "pipeline", "half", "bin", "with-400k.pt", "0000001.pt", "refined.pt",
+                  "folder/diffusion_pytorch_model.safetensors"}
+    for name in with_stats | {"bare.pt", "alone.safetensors", "ae.sft"}:
         found, loaded, its = vae_files.open_vae(str(tmp_path / name))
-        assert (
-            found == "f8d4"
-            and set(loaded) == set(state)
-            and all(torch.equal(loaded[k], state[k]) for k in state)
-        ), name
+        expected = {k: v.half() for k, v in state.items()} if name == "half" else state
+        assert found == "f8d4" and set(loaded) == set(state), name
+        assert all(torch.equal(loaded[k], expected[k]) for k in state), name
         assert (its is not None) == (name in with_stats), name
         for mine, theirs in zip(its or (), stats):
             close(mine, theirs, atol=1e-6)
     assert capfd.readouterr().err == ""  # nothing was left out
+    _, _, its = vae_files.open_vae(str(tmp_path / "bare.pt"), stats_file="0.2325")  # a scale, as text
+    close(its[0], torch.full((1, 4, 1, 1), 0.2325)), close(its[1], torch.zeros(1, 4, 1, 1))
 
 
-@pytest.mark.parametrize(
-    "beside",
-    [
-        {"linear_proj.weight": 1, "foundation_model.model.norm.weight": 2},
-        {"loss.logvar": 0},
-        {"model_ema.decay": 0, "model_ema.num_updates": 0, "loss.discriminator.main.0.weight": 3},
-        {"model.diffusion_model.out.0.weight": 1, "cond_stage_model.x": 1},
-    ],
-)
-def test_more_than_a_vae(tmp_path, capfd, beside, slim):
-    """LightningDiT's, LDM's, sd-vae-ft-mse's and Stable Diffusion's: what is no VAE is left out and said."""
-    state, prefix = slim, "first_stage_model." if "cond_stage_model.x" in beside else ""
-    content = {prefix + k: v for k, v in state.items()} | {k: torch.ones(n) for k, n in beside.items()}
-    files.save({"state_dict": content, "epoch": 3}, tmp_path / "a.ckpt")
-    loaded, stats = vae_files.load_vae_file(str(tmp_path / "a.ckpt"))
-    assert (
-        stats is None and set(loaded) == set(state) and all(torch.equal(loaded[k], state[k]) for k in state)
-    )
+class Callback:
+    """Stands for a trainer's class that a checkpoint pickles."""
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda s: {f"module.{k}": v for k, v in s.items()},
+    lambda s: {f"_orig_mod.{k}": v for k, v in s.items()},
+    lambda s: {"model": s},
+    lambda s: {"model": {f"vae.{k}": v for k, v in s.items()}},
+    lambda s: {"ema": s, "model": {k: v + 1 for k, v in s.items()}, "optimizer": {}},
+    lambda s: {"state_dict": s, "callbacks": {Callback: {"best": torch.tensor(1.0)}}, "epoch": 3},
+    lambda s: {**{k: v + 1 for k, v in s.items()}, **{f"model_ema.{k}": v for k, v in s.items()}},
+    lambda s: {"state_dict": {"model.x": torch.ones(1)} | {f"first_stage_model.{k}": s[k] for k in s}},
+])
+def test_wrappers_and_prefixes_of_other_trainers(tmp_path, wrap, slim):
+    """Of averages and raw weights the averages are read."""
+    torch.save(wrap(slim), tmp_path / "a.ckpt")
+    found, loaded, _ = vae_files.open_vae(str(tmp_path / "a.ckpt"))
+    assert found == "f8d4" and all(torch.equal(loaded[k], v) for k, v in slim.items())
+
+
+def test_more_than_a_vae(tmp_path, capfd, slim):
+    """LightningDiT's and LDM's other tensors are left out with a note; an incomplete VAE is rejected."""
+    others = {"linear_proj.weight": torch.ones(1), "foundation_model.norm.weight": torch.ones(2),
+              "loss.logvar": torch.zeros(()), "model_ema.decay": torch.zeros(())}
+    files.save({"state_dict": slim | others}, tmp_path / "a.ckpt")
+    state, stats, _ = vae_files.read(str(tmp_path / "a.ckpt"))
+    assert stats is None and set(state) == set(slim)
     note = capfd.readouterr().err
-    if not prefix:
-        assert note.count("\n") == 1 and "a.ckpt" in note and "left out" in note
-        assert f"{len(beside)} tensors" in note and {k.split(".")[0] for k in beside} <= set(
-            re.findall(r"\w+", note)
-        )
+    assert note.count("\n") == 1 and "a.ckpt: 4 tensors" in note
+    assert "foundation_model, linear_proj, loss, model_ema" in note
     for missing in ("decoder.up.0.block.0.conv1.bias", "quant_conv.weight"):
-        cut = {k: v for k, v in content.items() if k != prefix + missing}
-        files.save(cut, tmp_path / "b.ckpt")
+        files.save({k: v for k, v in slim.items() if k != missing}, tmp_path / "b.ckpt")
         with pytest.raises(ValueError, match=f"1 missing .first: {missing}"):
             vae_files.open_vae(str(tmp_path / "b.ckpt"))
-    files.save(content | {f"{prefix}decoder.extra": torch.zeros(1)}, tmp_path / "b.ckpt")
-    with pytest.raises(ValueError, match="1 not known here .first: decoder.extra"):
+    files.save(slim | {"decoder.extra": torch.zeros(1)}, tmp_path / "b.ckpt")
+    with pytest.raises(ValueError, match="1 unknown .first: decoder.extra"):
         vae_files.open_vae(str(tmp_path / "b.ckpt"))
 
 
-@pytest.mark.parametrize("squeezed", [False, True])
-@pytest.mark.parametrize("both", [False, True])
-def test_averages_are_taken(tmp_path, capfd, squeezed, both, slim):
-    """model_ema.*, with dots as most trainers write it, or without as LDM does; with the raw weights beside
-    it or alone."""
-    state = slim
-    content = {f"model_ema.{k.replace('.', '') if squeezed else k}": v + 1 for k, v in state.items()}
-    content |= {"model_ema.decay": torch.tensor(0.999)} | (state if both else {})
-    files.save(content, tmp_path / "a.pt")
-    _, loaded, _ = vae_files.open_vae(str(tmp_path / "a.pt"))
-    assert (
-        all(torch.equal(loaded[k], v + 1) for k, v in state.items()) and "averages" in capfd.readouterr().err
-    )
-
-
-def frozen_checkpoint(path, stats, vae_ckpt):
+def frozen_checkpoint(path, stats, vae_ckpt, **more):
     bn = {"bn.running_var": stats[0].flatten() ** -2, "bn.running_mean": stats[1].flatten()}
     args = {"model": "SiT-B/1", "vae": "f8d4", "vae_ckpt": vae_ckpt}
-    files.save({"model": {}, "ema": bn, "opt": {}, "args": args, "steps": 1}, path)
+    files.save({"model": {}, "ema": bn, "opt": {}, "args": args, "steps": 1, **more}, path)
     return str(path)
 
 
 def test_frozen_checkpoint_leads_to_its_vae(tmp_path, close, slim):
-    """By its args or args.json, to a file or a folder, with the statistics that it was trained with."""
-    state, stats = slim, stats_of(4)
-    vae_files.export_vae(tmp_path / "folder", state)
+    """By its args, to a file or a folder, with the statistics that it was trained with."""
+    stats = stats_of(4)
+    vae_files.export_vae(tmp_path / "folder", slim, stats)
+    digest = files.state_digest(vae_files.open_vae(str(tmp_path / "folder"))[1])
     for kind in ("folder", "folder/diffusion_pytorch_model.safetensors"):
-        path = frozen_checkpoint(tmp_path / "0000001.pt", stats, str(tmp_path / kind))
+        path = frozen_checkpoint(tmp_path / "0000001.pt", stats, str(tmp_path / kind), vae_digest=digest)
         name, loaded, found = vae_files.open_vae(path, "f8d4")
-        assert all(torch.equal(loaded[k], state[k]) for k in state)
+        assert all(torch.equal(loaded[k], slim[k]) for k in slim)
         close(found[0], stats[0], 1e-6)
-    for vae_ckpt, words in (
-        ("pretrained/e2e-vavae/e2e-vavae-400k.pt", "REPA-E/e2e-vavae"),
-        (None, "names none"),
-        (str(tmp_path / "0000001.pt"), "leads back"),
-    ):
+    for vae_ckpt, words in (("pretrained/e2e-vavae/e2e-vavae-400k.pt", "REPA-E/e2e-vavae"),
+                            (None, "names none")):
         path = frozen_checkpoint(tmp_path / "0000001.pt", stats, vae_ckpt)
         with pytest.raises((ValueError, OSError), match=words) as error:
             vae_files.open_vae(path)
         assert "\n" not in str(error.value) and "0000001.pt" in str(error.value)
+
+
+def test_another_vae_where_the_frozen_one_was_is_rejected(tmp_path, monkeypatch, slim):
+    """Replaced, or a relative path that means another file in another folder."""
+    for k, folder in enumerate(("a", "b")):
+        (tmp_path / folder).mkdir()
+        files.save({name: v + k for name, v in slim.items()}, tmp_path / folder / "vae.pt")
+    digest = files.state_digest(slim)
+    path = frozen_checkpoint(tmp_path / "0000001.pt", stats_of(4), "vae.pt", vae_digest=digest)
+    monkeypatch.chdir(tmp_path / "a")
+    assert vae_files.open_vae(path)[0] == "f8d4"
+    monkeypatch.chdir(tmp_path / "b")
+    for read in (vae_files.open_vae, vae_files.source_config):
+        with pytest.raises(ValueError, match="was trained on another VAE than vae.pt is now; .* --vae-ckpt"):
+            read(path)
 
 
 def test_statistics_of_a_config():
@@ -182,178 +197,147 @@ def test_statistics_of_a_config():
     assert scale.unique().tolist() == pytest.approx([0.13025]) and bias.abs().max() == 0
     scale, bias = vae_files.stats_from_config({"scaling_factor": 0.3611, "shift_factor": 0.1159}, 16)
     assert bias.unique().tolist() == pytest.approx([0.1159])
-    for config in (
-        {},
-        {"scaling_factor": None, "shift_factor": None},
-    ):  # sd-vae-ft-mse states none: diffusers' default
+    for config in ({}, {"scaling_factor": None, "shift_factor": None}):     # diffusers' default
         assert vae_files.stats_from_config(config, 4)[0].unique().tolist() == pytest.approx([0.18215])
-    for config in (
-        {"scaling_factor": "x"},
-        {"scaling_factor": 0},
-        {"scaling_factor": -1.0},
-        {"shift_factor": float("nan")},
-        {"latents_mean": "abcd", "latents_std": [1] * 4},
-        {"latents_mean": [0] * 4, "latents_std": [1, 1, 1, 0]},
-        {"latents_mean": [0] * 4, "latents_std": [1, 1, 1, None]},
-        {"latents_mean": [[0]] * 4, "latents_std": [1] * 4},
-    ):
+    for config in ({"scaling_factor": "x"}, {"scaling_factor": 0}, {"scaling_factor": -1.0},
+                   {"shift_factor": float("nan")}, {"latents_mean": "abcd", "latents_std": [1] * 4},
+                   {"latents_mean": [0] * 4, "latents_std": [1, 1, 1, 0]},
+                   {"latents_mean": [0] * 4, "latents_std": [1, 1, 1, None]},
+                   {"latents_mean": [[0]] * 4, "latents_std": [1] * 4},
+                   {"latents_mean": [0], "latents_std": [1]}):
         with pytest.raises(ValueError, match="config.json") as error:
             vae_files.stats_from_config(config, 4)
         assert "\n" not in str(error.value)
 
 
-def test_export_keeps_the_numbers_that_pipelines_read(tmp_path, close, slim):
-    """Through a refinement as well; per-channel statistics are written with a scale of 1, and it is said who
-    reads them."""
-    state, uniform = slim, vae_files.stats_from_config({}, 4)
-    numbers = {
-        "plain": {},
-        "sdxl": {"scaling_factor": 0.13025, "force_upcast": False},
-        "flux": {"scaling_factor": 0.3611, "shift_factor": 0.1159},
-        "both": {
-            "scaling_factor": 0.5,
-            "shift_factor": 0.25,
-            "latents_mean": [1.0] * 4,
-            "latents_std": [2.0, 1.0, 1.0, 1.0],
-        },
-    }
-    for kind, given in numbers.items():
-        source, expected = (
-            tmp_path / kind,
-            {"scaling_factor": 0.18215, "shift_factor": 0.0, "force_upcast": True} | given,
-        )
-        vae_files.export_vae(source, state)
-        config = json.loads((source / "config.json").read_text())
-        config = {
-            k: v for k, v in config.items() if k not in ("scaling_factor", "shift_factor", "force_upcast")
-        } | given
-        (source / "config.json").write_text(json.dumps(config))
-        stats = vae_files.load_vae_file(str(source))[1]
-        refined = {
-            "vae_ema": state,
-            "vae": state,
-            "latents_scale": stats[0],
-            "latents_bias": stats[1],
-            "steps": 3,
-        }
-        for encoder in (False, True):
-            files.save(
-                refined | {"args": {}, "source_config": vae_files.source_config(str(source), encoder)},
-                tmp_path / f"{kind}{encoder}.pt",
-            )
-        for start in (source, tmp_path / f"{kind}False.pt"):
-            found = vae_files.source_config(str(start))
-            text = vae_files.export_vae(tmp_path / "out", state, stats, source=found, force=True)
-            wrote = json.loads((tmp_path / "out" / "config.json").read_text())
-            assert all(wrote[k] == pytest.approx(v) for k, v in expected.items()), (kind, start)
-            assert ("latents_mean" in wrote) == (kind == "both") == ("Stable Diffusion XL" in text)
-        assert vae_files.source_config(str(tmp_path / f"{kind}True.pt")) == {
-            "force_upcast": expected["force_upcast"]
-        }
-    vae_files.export_vae(
-        tmp_path / "out", state, uniform, force=True
-    )  # the source is gone: its scalar is in the statistics
-    wrote = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert wrote["scaling_factor"] == 0.18215 and wrote["shift_factor"] == 0.0 and "latents_mean" not in wrote
-    text = vae_files.export_vae(
-        tmp_path / "out",
-        state,
-        stats_of(4),
-        source={"scaling_factor": 0.18215, "shift_factor": 0.0},
-        force=True,
-    )
-    wrote = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (
-        wrote["scaling_factor"] == 1
-        and len(wrote["latents_std"]) == 4
-        and "DiT's" in text
-        and "\n" not in text
-    )
-    assert (
-        vae_files.source_config(str(tmp_path / "plain" / "diffusion_pytorch_model.safetensors"))[
-            "force_upcast"
-        ]
-        is True
-    )
+NUMBERS = {
+    "plain": {}, "sdxl": {"scaling_factor": 0.13025, "force_upcast": False},
+    "flux": {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+    "both": {"scaling_factor": 0.5, "shift_factor": 0.25, "latents_mean": [1.0] * 4,
+             "latents_std": [2.0, 1.0, 1.0, 1.0]},
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_export_keeps_the_numbers_that_pipelines_read(tmp_path, slim, kind):
+    """Of a diffusers folder, also through a refinement of the decoder and a frozen diffusion model."""
+    given, source = NUMBERS[kind], tmp_path / "source"
+    vae_files.export_vae(source, slim, stats_of(4))
+    dropped = ("scaling_factor", "shift_factor", "force_upcast", "latents_mean", "latents_std")
+    config = {k: v for k, v in config_of(source).items() if k not in dropped} | given
+    (source / "config.json").write_text(json.dumps(config))
+    _, stats, numbers = vae_files.read(str(source))
+    files.save({"vae_ema": slim, "vae": slim, "latents_scale": stats[0], "latents_bias": stats[1], "steps": 3,
+                "args": {}, "source_config": numbers}, tmp_path / "refined.pt")
+    frozen_checkpoint(tmp_path / "frozen.pt", stats, str(source))
+    for start in ("source", "refined.pt", "frozen.pt", "source/diffusion_pytorch_model.safetensors"):
+        found = vae_files.source_config(str(tmp_path / start))
+        out = tmp_path / f"out-{start.replace('/', '-')}"
+        vae_files.export_vae(out, slim, stats, source=found)
+        expected = {"scaling_factor": 0.18215, "shift_factor": 0.0, "force_upcast": True} | given
+        assert all(config_of(out)[k] == pytest.approx(v) for k, v in expected.items()), start
+        assert ("latents_mean" in config_of(out)) == (kind == "both")
+
+
+def test_export_of_statistics_alone(tmp_path, slim):
+    vae_files.export_vae(tmp_path / "uniform", slim, vae_files.stats_from_config({}, 4))
+    config = config_of(tmp_path / "uniform")
+    assert (config["scaling_factor"], config["shift_factor"]) == (0.18215, 0) and "latents_mean" not in config
+    numbers = {"scaling_factor": 0.18215, "shift_factor": 0.0}
+    vae_files.export_vae(tmp_path / "channels", slim, stats_of(4), source=numbers)
+    config = config_of(tmp_path / "channels")    # pipelines multiply the two
+    assert config["scaling_factor"] == 1 and len(config["latents_std"]) == 4
+    with pytest.raises(ValueError, match="--latents-stats"):    # never a silent scale of 1
+        vae_files.export_vae(tmp_path / "none", slim)
+    assert not (tmp_path / "none").exists()
 
 
 def test_compvis_export_with_its_discriminator(tmp_path, slim):
-    state, disc = slim, Discriminator().state_dict()
-    text = vae_files.export_vae(tmp_path / "e2e", state, stats_of(4), "compvis", discriminator=disc)
-    assert set(os.listdir(tmp_path / "e2e")) == {
-        "e2e.pt",
-        "e2e-latents-stats.pt",
-        "e2e-discriminator-ckpt.pt",
-    }
-    assert "discriminator" in text
-    again = weights.discriminator(str(tmp_path / "e2e" / "e2e.pt"), "f8d4")  # the VAE's name leads to it
-    assert weights.state_digest(again) == weights.state_digest(disc)
-    vae_files.export_vae(tmp_path / "e2e", state, None, "compvis", force=True)
-    assert os.listdir(tmp_path / "e2e") == ["e2e.pt"]
+    disc = Discriminator().state_dict()
+    vae_files.export_vae(tmp_path / "e2e", slim, stats_of(4), "compvis", discriminator=disc)
+    names = ["e2e-discriminator-ckpt.pt", "e2e-latents-stats.pt", "e2e.pt"]
+    assert sorted(os.listdir(tmp_path / "e2e")) == names
+    again = weights.discriminator(str(tmp_path / "e2e" / "e2e.pt"), "f8d4")     # the VAE's name leads to it
+    assert files.state_digest(again) == files.state_digest(disc)
+    vae_files.export_vae(tmp_path / "bare", slim, None, "compvis")
+    assert os.listdir(tmp_path / "bare") == ["bare.pt"]
 
 
-def test_export_killed_between_its_renames(tmp_path, slim):
-    """The old export lies beside under another name then; the next export puts it back before anything
-    else."""
-    state = slim
-    vae_files.export_vae(tmp_path / "vae", state, None, "compvis")
-    os.rename(tmp_path / "vae", tmp_path / ".vae.4194303@host.old")
-    with pytest.raises(ValueError, match="--force"):
-        vae_files.export_vae(tmp_path / "vae", state, None, "compvis")
+def test_an_export_is_complete_or_not_there(tmp_path, slim, monkeypatch):
+    def full(*_):
+        raise OSError("disk full")
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(OSError, match="disk full"):
+        vae_files.export_vae(tmp_path / "vae", slim, stats_of(4), "compvis")
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == []
+    vae_files.export_vae(tmp_path / "vae", slim, stats_of(4), "compvis")
+    before = (tmp_path / "vae" / "vae.pt").read_bytes()
+    with pytest.raises(ValueError, match="exists"):
+        vae_files.export_vae(tmp_path / "vae", {k: v + 1 for k, v in slim.items()}, stats_of(4), "compvis")
+    assert (tmp_path / "vae" / "vae.pt").read_bytes() == before
+    with pytest.raises(ValueError, match="--format compvis"):   # its group norms have no place in a config
+        vae_files.export_vae(tmp_path / "narrow", VAE_models["f4d4"]().state_dict(), stats_of(4))
+    with pytest.raises(ValueError, match="NaN"):
+        vae_files.export_vae(tmp_path / "nan", slim | {"quant_conv.bias": torch.full((8,), float("nan"))},
+                             stats_of(4))
     assert os.listdir(tmp_path) == ["vae"]
 
 
-def test_refused(tmp_path, slim):
-    state = slim
-    vae_files.export_vae(tmp_path / "other", state)
-    config = json.loads((tmp_path / "other" / "config.json").read_text())
-    for folder, changes in (("other", {"_class_name": "UNet2DModel"}), ("groups", {"norm_num_groups": 16}),
+def test_rejected(tmp_path, slim):
+    for folder, changes in (("unet", {"_class_name": "UNet2DModel"}), ("groups", {"norm_num_groups": 16}),
                             ("counts", {"latents_mean": [0.0], "latents_std": [1.0]})):
-        vae_files.export_vae(tmp_path / folder, state, force=True)
-        (tmp_path / folder / "config.json").write_text(json.dumps(config | changes))
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "broken").mkdir()
+        vae_files.export_vae(tmp_path / folder, slim, stats_of(4))
+        (tmp_path / folder / "config.json").write_text(json.dumps(config_of(tmp_path / folder) | changes))
+    vae_files.export_vae(tmp_path / "broken", slim, stats_of(4))
     (tmp_path / "broken" / "config.json").write_text("{")
-    files.save({"a": torch.zeros(1)}, tmp_path / "no_vae.pt")
-    files.save({"vae": [1]}, tmp_path / "a_list_in_it.pt")
-    torch.save([1, 2], tmp_path / "a_list.pt")
-    for key, shape in (("levels", (8, 7, 3, 3)), ("shape", (4,))):
-        files.save(state | {"decoder.conv_in.weight": torch.zeros(shape)}, tmp_path / f"{key}.pt")
-    files.save(state, tmp_path / "vae.pt")
-    files.save({"latents_scale": torch.ones(2), "latents_bias": torch.ones(2)}, tmp_path / "two.pt")
-    files.save({"latents_scale": torch.zeros(4), "latents_bias": torch.ones(4)}, tmp_path / "zero.pt")
-    files.save({"latents_scale": [1.0], "latents_bias": torch.ones(4)}, tmp_path / "odd.pt")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "pointer.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:aa\n")
+    (tmp_path / "login.safetensors").write_text("<!DOCTYPE html><html></html>")
+    for name, content in {
+            "no_vae.pt": {"a": torch.zeros(1)}, "a_list_in_it.pt": {"vae": [1]}, "vae.pt": slim,
+            "levels.pt": slim | {"decoder.conv_in.weight": torch.zeros(8, 7, 3, 3)},
+            "shape.pt": slim | {"decoder.conv_in.weight": torch.zeros(4)},
+            "int8.pt": {k: v.to(torch.int8) for k, v in slim.items()},
+            "two.pt": {"latents_scale": torch.ones(2), "latents_bias": torch.ones(2)},
+            "zero.pt": {"latents_scale": torch.zeros(4), "latents_bias": torch.ones(4)},
+            "odd.pt": {"latents_scale": [1.0], "latents_bias": torch.ones(4)}}.items():
+        files.save(content, tmp_path / name)
     for name, message, *more in (
-        ("other", "UNet2DModel"),
-        ("empty", "config.json"),
-        ("counts", "4 values"),
-        ("groups", "norm_num_groups 16"),
-        ("broken", "not valid JSON"),
-        ("no_vae.pt", "not the weights of a VAE"),
-        ("a_list.pt", "a list"),
-        ("missing.pt", "no such VAE"),
-        ("a_list_in_it.pt", "no VAE"),
-        ("levels.pt", "7 latent channels"),
-        ("shape.pt", "not the weights of a VAE"),
-        ("vae.pt", "of type f8d4, not --vae f16d32", "f16d32"),
-        ("vae.pt", "2 channels", None, "two.pt"),
-        ("vae.pt", "zero.pt", None, "zero.pt"),
-        ("vae.pt", "odd.pt", None, "odd.pt"),
-        ("vae.pt", "latents_scale", None, "no_vae.pt"),
-    ):
+            ("unet", "UNet2DModel"), ("empty", "diffusion_pytorch_model"), ("counts", "4 values"),
+            ("groups", "norm_num_groups 16"), ("broken", "not valid JSON"), ("pointer.pt", "Git LFS pointer"),
+            ("login.safetensors", "web page"), ("no_vae.pt", "not the weights of a VAE"),
+            ("a_list_in_it.pt", "not the weights of a VAE"), ("missing.pt", "no such VAE"),
+            ("levels.pt", "7 latent channels"), ("shape.pt", "none of"), ("int8.pt", "int8"),
+            ("vae.pt", "of type f8d4, not f16d32", "f16d32"), ("vae.pt", "2 channels", None, "two.pt"),
+            ("vae.pt", "zero.pt", None, "zero.pt"), ("vae.pt", "odd.pt", None, "odd.pt"),
+            ("vae.pt", "latents_scale", None, "no_vae.pt")):
         with pytest.raises((ValueError, OSError), match=message) as error:
-            vae_files.open_vae(
-                str(tmp_path / name), more[0] if more else None, str(tmp_path / more[1]) if more[1:] else None
-            )
-        assert "\n" not in str(error.value)
-    with pytest.raises(
-        ValueError, match="--format compvis"
-    ):  # its group norms have no place in a diffusers config
-        vae_files.export_vae(tmp_path / "narrow", VAE_models["f4d4"]().state_dict())
-    with pytest.raises(ValueError, match="NaN"):
-        vae_files.export_vae(tmp_path / "narrow", state | {"quant_conv.bias": torch.full((8,), float("nan"))})
-    assert not (tmp_path / "narrow").exists()
-    with pytest.raises(ValueError, match="none of"):
-        vae_files.vae_name(
-            {"decoder.conv_in.weight": torch.zeros(8, 7, 3, 3), "encoder.down.0.x": torch.zeros(1)}
-        )
+            vae_files.open_vae(str(tmp_path / name), more[0] if more else None,
+                               str(tmp_path / more[1]) if more[1:] else None)
+        assert "\n" not in str(error.value) and str(tmp_path) in str(error.value) or name == "counts"
+
+
+def test_hub_names(tmp_path, monkeypatch, slim):
+    """A released repository, a diffusers folder, and a pipeline with half-precision weights alone."""
+    folders = [tmp_path / "hub" / name for name in ("sd/vae", "a/pipeline/vae", "REPA-E/sdvae")]
+    for folder, format in zip(folders, ("diffusers", "diffusers", "compvis")):
+        vae_files.export_vae(folder, slim, stats_of(4), format)
+    for folder, old, new in (
+            (folders[1], "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"),
+            (folders[2], "sdvae.pt", "sdvae-f8d4.pt"),
+            (folders[2], "sdvae-latents-stats.pt", "sdvae-f8d4-latents-stats.pt")):
+        (folder / old).rename(folder / new)
+
+    def hub_file(repo, name):
+        path = tmp_path / "hub" / repo / name
+        if not path.exists():
+            raise OSError(f"{repo}/{name}: not there")
+        return str(path)
+    monkeypatch.setattr(files, "hub_file", hub_file)
+    monkeypatch.chdir(tmp_path)
+    for name in ("sd/vae", "a/pipeline", "REPA-E/sdvae"):
+        found, _, stats = vae_files.open_vae(name)
+        assert found == "f8d4" and torch.allclose(stats[0], stats_of(4)[0])
+    with pytest.raises(OSError, match="no/where/config.json: not there"):
+        vae_files.open_vae("no/where")

@@ -182,8 +182,8 @@ def check_export(out, state, stats=None, format="diffusers", source=None):
     if format == "diffusers":
         diffusers_config(state, stats, source=source)
         if stats is None:   # a silent scaling_factor of 1 would give pipelines latents of another scale
-            raise ValueError(f"{out}: the VAE comes without latent statistics, which pipelines need; name them "
-                             "with --latents-stats (a file, or a scale: 0.18215 for Stable Diffusion's VAE)")
+            raise ValueError(f"{out}: the VAE comes without latent statistics, which pipelines need; name "
+                             "them with --latents-stats (a file, or 0.18215 for Stable Diffusion's VAE)")
     files.check_writable(out)
 
 
@@ -336,9 +336,8 @@ def find(source):
         raise FileNotFoundError(f"{source}: no such VAE; give a .pt file, a diffusers folder or a hub name "
                                 "such as REPA-E/e2e-vavae")
     if source not in RELEASED:
-        config = _on_hub(source, "config.json", "vae/config.json")
-        inside = "vae/" if os.path.basename(os.path.dirname(config)) == "vae" else ""
-        return _on_hub(source, *(inside + name for name in DIFFUSERS_WEIGHTS))
+        folder = _on_hub(source, "config.json", "vae/config.json").removesuffix("config.json")
+        return files.hub_file(source, _on_hub(source, *(folder + name for name in DIFFUSERS_WEIGHTS)))
     path = files.hub_file(source, RELEASED[source])
     try:
         files.hub_file(source, companion(RELEASED[source], "latents-stats"))
@@ -348,11 +347,12 @@ def find(source):
 
 
 def _on_hub(repo, *names):
-    """The first of `names` that the repository has."""
+    """The first of `names` that the repository has; it is fetched."""
     errors = []
     for name in names:
         try:
-            return files.hub_file(repo, name)
+            files.hub_file(repo, name)
+            return name
         except OSError as error:
             errors.append(error)
     raise errors[0]

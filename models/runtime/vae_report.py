@@ -168,7 +168,8 @@ def evaluate(args):
                         reference, update)
         if "latents" in wanted:
             some = rows[evenly_spaced(len(rows), NOISE_IMAGES)]
-            found |= measure_tolerance(vae, read(data, size, some, device), found["latents_std"], device, dtype)
+            found |= measure_tolerance(vae, read(data, size, some, device), found["latents_std"], device,
+                                       dtype)
         results[source] = {name: found[name] for name in (*single, *lists) if name in found}
         if rank == 0:   # after each VAE: what is measured is not lost
             files.save_json({**about, "vaes": finite(results)}, os.path.join(folder, "metrics.json"))
