@@ -55,7 +55,11 @@ def replace(path):
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
-        sync_folder(folder)
+        descriptor = os.open(folder, os.O_RDONLY)
+        # the rename itself must reach the disk too; network shares that cannot sync folders do so anyway
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+        os.close(descriptor)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(f"{path}: not written ({error.strerror}), what was there before is unchanged; make "
@@ -64,18 +68,6 @@ def replace(path):
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
-
-
-def sync_folder(folder):
-    """The rename itself must reach the disk too; network shares that cannot sync folders do so anyway."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def remove_temporaries(*folders):
@@ -172,11 +164,8 @@ def lock(folder):
     Raises OSError if another run works there. The kernel frees the lock when the process dies, however it
     dies; forked data workers do not keep it.
     """
-    try:
-        os.makedirs(folder, exist_ok=True)
-        f = open(os.path.join(folder, ".lock"), "a")
-    except OSError as error:
-        raise OSError(f"{folder}: cannot be written ({error.strerror}); choose another place") from error
+    os.makedirs(folder, exist_ok=True)
+    f = open(os.path.join(folder, ".lock"), "a")
     try:
         fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -209,11 +198,8 @@ def load(path):
     Raises FileNotFoundError, OSError, Damaged, and ValueError for a file that is not a dict of tensors.
     """
     path = os.fspath(path)
-    try:
-        with open(path, "rb") as f:
-            head = f.read(64)
-    except OSError as error:
-        raise type(error)(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    with open(path, "rb") as f:
+        head = f.read(64)
     if head.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path}: is a Git LFS pointer, not the file; fetch that with git lfs pull")
     if head.lstrip()[:1] == b"<":
@@ -269,8 +255,6 @@ def load_json(path):
     try:
         with open(path, encoding="utf-8") as f:
             content = json.load(f)
-    except OSError as error:
-        raise type(error)(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is not valid JSON ({error}); use another copy") from error
     if not isinstance(content, dict):
