@@ -1,8 +1,7 @@
 """Sampling speed, each figure beside the plain float32 path in the same run; one JSON line per figure.
 
     python tests/bench_sample.py            small on the CPU; SiT-B/2 and SiT-XL/2 where a GPU is
-    python tests/bench_sample.py --plain    the plain path alone
-    python tests/bench_sample.py --writer   20,000 256-pixel images through the .npz writer: time and memory
+    python tests/bench_sample.py --tiny     one small figure alone
 
 Plain float32 path: one batch, no autocast, no TF32, and with guidance both halves at every step. Ours: what
 sample_ddp.py does by default, null half inside the interval [0, 0.65] only. Euler-Maruyama; images/s are for
@@ -11,19 +10,15 @@ sample_ddp.py does by default, null half inside the interval [0, 0.65] only. Eul
 import argparse
 import json
 import os
-import resource
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from models import samplers  # noqa: E402
 from models.losses import interpolant  # noqa: E402
-from models.runtime import images  # noqa: E402
 from models.sit import SiT_models  # noqa: E402
 
 
@@ -80,7 +75,7 @@ def report(name, size, batch, steps, guided, device, times):
                       "speedup": speedup}), flush=True)
 
 
-def bench_cpu(name, size, only_plain, batch=16, steps=5):
+def bench_cpu(name, size, batch=16, steps=5):
     """Blocks of 4 on a thread each, as sample_ddp.py, against one batch with all threads."""
     device, threads = torch.device("cpu"), torch.get_num_threads()
     sit = model(name, size, device)
@@ -92,12 +87,12 @@ def bench_cpu(name, size, only_plain, batch=16, steps=5):
             def blocks():
                 return list(pool.map(lambda _: run(sit, 4, size, steps, guided, False, device, False),
                                                range(batch // 4)))
-            times |= {} if only_plain else {"ours": seconds(blocks, device, 2)}
+            times["ours"] = seconds(blocks, device, 2)
         torch.set_num_threads(threads)
         report(name, size, batch, steps, guided, f"cpu, {threads} threads", times)
 
 
-def bench_gpu(name, only_plain, size=32, batch=64, steps=20):
+def bench_gpu(name, size=32, batch=64, steps=20):
     device = torch.device("cuda")
     sit = model(name, size, device)
     compiled = torch.compile(sit, dynamic=False)
@@ -106,39 +101,22 @@ def bench_gpu(name, only_plain, size=32, batch=64, steps=20):
         times = {"plain": seconds(lambda: run(sit, batch, size, steps, guided, True, device, False), device,
                                   2)}
         torch.backends.cudnn.allow_tf32 = True
-        for key, network in () if only_plain else (("ours", sit), ("ours_compiled", compiled)):
+        for key, network in (("ours", sit), ("ours_compiled", compiled)):
             times[key] = seconds(lambda: run(network, batch, size, steps, guided, False, device, True),
                                  device, 2)
         report(name, size, batch, steps, guided, torch.cuda.get_device_name(), times)
 
 
-def bench_writer(number=20000):
-    """Random images through write_npz; the peak memory is that of this whole process."""
-    rng = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as folder:
-        path, begin = os.path.join(folder, "a.npz"), time.perf_counter()
-        rows = (rng.integers(0, 256, (50, 256, 256, 3), dtype=np.uint8) for _ in range(number // 50))
-        images.write_npz(path, rows, (number, 256, 256, 3), arr_1=np.zeros(number, np.int64))
-        print(json.dumps({"bench": "writer", "images": number, "gib": round(os.path.getsize(path) / 2**30, 2),
-                          "seconds": round(time.perf_counter() - begin, 1),
-                          "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-                                                   2)}))
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plain", action="store_true")
-    parser.add_argument("--writer", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="one small figure alone")
     args = parser.parse_args()
-    if args.writer:
-        bench_writer()
-    elif args.tiny:
-        bench_cpu("SiT-Ti/2", 4, args.plain, batch=4, steps=2)
+    if args.tiny:
+        bench_cpu("SiT-Ti/2", 4, batch=4, steps=2)
     else:
-        bench_cpu("SiT-Ti/2", 16, args.plain)
-        bench_cpu("SiT-S/2", 8, args.plain)
+        bench_cpu("SiT-Ti/2", 16)
+        bench_cpu("SiT-S/2", 8)
         if torch.cuda.is_available():
             for name in ("SiT-B/2", "SiT-XL/2"):
-                bench_gpu(name, args.plain)
+                bench_gpu(name)
