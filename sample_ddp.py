@@ -71,22 +71,24 @@ def parse_args(argv=None):
 
 
 def check_args(args):
-    """Raise ValueError or OSError for settings that no checkpoint can satisfy; fill in args.ckpt, classes."""
+    """Raise ValueError or OSError for settings that no checkpoint can satisfy.
+
+    Fills in args.solver, and args.ckpt and args.classes from what was given.
+    """
     samplers.check_guidance(args.cfg_scale, args.guidance_low, args.guidance_high)
     if args.mode == "sde" and args.heun:
         raise ValueError("--heun solves the ODE; give --mode ode with it")
+    args.solver = "euler-maruyama" if args.mode == "sde" else "heun" if args.heun else "euler"
     if (args.ckpt is None) == (args.exp_path is None):
         raise ValueError("give either --ckpt FILE or --exp-path FOLDER")
     if args.train_steps is not None and args.exp_path is None:
         raise ValueError("--train-steps needs --exp-path")
     if args.exp_path is not None:
         folder = os.path.join(args.exp_path, "checkpoints")
-        steps = files.checkpoint_steps(folder)
-        step = max(steps, default=None) if args.train_steps is None else args.train_steps
-        if step not in steps:
-            raise FileNotFoundError(f"{folder}: no checkpoint of step {step}, there are {steps}" if steps else
-                                    f"{folder}: no checkpoints there")
-        args.ckpt = os.path.join(folder, f"{step:07d}.pt")
+        steps = files.checkpoint_steps(folder) if args.train_steps is None else [args.train_steps]
+        if not steps:
+            raise FileNotFoundError(f"{folder}: no checkpoints there")
+        args.ckpt = os.path.join(folder, f"{steps[-1]:07d}.pt")
     if args.npz is not None and (not args.npz.endswith(".npz") or os.path.basename(args.npz) == ".npz"):
         raise ValueError(f"--npz {args.npz} must be a name that ends in .npz")
     try:
@@ -175,15 +177,11 @@ def make_protocol(args, sit, vae, settings, vae_source, low):
         "vae": os.path.basename(vae_source.rstrip("/")), "vae_sha256": files.state_digest(vae),
         "resolution": sit.input_size * vae.downsample, "num_fid_samples": args.num_fid_samples,
         "global_seed": args.global_seed, "label_sampling": "classes" if args.classes else args.label_sampling,
-        "classes": args.classes, "mode": args.mode, "solver": solver_name(args), "num_steps": args.num_steps,
+        "classes": args.classes, "mode": args.mode, "solver": args.solver, "num_steps": args.num_steps,
         "path_type": settings.get("path_type") or "linear",
         "cfg_scale": args.cfg_scale, "guidance_low": args.guidance_low, "guidance_high": args.guidance_high,
         "mixed_precision": PRECISIONS[low], "torch": torch.__version__,
     }
-
-
-def solver_name(args):
-    return "euler-maruyama" if args.mode == "sde" else "heun" if args.heun else "euler"
 
 
 def default_npz(args, settings):
@@ -191,7 +189,7 @@ def default_npz(args, settings):
     step = os.path.splitext(os.path.basename(args.ckpt))[0]
     guidance = f"-{args.guidance_low:g}-{args.guidance_high:g}" if args.cfg_scale > 1 else ""
     labels = "classes" if args.classes else args.label_sampling
-    parts = [settings.get("exp_name") or "run", step, solver_name(args), args.num_steps,
+    parts = [settings.get("exp_name") or "run", step, args.solver, args.num_steps,
              f"cfg{args.cfg_scale:g}{guidance}", labels, f"seed{args.global_seed}", args.num_fid_samples]
     return os.path.join(args.sample_dir, "-".join(map(str, parts)).replace(os.sep, "_") + ".npz")
 
@@ -209,7 +207,9 @@ def check_protocol(found, protocol, where):
 
 
 def claim_output(args, npz, shards, protocol):
-    """Check that the outputs can be written and are not those of other samples. Returns the lock of `shards`.
+    """Raise ValueError or OSError unless the outputs can be written and are not those of other samples.
+
+    Returns the lock of the folder `shards`, an open file.
     """
     stem = npz.removesuffix(".npz")
     for path in (npz, f"{stem}.json", f"{stem}.png", *([f"{stem}/000000.png"] if args.png else [])):

@@ -61,6 +61,7 @@ ENCODERS = {  # the reference's names -> timm's
     "mocov3-vit-l": "vit_large_patch16_224.mae",
 }
 BEFORE_LAST_NORM = "clip-vit-l", "mae-vit-b", "mae-vit-l"
+FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
 MOCOV3_URL = "https://dl.fbaipublicfiles.com/moco-v3/{0}-300ep/{0}-300ep.pth.tar"  # {0}: vit-s, vit-b, vit-l
 
 
@@ -177,10 +178,9 @@ def input_size(resolution, patch, own):
 
 def read_weights(path):
     """Content of a .safetensors file or of a file that torch.save wrote; no code in it is run."""
-    if path.endswith(".safetensors"):
-        return load_file(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        safe = path.endswith(".safetensors")
+        return load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:     # torch's message recommends to run the code
         raise ValueError("it is not a file of tensors and plain containers alone") from error
 
@@ -201,7 +201,7 @@ def load_weights(model, state):
     """Load a file's content into a timm network by timm's own converter of names and positions.
 
     timm's loader leaves tensors that a file lacks at their random initial values. Here all of the network
-    must be there, as floating point; the file may contain more outside of it (classifier, decoder, text
+    must be there, as dense floating point; the file may contain more outside of it (classifier, decoder, text
     tower). Raises ValueError naming the first tensor that differs.
     """
     own, state = model.state_dict(), unwrap(state)
@@ -219,7 +219,7 @@ def load_weights(model, state):
     state = {k: v for k, v in state.items() if k in own}
     differs += [f"{k} is {v.dtype} {list(v.shape)}, not {own[k].dtype} {list(own[k].shape)}"
                 for k, v in state.items() if v.shape != own[k].shape or v.layout != torch.strided or v.is_meta
-                or v.is_floating_point() != own[k].is_floating_point()]
+                or own[k].is_floating_point() != (v.dtype in FLOATS)]
     if differs:
         raise ValueError(f"weights of another architecture, {len(differs)} tensors differ: {differs[0]}")
     model.load_state_dict(state, strict=False)  # num_batches_tracked may be missing
@@ -235,8 +235,7 @@ def timm_config(name):
             return timm_name, timm.models.get_pretrained_cfg(timm_name)
     except RuntimeError:    # no such tag of a model
         pass
-    near = difflib.get_close_matches(name.lower(), [*ENCODERS, "hog"], 3, 0.6)
-    near = near or difflib.get_close_matches(name, timm.list_models() + timm.list_models(pretrained=True), 3)
+    near = difflib.get_close_matches(name.lower(), [*ENCODERS, *timm.list_models(pretrained=True)])
     raise ValueError(f"unknown encoder {name!r}: known are {', '.join(ENCODERS)}, hog, and any timm name"
                      + (f"; near: {', '.join(near)}" if near else ""))
 
@@ -269,8 +268,8 @@ def build_encoder(name, resolution, ckpt=None, device="cpu"):
         remedy = (f"give --encoder-ckpt a file of {timm_name}'s weights" if ckpt else
                   "give its weights with --encoder-ckpt PATH, or take --encoder hog; without a network "
                   "HF_HUB_OFFLINE=1 saves the wait")
-        raise ValueError(f"encoder {name} at {size} pixels{f', {ckpt}' if ckpt else ''}: {reason}; {remedy}"
-                         ) from error
+        where = f"encoder {name} at {size} pixels" + (f", {ckpt}" if ckpt else "")
+        raise ValueError(f"{where}: {reason}; {remedy}") from error
     return encoder.to(device)
 
 

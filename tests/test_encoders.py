@@ -3,7 +3,6 @@ network."""
 import math
 import os
 import pickle
-import urllib.error
 from pathlib import Path
 
 import numpy as np
@@ -267,6 +266,7 @@ def test_weights_of_another_architecture(tmp_path):
                            ({"norm.weight": norm, "blocks.99.norm1.weight": norm}, "99.norm1.weight is unknown"),
                            ({"norm.weight": torch.zeros(65)}, "norm.weight is torch.float32 [65], not"),
                            ({"norm.weight": norm.to(torch.int8)}, "norm.weight is torch.int8"),
+                           ({"norm.weight": norm.to(torch.float8_e5m2)}, "norm.weight is torch.float8_e5m2"),
                            ({"norm.weight": norm.to_sparse()}, "norm.weight is torch.float32"),
                            ({"norm.weight": norm.to("meta")}, "norm.weight is torch.float32")):
         torch.save(state | changed, path)
@@ -304,7 +304,7 @@ def test_a_file_runs_no_code(tmp_path):
 
 @pytest.mark.parametrize("name, near", [
     ("dinov2-vit-bb", "dinov2-vit-b"), ("vit_tiny_patch16_22", "vit_tiny_patch16_224"),
-    ("resnet18.no_such_tag", "resnet18."), ("", "hog"), ("../x", "hog")])
+    ("resnet18.no_such_tag", "resnet18."), ("", "hog")])
 def test_unknown_encoder(name, near):
     text = fails(name, None, "unknown encoder", "dinov2-vit-b", near)
     assert name[:2] != "vi" or near in text.split("near: ")[1]

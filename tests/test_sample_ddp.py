@@ -224,8 +224,7 @@ def test_bad_checkpoints(ckpt, tmp_path, monkeypatch, capsys):
     assert "bad.pt" in rejected(capsys, "--ckpt", path)
     assert "nowhere.pt" in rejected(capsys, "--ckpt", "nowhere.pt")
     assert "no checkpoints" in rejected(capsys, "--exp-path", tmp_path)
-    assert "no checkpoint of step 4" in rejected(capsys, "--exp-path", Path(ckpt).parent.parent,
-                                                 "--train-steps", "4")
+    assert "0000004.pt" in rejected(capsys, "--exp-path", Path(ckpt).parent.parent, "--train-steps", "4")
     assert "--ckpt FILE or" in rejected(capsys)
     assert names(tmp_path) == ["in"]
 
