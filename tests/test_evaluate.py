@@ -2,6 +2,7 @@
 import functools
 import json
 import math
+import threading
 import types
 import zlib
 
@@ -11,12 +12,12 @@ import torch
 from conftest import GOLDEN
 from fill import fill_
 
-import evaluate_fid
 from evaluate_fid import (feature_statistics, frechet_distance, inception_score, kernel_distance,
                           precision_recall)
 from models.inception import FIDInception, resize_tf1
 from models.metrics import (Moments, _map_distances, float32_exactly, half_norms,
                             inception_score_splits, kernel_distances, manifold_radii, psnr)
+from models.runtime.features import extract, hog_features, inception_features, load_inception, score
 
 
 # ----------------------------------------------------------- the inputs of the golden files, from their seeds
@@ -94,6 +95,11 @@ def inception(data, filling="gain"):
         if filling == "gain" and name == "fc.weight":
             tensor.mul_(float(np.float32(data["gain_fc"])))
     return net
+
+
+def nchw(images):
+    """Images [N, H, W, 3] as the image source gives them."""
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
 
 
 def of_largest(actual, expected, tolerance):
@@ -248,7 +254,7 @@ def test_inception_score_has_the_spread_of_its_splits():
     assert splits == [inception_score(logits[i:i + 10]) for i in (0, 10, 20)]
     assert inception_score(logits, split_size=10) == pytest.approx(np.mean(splits))
     rows = np.repeat(logits, 210, axis=0)       # 5,250 rows: the suite's split of 5,000, and one of 250
-    found = evaluate_fid.score({"pool": rows}, {}, types.SimpleNamespace(logits=lambda x: x))
+    found = score({"pool": rows}, {}, types.SimpleNamespace(logits=lambda x: x))
     first, second = inception_score(rows[:5000]), inception_score(rows[5000:])
     assert found["inception_score_std"] == pytest.approx(abs(first - second) / 2)
 
@@ -333,8 +339,8 @@ def test_precision_and_recall_of_known_sets():
     with pytest.raises(ValueError, match="more than 3"):
         precision_recall(line[:3], line)
     seen = []
-    precision_recall(line, line[:6], block=(4, 5), progress=lambda *done: seen.append(done))
-    assert seen[-1] == (196, 196) and seen == sorted(seen) and len(seen) > 6
+    precision_recall(line, line[:6], block=(4, 5), progress=seen.append)
+    assert seen[-1] == 10 * 10 + 6 * 6 + 10 * 6 and seen == sorted(seen) and len(seen) > 6
 
 
 # ---------------------------------------------------------------- KID
@@ -416,17 +422,30 @@ def precision_flags():
     return [answer(get) for get in read]
 
 
-def test_cudnn_stays_on_in_full_float32():
+def test_networks_run_in_full_float32_and_batches_come_with_the_callers_flags():
+    """In the calling thread: another one would use GPU 0 in every process."""
+    before, seen, threads = precision_flags(), [], set()
+
+    def batches():
+        for k in range(3):
+            seen.append(precision_flags()), threads.add(threading.current_thread())
+            yield torch.full((2, 3, 32, 32), k, dtype=torch.uint8)
+
+    def network(images):
+        enabled, tf32, _, products, *_ = precision_flags()
+        assert (enabled, tf32, products) == (True, False, "highest")
+        assert not torch.is_autocast_enabled("cpu")
+        return {"": images.flatten(1)[:, :4] / 1}
     torch.set_float32_matmul_precision("high")
-    before = precision_flags()
     try:
-        with float32_exactly():
-            enabled, tf32, _, matmul, *_ = precision_flags()
-            assert (enabled, tf32, matmul) == (True, False, "highest")
-            assert not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda")
-        assert precision_flags() == before and before[3] == "high"
+        before = precision_flags()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = extract(batches(), [network], "cpu")
+        assert precision_flags() == before
     finally:
         torch.set_float32_matmul_precision("highest")
+    assert seen == [before] * 3 and threads == {threading.current_thread()}
+    assert found["pool"][:, 0].tolist() == [0, 0, 1, 1, 2, 2] and found["mu"].tolist() == [1] * 4
 
 
 @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has no fp32_precision")
@@ -460,13 +479,13 @@ def e2e():
         images = same_input(blocks(int(data[f"{side}_seed"]), n, 32, *data[f"{side}_blocks_params"]),
                             data["crc32"][k])
         keep = {}
-        network = evaluate_fid.inception_features(net)
+        network = inception_features(net)
 
         def spy(x, keep=keep, network=network):
             result = network(x)
             keep.setdefault("spatial", result["_s"][:2].numpy())
             return result
-        features = evaluate_fid.extract(iter(np.split(images, [20, 40])), [spy], "cpu")
+        features = extract(nchw(images).split(20), [spy], "cpu")
         found.append(features | keep)
     return data, net, *found
 
@@ -494,9 +513,9 @@ def test_metrics_end_to_end(e2e, run):
     data, net, ref, sample = e2e
     ref = ref | (stored(data, "ref") if run != "plain" else {})
     sample = sample | (stored(data, "sample") if run == "bothstats" else {})
-    result = evaluate_fid.score(sample, ref, net)
-    score, fid, sfid, precision, recall = data[f"{run}/metrics_adm"].tolist()
-    assert result["inception_score"] == pytest.approx(score, rel=1e-5)
+    result = score(sample, ref, net)
+    inception_score_adm, fid, sfid, precision, recall = data[f"{run}/metrics_adm"].tolist()
+    assert result["inception_score"] == pytest.approx(inception_score_adm, rel=1e-5)
     tolerance = 1e-6 if run == "bothstats" else 1e-4
     assert (result["fid"], result["sfid"]) == pytest.approx((fid, sfid), rel=tolerance)
     assert (result["fid"], result["sfid"]) == pytest.approx(tuple(data[f"{run}/fid_eigh"]), rel=tolerance)
@@ -508,10 +527,10 @@ def test_metrics_end_to_end(e2e, run):
 
 
 def test_a_set_is_at_distance_zero_from_itself_in_any_order(e2e):
-    images, networks = blocks(7, 12, 32), [evaluate_fid.inception_features(e2e[1])]
-    base, shuffled = (evaluate_fid.extract(iter([x]), networks, "cpu", skip=("_s",))
-                      for x in (images, images[::-1].copy()))
-    same = evaluate_fid.score(shuffled, base)
+    images, networks = blocks(7, 12, 32), [inception_features(e2e[1])]
+    base, shuffled = (extract([nchw(x)], networks, "cpu")
+                      for x in (images, images[::-1]))
+    same = score(shuffled, base)
     assert abs(same["fid"]) < 1e-3 and (same["precision"], same["recall"]) == (1.0, 1.0)
 
 
@@ -519,23 +538,9 @@ def test_distance_grows_with_noise():
     images, random = blocks(8, 300, 32), np.random.default_rng(0)
     noisy = [np.clip(images + random.normal(0, s, images.shape), 0, 255).astype(np.uint8)
              for s in (0, 5, 20, 80)]
-    found = [evaluate_fid.extract(iter([x]), [evaluate_fid.hog_features(32)], "cpu") for x in noisy]
-    distances = [evaluate_fid.score(f, found[0])["fd_hog"] for f in found]
+    found = [extract([nchw(x)], [hog_features(32)], "cpu") for x in noisy]
+    distances = [score(f, found[0])["fd_hog"] for f in found]
     assert abs(distances[0]) < 1e-3 < distances[1] < distances[2] < distances[3]
-
-
-def test_pool_features_are_torch_fidelitys(tmp_path, e2e):
-    peer = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3",
-                               reason="torch-fidelity is not installed")
-    net = e2e[1]
-    torch.save(net.state_dict(), tmp_path / "w.pth")
-    other = peer.FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], str(tmp_path / "w.pth")).eval()
-    images = torch.from_numpy(np.concatenate([noise(1, 2, 48, 80), noise(2, 1, 48, 80)]))
-    with torch.inference_mode():
-        pool, _ = net(images)
-        expected, logits = other(images.permute(0, 3, 1, 2))
-    torch.testing.assert_close(pool, expected, rtol=0, atol=1e-4)
-    torch.testing.assert_close(net.logits(pool), logits, rtol=0, atol=1e-4)
 
 
 def test_golden_json_lists_exactly_the_entries_to_load(golden_json, tmp_path):
@@ -544,7 +549,7 @@ def test_golden_json_lists_exactly_the_entries_to_load(golden_json, tmp_path):
     del state["fc.bias"]
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(ValueError, match="fc.bias"):
-        evaluate_fid.load_inception(str(tmp_path / "w.pth"))
+        load_inception(str(tmp_path / "w.pth"))
     (tmp_path / "text.pth").write_text(json.dumps({}))
     with pytest.raises(ValueError, match="text.pth"):
-        evaluate_fid.load_inception(str(tmp_path / "text.pth"))
+        load_inception(str(tmp_path / "text.pth"))

@@ -112,15 +112,6 @@ def test_sizes_must_agree_unless_cropped(tmp_path, capsys):
     assert result["ref"]["images"] == 7 and np.isfinite(result["fd_hog"])
 
 
-def test_limit_takes_the_first_images(tmp_path):
-    np.savez(tmp_path / "all.npz", pictures(40))
-    np.savez(tmp_path / "first.npz", pictures(40)[:16])
-    np.savez(tmp_path / "s.npz", pictures(16, 1))
-    cut = figures(tmp_path, *HOG, "--limit", 16, tmp_path / "all.npz", tmp_path / "s.npz")
-    whole = figures(tmp_path, *HOG, tmp_path / "first.npz", tmp_path / "s.npz")
-    assert cut["fd_hog"] == whole["fd_hog"]
-
-
 def test_names_that_are_not_utf8(tmp_path):
     folder = os.fsdecode(bytes(tmp_path) + b"/caf\xe9")
     os.mkdir(folder)
@@ -192,8 +183,10 @@ def test_inception_score_of_sorted_samples_comes_shuffled_too(tmp_path, stand_in
     assert any("sorted by class" in note for note in result["notes"])
 
 
-def test_the_json_proves_the_number(tmp_path, stand_in):
+def test_the_json_proves_the_number_and_limit_takes_the_first_images(tmp_path, stand_in):
     np.savez(tmp_path / "r.npz", pictures(8))
+    np.savez(tmp_path / "first.npz", pictures(8)[:6])
+    np.savez(tmp_path / "six.npz", pictures(9, 1)[:6])
     np.savez(tmp_path / "s.npz", pictures(9, 1), np.arange(9), protocol=np.array('{"mode": "sde"}'))
     found = figures(tmp_path, "--limit", 6, "--exact", "--metrics", "kid", tmp_path / "r.npz",
                     tmp_path / "s.npz")
@@ -204,6 +197,7 @@ def test_the_json_proves_the_number(tmp_path, stand_in):
     assert any("not the FID Inception" in note for note in found["notes"])
     assert found["versions"]["torch"] == torch.__version__ and found["device"]
     assert found["settings"]["exact"] is True and found["processes"] == 1
+    assert found["fid"] == figures(tmp_path, tmp_path / "first.npz", tmp_path / "six.npz")["fid"]
 
 
 def test_json_survives_a_broken_stdout_and_figures_a_full_disk(tmp_path, capsys, monkeypatch):
