@@ -460,19 +460,14 @@ def identity(data, probes=64):
 def check_same_data(before, now, where):
     """Raise a one-line ValueError if two identities differ in their classes: labels would change meaning.
 
-    Returns a line for the log if only their files differ, "" if nothing does. `where` is the run, for the
-    message.
+    Returns a line for the log if only their files differ, "" if nothing does. `where` begins the message.
     """
-    old, new = before["classes"], now["classes"]
-    for k, (was, found) in enumerate(itertools.zip_longest(old, new, fillvalue="missing")):
+    for k, (was, found) in enumerate(itertools.zip_longest(before["classes"], now["classes"])):
         if was != found:
             raise ValueError(f"{where}: the classes of the data have changed, class {k} was {was} and is now "
-                             f"{found} ({len(new)} classes, {len(old)} before); restore them, or start a new "
-                             "run with another --exp-name")
-    if (before["images"], before["labels"]) != (now["images"], now["labels"]):
-        return (f"the data has changed: {now['images']} images, {before['images']} before; "
-                "the order of the images is another one from here on")
-    return "" if before["files"] == now["files"] else "the data has changed: as many images, but other files"
+                             f"{found}; restore them, or start a new run with another --exp-name")
+    return "" if before == now else (f"the data has changed: other files or labels, {now['images']} images, "
+                                     f"{before['images']} before")
 
 
 # ---------------------------------------------------------------- order and loading
