@@ -486,7 +486,7 @@ def test_data_that_changed_on_resume(tree):
     with pytest.raises(ValueError, match="class 3 was None and is now c;"):
         check_same_data(before, identity(ImageData(tree, 16)), "run")
     shutil.rmtree(tree / "a-x")
-    with pytest.raises(ValueError, match="exps/run: .* class 1 was a-x and is now b .*another --exp-name"):
+    with pytest.raises(ValueError, match="exps/run: .* class 1 was a-x and is now b; .*another --exp-name"):
         check_same_data(before, identity(ImageData(tree, 16)), "exps/run")
 
 
