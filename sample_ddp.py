@@ -59,8 +59,8 @@ def parse_args(argv=None):
     flag(solver, "--guidance-low", 0.0, "guide at times LOW <= t <= HIGH only; t = 1 is noise", most=1.0)
     flag(solver, "--guidance-high", 1.0, "see --guidance-low", most=1.0)
 
-    flag(output, "--npz", None, "output file; the other outputs get the same name")
-    flag(output, "--sample-dir", "samples", "without --npz: folder of a file that is named by the settings")
+    flag(output, "--npz", None, "output file; the other outputs get the same name; default: "
+         "samples/RUN-STEP.npz")
     flag(output, "--png", False, "also write every sample as a PNG")
 
     flag(running, "--pproc-batch-size", SHARD, "samples per process and batch", above=0, most=SHARD)
@@ -89,8 +89,8 @@ def check_args(args):
         if not steps:
             raise FileNotFoundError(f"{folder}: no checkpoints there")
         args.ckpt = os.path.join(folder, f"{steps[-1]:07d}.pt")
-    if args.npz is not None and (not args.npz.endswith(".npz") or os.path.basename(args.npz) == ".npz"):
-        raise ValueError(f"--npz {args.npz} must be a name that ends in .npz")
+    if args.npz is not None and not args.npz.endswith(".npz"):
+        raise ValueError(f"--npz {args.npz} must end in .npz")
     try:
         args.classes = None if args.classes is None else [int(c) for c in args.classes.split(",")]
     except ValueError:
@@ -182,16 +182,6 @@ def make_protocol(args, sit, vae, settings, vae_source, low):
         "cfg_scale": args.cfg_scale, "guidance_low": args.guidance_low, "guidance_high": args.guidance_high,
         "mixed_precision": PRECISIONS[low], "torch": torch.__version__,
     }
-
-
-def default_npz(args, settings):
-    """<sample-dir>/<run, checkpoint, usual settings>.npz; all settings are in its protocol."""
-    step = os.path.splitext(os.path.basename(args.ckpt))[0]
-    guidance = f"-{args.guidance_low:g}-{args.guidance_high:g}" if args.cfg_scale > 1 else ""
-    labels = "classes" if args.classes else args.label_sampling
-    parts = [settings.get("exp_name") or "run", step, args.solver, args.num_steps,
-             f"cfg{args.cfg_scale:g}{guidance}", labels, f"seed{args.global_seed}", args.num_fid_samples]
-    return os.path.join(args.sample_dir, "-".join(map(str, parts)).replace(os.sep, "_") + ".npz")
 
 
 def check_protocol(found, protocol, where):
@@ -286,7 +276,8 @@ def main(argv=None):
                              "--cfg-scale 1")
         low = cli.autocast_type(args.mixed_precision, device)
         protocol = make_protocol(args, sit, vae, settings, vae_source, low)
-        npz, number = args.npz or default_npz(args, settings), args.num_fid_samples
+        name, step = settings.get("exp_name") or "run", os.path.basename(args.ckpt).removesuffix(".pt")
+        npz, number = args.npz or f"samples/{name}-{step}.npz", args.num_fid_samples
         shards = npz.removesuffix(".npz") + ".shards"
         # Ranks with another seed or checkpoint would mix two sets of samples without a word.
         distributed.check_same(protocol | {"--npz": npz})
