@@ -254,12 +254,11 @@ def train(args):
     if args.dry_run:
         trainer.note("settings are sound")
         return distributed.shut_down()
-    trainer.check_room(nets, folder)
     trainer.check_same_weights(nets, start)
     if stats is None and not args.train_encoder:
         stats = measure_stats(args, nets.vae, dataset, device)
     log = RunLog(folder, args)
-    log.resume(start, (state or {}).get("log"), device)
+    log.resume(start)
     state = None    # its memory
     if rank == 0:
         files.save_json(vars(args), os.path.join(folder, "args.json"))
@@ -285,8 +284,7 @@ def train(args):
                             stats = measure_stats(args, nets.ema, dataset, device)
                         # What other scripts read of it is vae_ema, with its latents_scale and latents_bias.
                         path = trainer.save_checkpoint(nets, args, step, folder, latents_scale=stats[0].cpu(),
-                                                       latents_bias=stats[1].cpu(), **sources,
-                                                       log=log.state_dict())
+                                                       latents_bias=stats[1].cpu(), **sources)
             except (Collapse, files.NotFinite) as error:
                 log.say(f"stopped: {error}; the last good checkpoint is {path or 'none yet'}")
                 sys.exit(1)
@@ -312,12 +310,9 @@ def export(args):
     name, state, stats = vae_files.open_vae(args.ckpt, args.vae, args.latents_stats)
     # A pipeline reads these of the export as it did of the source.
     numbers = vae_files.source_config(args.ckpt)
-    if args.dry_run:
-        vae_files.check_export(args.export, state, stats, args.format)
-        return print("settings are sound")
     disc = weights.discriminator_state(args.ckpt, name) if args.format == "compvis" else None
-    vae_files.export_vae(args.export, state, stats, args.format, args.resolution, numbers, disc)
-    print(f"{args.export}: {', '.join(sorted(os.listdir(args.export)))}")
+    vae_files.export_vae(args.export, state, stats, args.format, args.resolution, numbers, disc, args.dry_run)
+    print("settings are sound" if args.dry_run else f"wrote {', '.join(sorted(os.listdir(args.export)))}")
 
 
 @cli.one_line_errors(trainer.MEMORY_REMEDY)

@@ -1,22 +1,18 @@
 """Reconstruction and latent metrics: closed forms, slow direct computations, and other packages."""
-import json
-import signal
+import copy
 import math
-import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from fill import fill_
-from PIL import Image
 
 from models.lpips import LPIPS
-from models.metrics import (cknna, latent_moments, principal_colors, psnr, spatial_variance, ssim,
-                            total_variation)
-from models.runtime import files, vae_report
+from models.metrics import (between_images, latent_moments, principal_colors, psnr, psnr_under_noise,
+                            spatial_variance, ssim, total_variation)
+from models.runtime import vae_report
 from models.runtime.data import ShapesData
-from models.vae import Posterior, VAE_models
+from models.vae import AttnBlock, Posterior, VAE_models
 
 
 def pairs(n=4, size=48):
@@ -115,137 +111,60 @@ def test_principal_colors():
     torch.testing.assert_close(principal_colors(-z), principal_colors(-z + 7))
 
 
-def naive_cknna(a, b, k):
-    """Straight from the definition: Song et al.'s unbiased HSIC of kernels masked to mutual neighbours."""
-    n = len(a)
-    K, L = ((lambda x: x @ x.T)(v / np.linalg.norm(v, axis=1, keepdims=True)) for v in (a, b))
-
-    def neighbours(kernel):
-        mask = np.zeros((n, n))
-        for i in range(n):
-            order = [j for j in np.argsort(-kernel[i]) if j != i][:k]
-            mask[i, order] = 1
-        return mask
-
-    def hsic(x, y):
-        one = np.ones(n)
-        both = one @ x @ one * (one @ y @ one) / ((n - 1) * (n - 2)) - 2 / (n - 2) * one @ x @ y @ one
-        return (np.trace(x @ y) + both) / (n * (n - 3))
-    masks = neighbours(K), neighbours(L)
-    both = masks[0] * masks[1]
-    norms = hsic(masks[0] * K, masks[0] * K) * hsic(masks[1] * L, masks[1] * L)
-    return hsic(both * K, both * L) / np.sqrt(norms)
+def test_between_images():
+    """All of the variance where images are flat and differ, none where they have equal means."""
+    flat = torch.randn(50, 3, 1, 1).expand(50, 3, 8, 8)
+    alike = torch.randn(50, 3, 8, 8)
+    alike = alike - alike.mean((2, 3), keepdim=True)
+    for z, expected in ((flat, 1.0), (alike, 0.0), (flat + 2 * alike, 0.2)):
+        std = z.var((0, 2, 3), correction=0).sqrt()
+        assert between_images(z.mean((2, 3)), std) == pytest.approx(expected, abs=0.06)
 
 
-def test_cknna():
-    generator = torch.Generator().manual_seed(0)
-    a = torch.randn(60, 16, generator=generator)
-    near, other = a + 0.5 * torch.randn(60, 16, generator=generator), torch.randn(60, 24, generator=generator)
-    for b in (near, other):
-        assert cknna(a, b) == pytest.approx(naive_cknna(a.double().numpy(), b.double().numpy(), 10), abs=1e-9)
-    assert cknna(a, a) == pytest.approx(1)
-    turn = torch.linalg.qr(torch.randn(16, 16, generator=generator)).Q
-    assert cknna(a, 3 * a @ turn) == pytest.approx(1, abs=1e-5)
-    assert cknna(a, near) > 0.4 > 0.2 > abs(cknna(a, other))
-    with pytest.raises(ValueError, match="more images"):
-        cknna(a[:10], a[:10])
+def test_psnr_under_noise():
+    """Of a decoder that only rescales: the noise itself, in units of each channel's deviation."""
+    images = torch.full((2, 3, 64, 64), 127.5)
+    std, noise = torch.tensor([1.0, 2.0, 3.0]), torch.randn(2, 3, 64, 64)
+
+    def decode(z):
+        return z / std.view(1, 3, 1, 1)
+    for sigma in (0.05, 0.1):
+        error = 127.5 * sigma
+        found = psnr_under_noise(decode, images, torch.zeros(2, 3, 64, 64), std, noise, sigma)
+        assert found.tolist() == pytest.approx([20 * math.log10(255 / error)] * 2, abs=0.2)
 
 
-# ---------------------------------------------------------------- several VAEs: finetune_vae.py --eval
+# ---------------------------------------------------------------- one VAE
 
-class TinyInception(torch.nn.Module):
-    """Pool and spatial features that cost nothing."""
-    sha256 = "tiny"
-
-    def forward(self, images):
-        x = torch.nn.functional.avg_pool2d(images.permute(0, 3, 1, 2).float(), 8).flatten(1)
-        return x[:, :6], x[:, 6:9]
+@pytest.fixture
+def vae():
+    torch.manual_seed(0)
+    return VAE_models["f4d4"]().eval()
 
 
-@pytest.fixture(scope="module")
-def vae_paths(tmp_path_factory):
-    folder, paths = tmp_path_factory.mktemp("vaes"), []
-    for k in range(2):
-        torch.manual_seed(k)
-        paths.append(str(folder / f"{k}.pt"))
-        files.save(VAE_models["f4d4"]().state_dict(), paths[-1])
-    return paths
+def test_measure_does_not_depend_on_batches(vae):
+    images = torch.stack([ShapesData(10, 32, seed=1)[i][0] for i in range(10)])
+    found = [vae_report.measure(vae, images.split(size), torch.device("cpu")) for size in (10, 3)]
+    for name in found[0]:
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-4), name
 
 
-def settings(tmp_path, vaes, **more):
-    """The settings that --eval reads, on the built-in shapes."""
-    return SimpleNamespace(**{"eval": vaes, "data_dir": "shapes", "resolution": 16, "limit": 8,
-                              "metrics": "psnr,rfid,latents", "vae": None, "encoder": "hog",
-                              "encoder_ckpt": None, "model_ckpt": None, "seed": 0,
-                              "inception_weights": None, "mixed_precision": "auto",
-                              "output_dir": str(tmp_path), "exp_name": "eval", "dry_run": False} | more)
+def test_activations_that_are_kept_give_the_same_gradients(vae):
+    other = copy.deepcopy(vae)
+    other.keep_activations()
+    x = torch.stack([ShapesData(2, 32)[i][0] for i in range(2)]).float() / 127.5 - 1
+    for net in (vae, other):
+        net(x, torch.zeros(()))[2].square().sum().backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(vae.parameters(), other.parameters()))
 
 
-def test_a_stopped_comparison_goes_on_with_the_vaes_that_are_left(tmp_path, vae_paths, monkeypatch, capfd):
-    monkeypatch.setattr(vae_report, "load_inception", lambda path, device: TinyInception())
-    measure, measured = vae_report.measure, []
-
-    def stopping(vae, *rest, **more):
-        measured.append(vae)
-        if len(measured) == 2:
-            signal.raise_signal(signal.SIGINT)
-        return measure(vae, *rest, **more)
-    monkeypatch.setattr(vae_report, "measure", stopping)
-    args = settings(tmp_path, vae_paths)
-    with pytest.raises(SystemExit) as stop:
-        vae_report.evaluate(args)
-    assert stop.value.code == 130
-    error = capfd.readouterr().err.splitlines()
-    assert error[-1].startswith("stopped by SIGINT: ") and not any("Traceback" in line for line in error)
-    assert any("8/8 images" in line and "left" in line for line in error)
-    path = tmp_path / "eval" / "metrics.json"
-    first = json.loads(path.read_text())["vaes"]
-    assert list(first) == vae_paths[:1]
-
-    vae_report.evaluate(args)
-    found = json.loads(path.read_text())
-    assert len(measured) == 3 and list(found["vaes"]) == vae_paths
-    assert found["vaes"][vae_paths[0]] == first[vae_paths[0]]
-    assert "1 of 2 VAEs are measured already" in capfd.readouterr().out
-    vae_report.evaluate(args)                                                # nothing is left to do
-    assert len(measured) == 3 and json.loads(path.read_text()) == found
-    # another one does not fit in there
-    with pytest.raises(SystemExit):
-        vae_report.evaluate(settings(tmp_path, vae_paths, limit=7))
-    assert "holds another evaluation (of other images)" in capfd.readouterr().err
-    assert json.loads(path.read_text()) == found
-
-
-def test_evaluations_are_numbered(tmp_path, vae_paths, monkeypatch, capsys):
-    """Without a name: the same command finds its folder again, another one gets the next."""
-    measure, measured = vae_report.measure, []
-    monkeypatch.setattr(vae_report, "measure", lambda vae, *rest: measured.append(vae) or measure(vae, *rest))
-    args = {"metrics": "psnr", "exp_name": None}
-    changed = tmp_path / "changed.pt"
-    shutil.copy(vae_paths[0], changed)
-    for vaes, limit, number, count in ((vae_paths, 8, 1, 2), (vae_paths, 7, 2, 4), (vae_paths, 8, 1, 4),
-                                       (vae_paths[:1], 8, 3, 5), ([str(changed)], 8, 4, 6)):
-        vae_report.evaluate(settings(tmp_path / "out", vaes, limit=limit, **args))
-        assert f"vae-eval-{number}/metrics.json" in capsys.readouterr().out and len(measured) == count
-    # other weights under the same name
-    files.save(VAE_models["f4d4"]().state_dict(), changed)
-    vae_report.evaluate(settings(tmp_path / "out", [str(changed)], **args))
-    assert "vae-eval-5" in capsys.readouterr().out
-    vae_report.evaluate(settings(tmp_path / "out", vae_paths, limit=6, dry_run=True, **args))
-    assert len(list((tmp_path / "out").iterdir())) == 5
-
-
-def test_a_limit_takes_images_of_all_classes(tmp_path):
-    for k in range(12):
-        path = tmp_path / "set" / f"class{k // 4}" / f"{k:02d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (16, 16), (20 * k, 0, 0)).save(path)
-    np.savez(tmp_path / "set.npz", np.stack([np.asarray(Image.open(p))
-                                             for p in sorted((tmp_path / "set").rglob("*.png"))]))
-    for path in (tmp_path / "set", tmp_path / "set.npz"):
-        images = vae_report.held_out_images(str(path), 16, limit=4)
-        assert images.count == 4 and len(images.shown) == 4
-        assert [batch[:, 0, 0, 0].tolist() for batch in images.read(3)] == [[0, 80, 140], [220]]
-        assert next(images.read(1, rank=2, world_size=3))[0, 0, 0, 0] == 140
-    shown = vae_report.held_out_images(str(path), 16).shown
-    assert shown[:, 0, 0, 0].tolist() == [0, 40, 60, 100, 120, 160, 180, 220]
+def test_compiled_attention_agrees(monkeypatch, close):
+    """Two products and a softmax, in place of torch's kernels."""
+    block, x = fill_(AttnBlock(128)), torch.randn(2, 128, 8, 8, requires_grad=True)
+    results = []
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+        y = block(x)
+        results.append((y, torch.autograd.grad(y.square().sum(), x)[0]))
+    for plain, products in zip(*results):
+        close(products, plain, 1e-5, 1e-5)

@@ -118,7 +118,7 @@ def _levels(state, prefix="encoder.down."):
 def vae_name(state, what="the weights"):
     """Key of VAE_models for a state dict in CompVis names; `what` it is begins the error if there is none."""
     attention = any(re.match(r"decoder\.up\.\d+\.attn", name) for name in state)
-    shape = _levels(state), state[MARK].shape[1] if state[MARK].ndim == 4 else 0, attention
+    shape = _levels(state), state[MARK].shape[1], attention
     if shape not in ARCHITECTURES:
         raise ValueError(f"{what}: a VAE with {shape[0]} levels and {shape[1]} latent channels, with"
                          f"{'' if attention else 'out'} attention in the decoder's levels, is none of "
@@ -173,30 +173,28 @@ def diffusers_config(state, stats=None, sample_size=256, source=None):
     } | moments
 
 
-def check_export(out, state, stats=None, format="diffusers", source=None):
-    """Raise the ValueError or OSError that `export_vae` would; nothing is written."""
-    if os.path.lexists(out):
-        raise ValueError(f"{out}: exists; choose another folder, or remove it")
-    if (bad := files.first_non_finite(state)) is not None:
-        raise ValueError(f"{out}: not written, because {bad} of the VAE contains NaN or infinity")
-    if format == "diffusers":
-        diffusers_config(state, stats, source=source)
-        if stats is None:   # a silent scaling_factor of 1 would give pipelines latents of another scale
-            raise ValueError(f"{out}: the VAE comes without latent statistics, which pipelines need; name "
-                             "them with --latents-stats (a file, or 0.18215 for Stable Diffusion's VAE)")
-    files.check_writable(out)
-
-
-def export_vae(out, state, stats=None, format="diffusers", sample_size=256, source=None, discriminator=None):
+def export_vae(out, state, stats=None, format="diffusers", sample_size=256, source=None, discriminator=None,
+               dry_run=False):
     """Write a VAE (state dict in CompVis names) and its statistics as a new folder `out`, atomically.
 
     format "diffusers": config.json and diffusion_pytorch_model.safetensors, what
     AutoencoderKL.from_pretrained loads; `source`: see `diffusers_config`. "compvis": <folder's name>.pt and
     -latents-stats.pt, as REPA-E is released, and -discriminator-ckpt.pt if a discriminator's state dict is
-    given. An existing `out` is rejected.
+    given. An existing `out` is rejected. dry_run: raise what would be raised, and write nothing.
     """
     out = os.path.abspath(out)
-    check_export(out, state, stats, format, source)
+    if os.path.lexists(out):
+        raise ValueError(f"{out}: exists; choose another folder, or remove it")
+    if (bad := files.first_non_finite(state)) is not None:
+        raise ValueError(f"{out}: not written, because {bad} of the VAE contains NaN or infinity")
+    if format == "diffusers":
+        config, tensors = diffusers_config(state, stats, sample_size, source), to_diffusers(state)
+        if stats is None:   # a silent scaling_factor of 1 would give pipelines latents of another scale
+            raise ValueError(f"{out}: the VAE comes without latent statistics, which pipelines need; name "
+                             "them with --latents-stats (a file, or 0.18215 for Stable Diffusion's VAE)")
+    files.check_writable(out)
+    if dry_run:
+        return
     temporary = f"{out}.{os.getpid()}.tmp"
     try:
         if format == "compvis":
@@ -208,12 +206,12 @@ def export_vae(out, state, stats=None, format="diffusers", sample_size=256, sour
             if discriminator is not None:
                 files.save(discriminator, companion(target, "discriminator-ckpt"))
         else:
-            tensors = {k: v.contiguous() for k, v in to_diffusers(state).items()}
+            tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
             with files.replace(os.path.join(temporary, DIFFUSERS_WEIGHTS[0])) as path, open(path, "wb") as f:
                 # safetensors' own save_file makes a file that only its owner can read
                 f.write(safetensors.torch.save(tensors, {"format": "pt"}))
             with files.replace(os.path.join(temporary, "config.json")) as path, open(path, "w") as f:
-                json.dump(diffusers_config(state, stats, sample_size, source), f, indent=2)
+                json.dump(config, f, indent=2)
         os.rename(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -230,17 +228,11 @@ def load_stats(source, channels):
     """(latents_scale, latents_bias), each [1, C, 1, 1], of a latent statistics file, or of a number as text:
     the scale of all channels, such as 0.18215."""
     try:
-        return _checked_stats(torch.full((channels,), float(source)), torch.zeros(channels), source)
+        scale, bias = torch.full((channels,), float(source)), torch.zeros(channels)
     except ValueError:
-        return load_stats_file(source)
-
-
-def load_stats_file(path):
-    """(latents_scale, latents_bias) of a latent statistics file, each [1, C, 1, 1]."""
-    content = files.load(path)
-    if not {"latents_scale", "latents_bias"} <= set(content):
-        raise ValueError(f"{path}: a latent statistics file contains latents_scale and latents_bias")
-    return _checked_stats(content["latents_scale"], content["latents_bias"], path)
+        content = files.load(source)
+        scale, bias = content.get("latents_scale"), content.get("latents_bias")
+    return _checked_stats(scale, bias, source, channels)
 
 
 def stats_from_config(config, channels):
@@ -258,9 +250,7 @@ def stats_from_config(config, channels):
             scale = torch.full((channels,), float(numbers["scaling_factor"]))
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"config.json: its latent statistics are not numbers ({error})") from error
-    if bias.shape != (channels,):
-        raise ValueError(f"config.json: latents_mean is not a list of {channels} values")
-    return _checked_stats(scale, bias, "config.json")
+    return _checked_stats(scale, bias, "config.json", channels)
 
 
 def _numbers(config):
@@ -275,10 +265,10 @@ def _numbers(config):
     return values if config.get("latents_mean") is None else values | {"latents_mean": True}
 
 
-def _checked_stats(scale, bias, what):
+def _checked_stats(scale, bias, what, channels):
     """(latents_scale, latents_bias), each float32 [1, C, 1, 1]; ValueError if not finite, or scale <= 0."""
-    if not all(torch.is_tensor(v) and v.numel() for v in (scale, bias)) or scale.numel() != bias.numel():
-        raise ValueError(f"{what}: latents_scale and latents_bias must have one number per latent channel")
+    if not all(torch.is_tensor(v) and v.numel() == channels for v in (scale, bias)):
+        raise ValueError(f"{what}: no latents_scale and latents_bias of the VAE's {channels} channels")
     scale, bias = (v.detach().float().view(1, -1, 1, 1) for v in (scale, bias))
     if not (scale.isfinite().all() and bias.isfinite().all() and (scale > 0).all()):
         raise ValueError(f"{what}: its latent statistics are not finite, or a scale is not above 0")
@@ -302,13 +292,7 @@ def open_vae(source, name=None, stats_file=None, content=None):
         files.check_state(VAE_models[found](), state, source)
     if (bad := files.first_non_finite(state)) is not None:
         raise ValueError(f"{source}: {bad} of the VAE contains NaN or infinity; use another copy")
-    channels = state[MARK].shape[1]
-    if stats_file:
-        stats = load_stats(stats_file, channels)
-    if stats is not None and stats[0].numel() != channels:
-        raise ValueError(f"{stats_file or source}: statistics of {stats[0].numel()} channels, but {found} "
-                         f"has {channels}")
-    return found, state, stats
+    return found, state, load_stats(stats_file, state[MARK].shape[1]) if stats_file else stats
 
 
 def source_config(source):
@@ -367,19 +351,20 @@ def read(source, content=None):
         state, _, numbers = _frozen_vae(content, path)
     if state is None:
         raise ValueError(f"{path}: not the weights of a VAE, it has no {MARK} in CompVis or diffusers names")
+    channels, beside = state[MARK].shape[1], companion(path, "latents-stats")
+    config = os.path.join(os.path.dirname(path), "config.json")
+    diffusers = any(name.startswith("encoder.down_blocks.") for name in state)
+    state = from_diffusers(state) if diffusers else state
     if "latents_scale" in content:      # of finetune_vae.py
-        stats = _checked_stats(content["latents_scale"], content.get("latents_bias"), path)
+        stats = _checked_stats(content["latents_scale"], content.get("latents_bias"), path, channels)
         numbers = content.get("source_config", {})
     elif isinstance(ema, dict) and "bn.running_var" in ema:     # of train_repae_e.py
-        stats = _checked_stats(ema["bn.running_var"].rsqrt(), ema.get("bn.running_mean"), f"{path} (ema)")
-    config = os.path.join(os.path.dirname(path), "config.json")
-    if any(name.startswith("encoder.down_blocks.") for name in state):
-        state = from_diffusers(state)
-        if stats is None and os.path.isfile(config):
-            config = _load_config(config)
-            stats, numbers = stats_from_config(config, state[MARK].shape[1]), _numbers(config)
-    if stats is None and os.path.isfile(companion(path, "latents-stats")):
-        stats = load_stats_file(companion(path, "latents-stats"))
+        stats = _checked_stats(ema["bn.running_var"].rsqrt(), ema.get("bn.running_mean"), path, channels)
+    elif diffusers and os.path.isfile(config):
+        config = _load_config(config)
+        stats, numbers = stats_from_config(config, channels), _numbers(config)
+    elif os.path.isfile(beside):
+        stats = load_stats(beside, channels)
     return state, stats, numbers
 
 

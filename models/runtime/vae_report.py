@@ -4,8 +4,8 @@
 reconstructions. The formulas are in models/metrics.py. Every process works on its share of the images. Errors
 a user can cause are ValueError or OSError with a message of one line.
 """
-import math
 import os
+from functools import partial
 
 import numpy as np
 import torch
@@ -132,10 +132,14 @@ def evaluate(args):
     here), seed, output_dir, exp_name, dry_run. An earlier evaluation of that exp_name is replaced.
     """
     rank, world_size, device = distributed.init()
-    wanted = check_settings(args)
+    wanted = [name for name in args.metrics.split(",") if name]
+    if not wanted or set(wanted) - set(METRICS):
+        raise ValueError(f"--metrics {args.metrics}: known are {', '.join(METRICS)}")
+    if args.resolution < 16:
+        raise ValueError(f"--resolution {args.resolution}: SSIM and LPIPS need at least 16 pixels")
     folder = os.path.join(args.output_dir, args.exp_name)
     data = open_images(args.data_dir, args.resolution, seed=args.seed + 1, labelled=False)
-    limit = args.limit or (1000 if args.data_dir == "shapes" else len(data))    # of which there is no end
+    limit = args.limit or (1000 if args.data_dir == "shapes" else len(data))    # there is no end of shapes
     rows = evenly_spaced(len(data), limit)
     trainer.check_same_settings(args, {"data": identity(data)})
     with distributed.main_first():  # it downloads, the others find the files
@@ -149,46 +153,39 @@ def evaluate(args):
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision, torch.float32)
     size = max(1, min(256, EVAL_PIXELS // args.resolution ** 2))
-    reference = statistics = None
-    if inception is not None:   # of rFID: these images themselves
-        networks = [inception_features(inception)]
-        reference = extract(read(data, size, rows, device), networks, device, keep=False,
-                            update=log.progress(args.data_dir, len(rows)))
-    single, lists = columns(wanted)
+
+    def statistics(batches, what):
+        return extract(batches, [inception_features(inception)], device, keep=False,
+                       update=log.progress(what, len(rows)))
+    reference = inception and statistics(read(data, size, rows, device), args.data_dir)
+    notes = [f"{len(rows):,} images of {args.data_dir} at {args.resolution} px; reconstructed from the "
+             "posterior's mean"]
+    if inception:
+        few = "; fewer than 2,049 images: compare only at equal numbers" if len(rows) < 2049 else ""
+        notes.append("rFID's reference is these images themselves, not the reference of a generation "
+                     f"benchmark{few}")
     about = {"data_dir": args.data_dir, "images": len(rows), "resolution": args.resolution,
-             "metrics": wanted, "dtype": str(dtype), "sha256": digests,
-             "notes": remarks(args, wanted, len(rows))}
+             "metrics": wanted, "dtype": str(dtype), "sha256": digests, "notes": notes}
+
     results = {}
     for source, vae in vaes.items():
-        update = log.progress(source, len(rows))
-        if inception is not None:
-            def statistics(stream):
-                return extract(stream, networks, device, keep=False, update=update)
-        found = measure(vae.to(device), read(data, size, rows, device), device, dtype, lpips, statistics,
-                        reference, update)
+        found = measure(vae.to(device), read(data, size, rows, device), device, dtype, lpips,
+                        inception and partial(statistics, what=source), reference,
+                        log.progress(source, len(rows)))
         if "latents" in wanted:
             some = rows[evenly_spaced(len(rows), NOISE_IMAGES)]
-            found |= measure_tolerance(vae, read(data, size, some, device), found["latents_std"], device,
-                                       dtype)
-        results[source] = {name: found[name] for name in (*single, *lists) if name in found}
+            batches = read(data, size, some, device)
+            found |= measure_tolerance(vae, batches, found["latents_std"], device, dtype)
+        results[source] = {name: value for name, value in found.items()
+                           if name in wanted or (name not in METRICS and "latents" in wanted)}
         if rank == 0:   # after each VAE: what is measured is not lost
-            files.save_json({**about, "vaes": finite(results)}, os.path.join(folder, "metrics.json"))
+            files.save_json({**about, "vaes": results}, os.path.join(folder, "metrics.json"))
     if rank == 0:
         shown = torch.stack([data[int(i)][0] for i in rows[evenly_spaced(len(rows), 8)]])
         save_picture(os.path.join(folder, "images.png"), shown, vaes.values(), list(vaes))
-        print_table(results, single, lists, about["notes"])
+        print_table(results, notes)
         print(f"wrote {folder}/metrics.json and images.png")
     distributed.shut_down()
-
-
-def check_settings(args):
-    """The figures that --metrics names; a one-line ValueError for what cannot be measured."""
-    wanted = [name for name in args.metrics.split(",") if name]
-    if not wanted or set(wanted) - set(METRICS):
-        raise ValueError(f"--metrics {args.metrics}: known are {', '.join(METRICS)}")
-    if args.resolution < 16:
-        raise ValueError(f"--resolution {args.resolution}: SSIM and LPIPS need at least 16 pixels")
-    return wanted
 
 
 def open_vae(source, resolution, name=None):
@@ -212,41 +209,18 @@ def open_networks(args, wanted, device):
     try:
         return lpips, load_inception(args.inception_weights, device)
     except OSError as error:
-        raise OSError(f"the weights of rFID: {error}; or {remedy}") from error
+        raise OSError(f"{error}; or {remedy}") from error
 
 
-# ---------------------------------------------------------------- what is written
-
-def columns(wanted):
-    """(names of single figures, names of lists) that --metrics asks for."""
-    latents = "latents" in wanted
-    single = [name for name in COLUMNS if name in wanted or (latents and name not in METRICS)]
-    return single, ["latents_mean", "latents_std"] if latents else []
-
-
-def remarks(args, wanted, n):
-    """What a reader of the table must know, one line each."""
-    notes = [f"{n:,} images of {args.data_dir} at {args.resolution} px; reconstructed from the posterior's "
-             "mean"]
-    if "rfid" in wanted:
-        few = "; fewer than 2,049 images: compare only at equal numbers" if n < 2049 else ""
-        notes.append("rFID's reference is these images themselves, not the reference of a generation "
-                     f"benchmark{few}")
-    return notes
-
-
-def finite(results):
-    """`results` for JSON: an infinite PSNR, of equal images, becomes null."""
-    return {source: {name: None if isinstance(value, float) and not math.isfinite(value) else value
-                     for name, value in found.items()} for source, found in results.items()}
-
-
-def print_table(results, single, lists, notes):
+def print_table(results, notes):
+    """A line per VAE with its single figures, then those that are one per channel, then the notes."""
+    names = [name for name in COLUMNS if any(name in found for found in results.values())]
     width = max(3, *map(len, results))
-    print("".join([f"{'VAE':<{width}}", *(f"  {COLUMNS[name]:>16}" for name in single)]))
+    print("".join([f"{'VAE':<{width}}", *(f"  {COLUMNS[name]:>16}" for name in names)]))
     for source, found in results.items():
-        print("".join([f"{source:<{width}}", *(f"  {found[name]:>16.4f}" for name in single)]))
+        print("".join([f"{source:<{width}}", *(f"  {found[name]:>16.4f}" for name in names)]))
     for source, found in results.items():
-        for name in lists:
-            print(f"{source} {name}: " + " ".join(f"{value:.4g}" for value in found[name]))
+        for name in ("latents_mean", "latents_std"):
+            if name in found:
+                print(f"{source} {name}: " + " ".join(f"{value:.4g}" for value in found[name]))
     print("\n".join(f"note: {note}" for note in notes))
