@@ -116,6 +116,8 @@ def memory_full(error, remedy):
     signs = ("allocate memory", "out of memory", "ALLOC_FAILED")
     if isinstance(error, MemoryError) or any(sign in text for sign in signs):
         return f"memory is full{f' ({text[:150]})' if text else ''}; {remedy}"
+    if "DataLoader worker" in text or "/torch_" in text:    # killed, or shared memory was full
+        return f"a data worker ended ({text[:150]}); if memory or /dev/shm is full, lower --num-workers"
     return None
 
 
