@@ -156,14 +156,9 @@ def load_vae(args, resumed):
     if args.vae_ckpt != "none" and (args.freeze_vae or not resumed):
         _, state, stats = vae_files.open_vae(args.vae_ckpt, args.vae, args.latents_stats)
         return state, stats
-    if args.latents_stats is None:
-        return None, None
-    channels = VAE_models[args.vae]().latent_channels
-    stats = vae_files.load_stats(args.latents_stats, channels)
-    if stats[0].numel() != channels:
-        raise ValueError(f"{args.latents_stats}: statistics of {stats[0].numel()} channels, but {args.vae} "
-                         f"has {channels}")
-    return None, stats
+    if args.latents_stats is not None:
+        return None, vae_files.load_stats(args.latents_stats, VAE_models[args.vae]().latent_channels)
+    return None, None
 
 
 def build_sit(args, vae, encoders):
@@ -423,13 +418,11 @@ def main(argv=None):
     if args.dry_run:
         trainer.note("settings are sound")
         return distributed.shut_down()
-    trainer.check_room(nets, folder)
     if state is None:
         set_latents_stats(nets, args, data, stats)
     trainer.check_same_weights(nets, start)
     log = RunLog(folder, args)
-    log.resume(start, (state or {}).get("log"), device)
-    state = None    # its memory
+    log.resume(start)
     if rank == 0:
         files.save_json(vars(args), os.path.join(folder, "args.json"))
     parameters = sum(p.numel() for p in nets.sit.parameters())
@@ -452,8 +445,7 @@ def main(argv=None):
                     log.write(step, args.batch_size)
                 if step % args.checkpointing_steps == 0 or final or stop:
                     with log.paused():
-                        path = trainer.save_checkpoint(nets, args, step, folder, **sources,
-                                                       log=log.state_dict())
+                        path = trainer.save_checkpoint(nets, args, step, folder, **sources)
             except (Collapse, files.NotFinite) as error:
                 log.say(f"stopped: {error}; the last good checkpoint is {path or 'none yet'}")
                 sys.exit(1)

@@ -1,9 +1,7 @@
 """Times the training step against the plain path, which computes as the reference does, in one run.
 
     python tests/bench_train.py              # on a GPU the paper's networks, 32 images; else the demo
-    python tests/bench_train.py --plain                                    # the plain path alone
-    python tests/bench_train.py --count --preset sdvae --batch-size 32     # its memory, counted without a GPU
-    python tests/bench_train.py --minutes 5                                # the memory of a long run, no more
+    python tests/bench_train.py --plain      # the plain path alone
 
 It prints a JSON line after each path; the last one has all.
 
@@ -11,34 +9,35 @@ The plain path: eager, NCHW, group norms in float32 and all activations kept, at
 the discriminator in float32, AdamW as torch has it by default, EMA tensor by tensor, the alignment loss in a
 loop over samples, every metric read on the host each step.
 
-On a CPU the paths take turns, and the medians over all turns count: these machines are noisy. On a GPU they
+On a CPU the paths alternate, and the medians over all turns count: these machines are noisy. On a GPU they
 run one after the other, because each needs the memory; a plain path that does not fit gets half the images,
-and the ratio is that of images per second. All networks have random weights (VGG too), so nothing is
-downloaded.
+and the ratio is that of images per second. All networks have random weights (VGG and the encoder too), so
+nothing is downloaded. Further flags go to train_repae_e.py.
 """
 import argparse
 import contextlib
 import gc
 import json
-import resource
 import statistics
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_repae_e as train  # noqa: E402
 from models import encoders, lpips, vae  # noqa: E402
-from models.runtime import flops, memory, runlog, trainer, weights  # noqa: E402
-from models.losses import resize_tokens  # noqa: E402
+from models.losses import gan_loss, resize_tokens, wide  # noqa: E402
+from models.runtime import cli, log, trainer, weights  # noqa: E402
 from models.runtime.data import ShapesData  # noqa: E402
 
-
 # The paper's networks, depths, classes and weights at its batch per GPU; the demo with all of its losses.
-PAPER = ("--preset", "sdvae", "--batch-size", "32")
+PAPER = ("--preset", "sdvae", "--batch-size", "32", "--vae-ckpt", "none", "--disc-ckpt", "none")
 DEMO = ("--preset", "demo", "--disc-weight", "0.1")
 
 
@@ -63,7 +62,9 @@ def replaced(changes):
 
 def build(args, device):
     """Networks ready for training, all with random weights, so that no download is needed."""
-    with replaced({(encoders, "_fitting"): lambda *a: {}, (encoders, "_fetch"): lambda *a: {},
+    create = encoders.timm.create_model
+    with replaced({(encoders.timm, "create_model"): lambda *names, **options: create(
+                       *names, **options | {"pretrained": False}),
                    (weights, "lpips"): lpips.LPIPS}):
         nets = train.build_networks(args, device, None)
     trainer.prepare(nets, args)
@@ -139,26 +140,35 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
-def seconds_of(function, device):
-    """(seconds, result) of function()."""
-    synchronize(device)
-    start = time.perf_counter()
-    result = function()
-    synchronize(device)
-    return time.perf_counter() - start, result
-
-
-def median_of(function, device, repeats):
+def median_of(function, device, repeats=1):
     """(median seconds, last result) of function()."""
-    runs = [seconds_of(function, device) for _ in range(repeats)]
-    return statistics.median(r[0] for r in runs), runs[-1][1]
+    seconds = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        result = function()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds), result
+
+
+def batch_drawn_on_the_cpu(nets, args, step, images, labels):
+    """train.make_batch with the CPU's draws on any device: generators of devices differ."""
+    stand_in = SimpleNamespace(device=torch.device("cpu"), sit=nets.sit, encoders=[],
+                               autocast=contextlib.nullcontext)
+    batch = train.make_batch(stand_in, args, step, images, labels)
+    for name, value in vars(batch).items():
+        setattr(batch, name, value.to(nets.device) if torch.is_tensor(value) else value)
+    with torch.no_grad(), nets.autocast():
+        batch.zs = [encoder(images.to(nets.device)).bfloat16() for encoder in nets.encoders]
+    return batch
 
 
 class Steps:
     """One of the ways of making steps: seconds and losses of those made so far."""
 
-    def __init__(self, args, device, plain, compiled=False):
-        self.args, self.device, self.changes = args, device, PLAIN if plain else {}
+    def __init__(self, args, device, plain, compiled=False, make_batch=train.make_batch):
+        self.args, self.device, self.changes, self.make_batch = args, device, PLAIN if plain else {}, make_batch
         self.nets = build_plain(args, device, compiled) if plain else build(args, device)
         data = ShapesData(args.batch_size, args.resolution)
         self.images, self.labels = (torch.stack([torch.as_tensor(data[i][k]) for i in range(args.batch_size)])
@@ -167,22 +177,20 @@ class Steps:
 
     def step(self):
         with replaced(self.changes):
-            seconds, metrics = seconds_of(self._step, self.device)
+            seconds, metrics = median_of(self._step, self.device)
         self.seconds.append(seconds)
         self.losses.append({k: float(v) for k, v in metrics.items() if "loss" in k})
 
     def _step(self):
-        batch = train.make_batch(self.nets, self.args, len(self.losses), self.images, self.labels)
+        batch = self.make_batch(self.nets, self.args, len(self.losses), self.images, self.labels)
         metrics, _ = train.train_step(self.nets, self.args, batch)
         return {k: v.item() for k, v in metrics.items()} if self.changes else metrics
 
     def report(self, warm_up):
         seconds = statistics.median(self.seconds[warm_up:])
-        gpu = self.device.type == "cuda"
-        memory = {"peak_memory_gib": runlog.peak_memory_gib(self.device)} if gpu else {}
         return {"batch_size": self.args.batch_size, "seconds_per_step": seconds,
                 "images_per_s": self.args.batch_size / seconds, "warm_up_s": sum(self.seconds[:warm_up]),
-                **memory}
+                "peak_memory_gib": log.peak_memory_gib(self.device)}
 
 
 def phases(path, repeats):
@@ -203,31 +211,34 @@ def phases(path, repeats):
         with nets.autocast():
             return nets.vae(batch.images, batch.eps)
 
-    outputs = part("vae_forward", vae_forward)
-    z, recon = outputs[1].detach(), outputs[2].detach()
+    z, recon = (v.detach() for v in part("vae_forward", vae_forward)[1:])
 
     def vae_update():
-        parts = trainer.micro_batches(batch, 1)
-        trainer.first_pass(nets, parts)
+        gan = gradient = None
+        outputs, _, _ = trainer.vae_forward(nets, [batch], [None])
         if nets.disc is not None:
-            trainer.gan_gradient(nets, parts, recon, args.disc_weight)
-        trainer.backward(nets, parts, lambda part: train.vae_losses(nets, args, part), "vae_loss", "vae")
+            leaf = wide(recon).requires_grad_()
+            with nets.autocast(False):
+                gan = gan_loss(nets.disc, leaf)
+                gradient, = torch.autograd.grad(args.disc_weight * gan, leaf)
+        trainer.backward(nets, "vae", "vae_loss", lambda *row: train.vae_losses(nets, args, gan, *row),
+                         [batch], [None], outputs, [gradient])
 
     both, _ = median_of(vae_update, device, repeats)
     result["vae_losses_and_backward"] = both - result["vae_forward"]
     if nets.disc is not None:
-        batch.recon = recon
-        part("discriminator", lambda: trainer.backward(nets, [batch], lambda b: train.disc_losses(nets, b),
-                                                       "d_loss", "disc"))
+        part("discriminator", lambda: trainer.backward(
+            nets, "disc", "d_loss", lambda *row: train.disc_losses(nets, *row), [batch.images], [recon]))
+    u = nets.sit.normalize(z)
 
     def sit_forward():
         with nets.autocast():
-            return nets.sit(nets.sit.normalize(z), batch.t, batch.labels_dropped)
+            return nets.sit(u, batch.t, batch.labels_dropped)
 
     part("sit_forward", sit_forward)
-    batch.u = nets.sit.normalize(z)
-    both, _ = median_of(lambda: trainer.backward(nets, [batch], lambda b: train.sit_losses(nets, args, b),
-                                                 "sit_loss", "sit"), device, repeats)
+    both, _ = median_of(lambda: trainer.backward(
+        nets, "sit", "sit_loss", lambda *row: train.sit_losses(nets, args, *row), [batch], [u]),
+        device, repeats)
     result["sit_losses_and_backward"] = both - result["sit_forward"]
     skip = torch.zeros((), device=device)
     gradients = {p: p.grad for name in nets.trained for p in getattr(nets, name).parameters()}
@@ -242,18 +253,36 @@ def phases(path, repeats):
     return result
 
 
-def resident_gib(device):
-    """Memory in use now: allocated on the GPU, or resident in this process (Linux)."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device) / 2 ** 30
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2 ** 30
+class Flops(TorchDispatchMode):
+    """Context that counts FLOPs by torch's own formulas. (Its FlopCounterMode follows modules by hooks that
+    fail where a gradient at a tensor is asked for, as the GAN's and LPIPS's are.)"""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if count := flop_registry.get(function.overloadpacket):
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def utilisation(path, seconds):
+    """FLOPs of a step on uncompiled networks, and the share of the device's rate that it reaches."""
+    with torch.compiler.set_stance("force_eager"), Flops() as counter:
+        path.step()
+    side, kind = 8192 if path.device.type == "cuda" else 1024, path.nets.dtype
+    a = torch.randn(side, side, device=path.device, dtype=kind)
+    for repeats in (3, 10):     # the first warm up
+        rate = 2 * side ** 3 / median_of(lambda: a @ a, path.device, repeats)[0]
+    return {"gflop_per_image": counter.total / path.args.batch_size / 1e9, "matmul_tflops": rate / 1e12,
+            "utilisation": counter.total / seconds / rate}
 
 
 WARM_UP = 2  # steps: compilation, allocation
 
 
 def fitting(kinds, flags, device, number):
-    """{kind: Steps} after `number` steps of each, made in turn.
+    """{kind: Steps} after `number` steps of each, made in alternation.
 
     Where memory is full a plain path gets half the images, until it fits.
     """
@@ -268,8 +297,8 @@ def fitting(kinds, flags, device, number):
                 for path in paths.values():
                     path.step()
             return paths
-        except torch.OutOfMemoryError:
-            if "fast" in kinds or args.batch_size % 2:
+        except RuntimeError as error:   # cuDNN has its own words for full memory
+            if cli.memory_full(error, "") is None or "fast" in kinds or args.batch_size % 2:
                 raise
         paths = path = None
         free_memory()
@@ -279,15 +308,6 @@ def fitting(kinds, flags, device, number):
 def free_memory():
     gc.collect()
     torch.cuda.empty_cache()
-
-
-def utilisation(path, images_per_s, repeats):
-    """FLOPs of a step, the device's rate, the share of it that is reached, and the seconds of the phases."""
-    nets, args = path.nets, path.args
-    rate = flops.matmul_rate(path.device, nets.dtype)
-    per_image = flops.step_flops(args, nets, lambda: train.build_sit(args, nets.vae, nets.encoders))
-    return {"utilisation": per_image * images_per_s / rate, "gflop_per_image": per_image / 1e9,
-            "matmul_tflops": rate / 1e12, "phases": phases(path, repeats)}
 
 
 def against_fast(done, report):
@@ -303,48 +323,24 @@ def against_fast(done, report):
     return found
 
 
-def memory_over_time(path, minutes):
-    """GiB in use at ten points of a run of `minutes`, after a warm-up, and the growth from the third on."""
-    for _ in range(3):
-        path.step()
-    begin, points = time.perf_counter(), []
-    for k in range(1, 11):
-        while time.perf_counter() - begin < 6 * minutes * k:
-            path.step()
-        points.append(resident_gib(path.device))
-    return {"steps": len(path.seconds), "gib": points, "growth_gib": points[-1] - points[2]}
-
-
-def count_memory(args, plain=False, world_size=1):
-    """memory.Count of a step of the fast or the plain path."""
-    with replaced(PLAIN if plain else {}):
-        return memory.training_peak(args, train.build_blank, train.blank_step, world_size)
+def allow_tf32():
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     epilog="Further flags go to train_repae_e.py.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10, help="timed steps per path")
     parser.add_argument("--plain", action="store_true", help="only the plain path")
-    parser.add_argument("--count", action="store_true",
-                        help="only count the memory of a step on a GPU, which need not be there")
-    parser.add_argument("--minutes", type=float, default=0,
-                        help="run that long and report the memory instead")
     mine, extra = parser.parse_known_args()
-    if mine.count:
-        return print(count_memory(settings(*extra), mine.plain).table())
     args, device = settings(*extra), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
+    allow_tf32()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     report = {"bench": "train", "device": name, "torch": torch.__version__, "model": args.model,
               "vae": args.vae, "encoder": args.encoder, "resolution": args.resolution,
-              "batch_size": args.batch_size, "precision": str(trainer.autocast_type(args, device))[6:],
+              "batch_size": args.batch_size, "precision": str(cli.autocast_type(args.mixed_precision, device)),
               "compile": trainer.wants_compile(args, device) and not mine.plain,
               "grad_checkpoint": args.grad_checkpoint and not mine.plain}
-    if mine.minutes:
-        growth = memory_over_time(Steps(args, device, mine.plain), mine.minutes)
-        return print(json.dumps(report | growth))
     on_gpu = [("fast",), ("plain",), ("plain_compiled_sit",)]
     turns = [("plain",)] if mine.plain else on_gpu if device.type == "cuda" else [("fast", "plain")]
     done = {}
@@ -353,7 +349,8 @@ def main():
         for kind, path in paths.items():
             done[kind], report[kind] = (path.seconds[WARM_UP:], path.losses), path.report(WARM_UP)
         if "fast" in paths:
-            report |= utilisation(paths["fast"], report["fast"]["images_per_s"], max(3, mine.steps // 2))
+            report["phases"] = phases(paths["fast"], max(3, mine.steps // 2))
+            report |= utilisation(paths["fast"], report["fast"]["seconds_per_step"])
         if "fast" in done:
             report |= against_fast(done, report)
         print(json.dumps(report), flush=True)

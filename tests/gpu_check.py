@@ -1,16 +1,18 @@
-"""All that only a GPU can show, in one command of ten minutes: one JSON and one table for the README.
+"""All that only a GPU can show, in one command of six minutes: one JSON and one table for the README.
 
-    python tests/gpu_check.py [--out gpu_check] [--minutes 10] [--only NAME ...] [--again]
+    python tests/gpu_check.py [--out gpu_check] [--minutes 6] [--only NAME ...] [--again]
     python tests/gpu_check.py --tiny          the same code at tiny sizes, on a CPU too
 
 Each piece runs in a process of its own under a time limit, the most important first: one that fails or hangs
-is noted, with the figures it had until then, and the rest goes on. OUT/gpu_check.json is written after every
-piece; the same command again does what is missing there or failed.
+is noted, with the figures it had until then, and the rest follows. A piece's record is printed as soon as it
+is there, and OUT/gpu_check.json is written; the same command again does what is missing there or failed.
+Nothing is downloaded: random weights stand in for DINOv2, VGG and Inception.
 """
 import argparse
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,18 +26,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import bench_train  # noqa: E402
 import torch  # noqa: E402
 
-from models.runtime import memory, runlog  # noqa: E402
-
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 SMALL = ["--preset", "demo", "--model", "SiT-Ti/4", "--batch-size", "4", "--disc-weight", "0"]
 # At a small learning rate: Adam's first steps are signs of gradients and would make noise of rounding.
 SLOW = ["--learning-rate", "1e-5", "--vae-learning-rate", "1e-5", "--ema-decay", "0.5"]
+# For runs that are compared: rounding to TF32 alone would move their losses by 5e-3.
+EXACT = {**os.environ, "NVIDIA_TF32_OVERRIDE": "0"}
 
 
 def losses(device, number, *flags, plain=False):
-    """The losses of `number` steps of a small run."""
-    path = bench_train.Steps(bench_train.settings(*SMALL, *SLOW, *flags), torch.device(device), plain)
+    """The losses of `number` steps of a small run, with the CPU's draws on every device."""
+    path = bench_train.Steps(bench_train.settings(*SMALL, *SLOW, *flags), torch.device(device), plain,
+                             make_batch=bench_train.batch_drawn_on_the_cpu)
     for _ in range(number):
         path.step()
     return path.losses
@@ -54,6 +57,7 @@ def so_far(figures):
 def within(**checks):
     """{name: (difference, tolerance)} as figures; raises AssertionError where one is too large."""
     figures = {name: {"difference": d, "tolerance": tol} for name, (d, tol) in checks.items()}
+    so_far(figures)
     assert all(f["difference"] <= f["tolerance"] for f in figures.values()), json.dumps(figures)
     return figures
 
@@ -69,6 +73,57 @@ def parity(tiny):
                   bf16=(largest_difference(three(DEVICE, "bf16"), expected), 0.02))
 
 
+# ------------------------------------------------------------------------------------- the speed of the step
+
+def measured(tiny, *flags, kind="fast", steps=8, details=False):
+    """Rates and peak memory of one path; with details also the time by phase, FLOPs and kernels."""
+    bench_train.allow_tf32()
+    flags = [*(SMALL if tiny else bench_train.PAPER), *flags]
+    steps = 1 if tiny else steps
+    path = bench_train.fitting((kind,), flags, DEVICE, bench_train.WARM_UP + steps)[kind]
+    figures = path.report(bench_train.WARM_UP)
+    so_far(figures)
+    if details:
+        figures["phases"] = bench_train.phases(path, 1 if tiny else 4)
+        so_far(figures)
+        figures["kernels"] = kernels(path)
+        so_far(figures)
+        figures |= bench_train.utilisation(path, figures["seconds_per_step"])
+    return figures
+
+
+KINDS = {"attention": "flash|fmha|attention", "triton": "triton", "copies": "memcpy|memset|copy|nchw|nhwc",
+         "convolution": "conv|cudnn|wgrad|dgrad|fprop|implicit|winograd", "gemm": "gemm|cutlass|cublas|nvjet"}
+
+
+def kernels(path):
+    """Of one profiled step: milliseconds by kind of kernel, the share of idle time, the five largest."""
+    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if GPU else [])]
+    with torch.profiler.profile(activities=activities) as trace:
+        path.step()
+    wanted = torch.autograd.DeviceType.CUDA if GPU else torch.autograd.DeviceType.CPU
+    times = {}
+    for event in trace.events():
+        if event.device_type == wanted and not re.match(r"ProfilerStep|Optimizer|## ", event.name):
+            elapsed = event.time_range.elapsed_us() if GPU else event.self_cpu_time_total
+            times[event.name] = times.get(event.name, 0) + elapsed / 1000
+    kinds = dict.fromkeys([*KINDS, "other"], 0.0)
+    for name, value in times.items():
+        kinds[next((k for k, words in KINDS.items() if re.search(words, name, re.I)), "other")] += value
+    largest = sorted(times, key=times.get)[-5:][::-1]
+    return {"ms": kinds, "idle_share": 1 - sum(times.values()) / 1000 / path.seconds[-1],
+            "largest": {name[:80]: times[name] for name in largest}}
+
+
+def fast(tiny):
+    """The paper's step as it is by default: compiled on a GPU."""
+    return measured(tiny, details=True)
+
+
+def fast_eager(tiny):
+    return measured(tiny, "--no-compile", steps=4)
+
+
 def twenty_steps(tiny):
     """The fast path, as it is by default on this device, against the plain one."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -79,40 +134,32 @@ def twenty_steps(tiny):
                   bf16=(largest_difference(losses(DEVICE, number, *bf16), plain), 0.02))
 
 
-def counted_memory(tiny):
-    """The predicted peak beside the real one, compiled and not, and with recomputation (GiB)."""
-    figures = {}
-    for name, flags in (("default", []), ("eager", ["--no-compile"]),
-                        ("grad_checkpoint", ["--grad-checkpoint"])):
-        flags = [*(SMALL if tiny else bench_train.PAPER), *flags]
-        count = bench_train.count_memory(bench_train.settings(*flags)).peak / memory.GIB
-        path = bench_train.Steps(bench_train.settings(*flags), DEVICE, False)
-        if GPU:
-            path.step()
-            torch.cuda.reset_peak_memory_stats()
-        path.step()
-        figures[name] = {"counted": count, "real": runlog.peak_memory_gib(DEVICE)}
-        if GPU:
-            figures[name]["reserved"] = torch.cuda.max_memory_reserved() / memory.GIB
-        so_far(figures)
-        del path
-        bench_train.free_memory()
-    if GPU and not tiny:
-        assert all(abs(f["counted"] / f["real"] - 1) <= 0.15 for f in figures.values()), json.dumps(figures)
-    return figures
+def plain(tiny):
+    """The plain path, as the reference computes, at 16 images."""
+    return measured(tiny, *([] if tiny else ["--batch-size", "16"]), kind="plain", steps=4)
+
+
+def grad_checkpoint(tiny):
+    return measured(tiny, "--grad-checkpoint", steps=4)
+
+
+def plain_compiled_sit(tiny):
+    """The plain path with its SiT compiled, as the reference's is by default."""
+    return measured(tiny, *(["--disc-weight", "0"] if tiny else ["--batch-size", "16"]),
+                    kind="plain_compiled_sit" if GPU else "plain", steps=4)
 
 
 # ----------------------------------------------------------------------------------- pieces that are commands
 
 def lines_of(command):
     """What a command prints, as lines; AssertionError with its last words if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=EXACT)
     assert done.returncode == 0, f"exit code {done.returncode}: {(done.stdout + done.stderr)[-1500:]}"
     return done.stdout.strip().splitlines()
 
 
 def figures_of(*command):
-    """The JSON lines that a script of tests/ prints, each said on at once."""
+    """The JSON lines that a script of tests/ prints, each repeated at once."""
     found = []
     with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         for line in process.stdout:
@@ -129,32 +176,47 @@ def gpu_tests(tiny):
     return {"summary": lines_of([sys.executable, "-m", "pytest", "-q", "-m", "gpu", where])[-1]}
 
 
-def train(tiny):
-    """The paper's step: seconds, utilisation, memory, phases, and the ratios to the plain path."""
-    flags = [*SMALL, "--steps", "1"] if tiny else ["--steps", "10"]
-    return figures_of("tests/bench_train.py", *flags)[-1:]
-
-
 def sample(tiny):
     return figures_of("tests/bench_sample.py", *(["--tiny"] if tiny else []))
 
 
 def evaluate(tiny):
     flags = ["--images", "4", "--rounds", "1", "--points", "64", "--dimensions", "64"] if tiny else \
-        ["--images", "2048", "--rounds", "2"]
+        ["--images", "1024", "--rounds", "1"]
     return figures_of("tests/bench_eval.py", *flags)
 
 
 def run_flags(folder, name, steps, *more):
-    return ["train_repae_e.py", *SMALL, "--output-dir", folder, "--exp-name", name,
+    return ["train_repae_e.py", *SMALL, *SLOW, "--output-dir", folder, "--exp-name", name,
             "--max-train-steps", str(steps), "--checkpointing-steps", "2", "--sampling-steps", "0",
-            "--log-every", "1", "--mixed-precision", "no", *more]
+            "--log-every", "1", "--mixed-precision", "no", "--no-compile", *more]
 
 
 def logged(folder, name):
     """[losses of each logged step] of a run."""
     lines = (Path(folder) / name / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k.endswith("loss")} for line in lines]
+
+
+def resume(tiny):
+    """A run killed by SIGKILL and resumed against one that was not."""
+    with tempfile.TemporaryDirectory() as folder:
+        lines_of([sys.executable, *run_flags(folder, "whole", 6)])
+        killed = subprocess.Popen([sys.executable, *run_flags(folder, "killed", 10 ** 6)], cwd=ROOT, env=EXACT,
+                                  stdout=subprocess.DEVNULL)     # it has no data workers
+        try:
+            while not (Path(folder) / "killed/checkpoints/0000002.pt").exists():
+                assert killed.poll() is None, "the run ended before its first checkpoint"
+                time.sleep(0.02)
+        finally:
+            killed.kill()
+            killed.wait()
+        for path in (Path(folder) / "killed/checkpoints").glob("*.pt"):
+            if int(path.stem) > 4:  # it may have come further than the whole run
+                path.unlink()
+        lines_of([sys.executable, *run_flags(folder, "killed", 6)])
+        return within(losses=(largest_difference(logged(folder, "killed"), logged(folder, "whole")),
+                              1e-3 if GPU else 0.0))
 
 
 def two_processes(tiny):
@@ -168,34 +230,23 @@ def two_processes(tiny):
         return within(losses=(largest_difference(logged(folder, "two"), logged(folder, "one")), 1e-3))
 
 
-def resume(tiny):
-    """A run killed by SIGKILL and continued against one that was not."""
-    with tempfile.TemporaryDirectory() as folder:
-        lines_of([sys.executable, *run_flags(folder, "whole", 6, "--no-compile")])
-        endless = [sys.executable, *run_flags(folder, "killed", 10 ** 6, "--no-compile")]
-        killed = subprocess.Popen(endless, cwd=ROOT, stdout=subprocess.DEVNULL)  # without data workers
-        try:
-            while not (Path(folder) / "killed/checkpoints/0000002.pt").exists():
-                assert killed.poll() is None, "the run ended before its first checkpoint"
-                time.sleep(0.02)
-        finally:
-            killed.kill()
-            killed.wait()
-        for path in (Path(folder) / "killed/checkpoints").glob("*.pt"):
-            if int(path.stem) > 4:  # it may have come further than the whole run
-                path.unlink()
-        lines_of([sys.executable, *run_flags(folder, "killed", 6, "--no-compile")])
-        return within(losses=(largest_difference(logged(folder, "killed"), logged(folder, "whole")),
-                              1e-3 if GPU else 0.0))
-
-
-# Seconds allowed. The first is short and tells whether the rest is worth its time; train leaves compiled code
-# that counted_memory finds.
-PIECES = {parity: 90, train: 330, counted_memory: 240, twenty_steps: 180, resume: 150, two_processes: 200,
-          sample: 200, gpu_tests: 150, evaluate: 150}
+# Seconds allowed, in the order of what the figures are worth: the first six take six minutes.
+PIECES = {parity: 40, fast: 180, fast_eager: 50, twenty_steps: 90, gpu_tests: 60, plain: 60,
+          resume: 75, sample: 60, grad_checkpoint: 120, evaluate: 60, two_processes: 75,
+          plain_compiled_sit: 190}
 
 
 # ------------------------------------------------------------------------------------------------ the command
+
+def last_json(output):
+    """The last line of a piece's output that is JSON: warnings of C++ may follow it ("[W1127 ...")."""
+    for line in reversed(output.splitlines()):
+        with contextlib.suppress(ValueError):
+            figures = json.loads(line)
+            if isinstance(figures, (dict, list)):
+                return figures
+    return {}
+
 
 def run_piece(name, limit, tiny):
     """The record of one piece, run in a process of its own: ok, seconds, its figures, what went wrong."""
@@ -208,10 +259,8 @@ def run_piece(name, limit, tiny):
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # with what it started
         output = process.communicate()[0] + f"\nstopped after {limit:.3g} s"
-    record = {"ok": process.returncode == 0, "seconds": round(time.perf_counter() - begin, 1)}
-    said = [line for line in output.splitlines() if line.startswith(("{", "["))]
-    with contextlib.suppress(ValueError):   # of a line that was cut off
-        record["figures"] = json.loads(said[-1]) if said else {}
+    record = {"ok": process.returncode == 0, "seconds": round(time.perf_counter() - begin, 1),
+              "figures": last_json(output)}
     return record if record["ok"] else record | {"error": output[-2000:]}
 
 
@@ -243,7 +292,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="gpu_check", help="folder of gpu_check.json and gpu_check.md")
-    parser.add_argument("--minutes", type=float, default=10,
+    parser.add_argument("--minutes", type=float, default=6,
                         help="begin no piece after that, and cut the last")
     parser.add_argument("--only", nargs="+", choices=names, help="these pieces")
     parser.add_argument("--again", action="store_true", help="also what is done already")
@@ -251,7 +300,7 @@ def main(argv=None):
     parser.add_argument("--piece", choices=names, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.piece:
-        return print(json.dumps(names[args.piece](args.tiny)))
+        return print(json.dumps(names[args.piece](args.tiny)), flush=True)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "gpu_check.json"
@@ -271,16 +320,15 @@ def main(argv=None):
         if left < 10:
             late.append(name)
             continue
-        print(f"{name} ...", end=" ", flush=True)
         results["pieces"][name] = record = run_piece(name, min(limit, left), args.tiny)
-        print(f"{'ok' if record['ok'] else 'FAILED'} in {record['seconds']} s", flush=True)
+        print(json.dumps({name: record}), flush=True)
         for file, text in ((path, json.dumps(results, indent=1)), (out / "gpu_check.md", table(results))):
             temporary = file.with_suffix(".tmp")
             temporary.write_text(text)
             temporary.replace(file)
     print(f"{path} and {out / 'gpu_check.md'}")
     if late:
-        print(f"no time was left for {', '.join(late)}: the same command goes on with them")
+        print(f"no time was left for {', '.join(late)}: the same command resumes with them")
     return sys.exit(0 if not late and all(r["ok"] for r in results["pieces"].values()) else 1)
 
 

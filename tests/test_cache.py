@@ -143,6 +143,16 @@ def test_another_ones_cache_is_rejected_by_name(tmp_path, vae, capsys):
         assert stop.value.code == 2 and line.count("\n") == 1 and words in line and "latents.npy" in line
 
 
+def test_a_damaged_cache_is_named(tmp_path, vae):
+    make(tmp_path, vae)
+    os.truncate(tmp_path / "latents.npy", os.path.getsize(tmp_path / "latents.npy") - 1)
+    with pytest.raises(ValueError, match="latents.npy: damaged"):
+        make(tmp_path, vae)
+    np.save(tmp_path / "latents.npy", np.zeros(78))
+    with pytest.raises(ValueError, match="latents.npy: damaged"):
+        make(tmp_path, vae)
+
+
 def test_a_small_disk_and_a_broken_vae_are_rejected(tmp_path, vae, monkeypatch):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: usage(1000))

@@ -26,7 +26,7 @@ ALIGNED = ("step_vae_align_loss", "step_vae_loss", "step_proj_loss", "step_sit_l
 
 def build(config, g, dtype):
     """The set-up of section 8 as the namespace that train_step takes, and the matching settings."""
-    args = train.parse_args(["--learn-pos-embed"])
+    args = train.parse_args([])
     vars(args).update(
         adam_beta1=config["betas"][0], adam_beta2=config["betas"][1], adam_epsilon=config["adam_eps"],
         adam_weight_decay=config["weight_decay"], learning_rate=config["lr"],

@@ -1,20 +1,19 @@
 """Flags of later work and of the paper's ablations, their mathematics; and the README's recipes."""
-import functools
 import os
 import re
 
-import processes
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
-from test_train import TINY, assert_same, final_state, metrics, run, tiny_batch, tiny_nets
+from test_train import TINY, final_state, run, tiny_batch, tiny_nets
 
 import sample_ddp
 import train_repae_e as train
-from models.encoders import HOG
+from models.encoders import HOG, timm_config
 from models.losses import spatial_norm
-from models.runtime import files, flops, trainer, vae_files, weights
+from models.runtime import files, trainer, vae_files, weights
+from models.runtime.data import open_images
 from models.sit import ConvProjector, SiT
 
 
@@ -62,11 +61,11 @@ def test_spatial_norm_is_what_both_updates_align_with(close):
     close(batch.zs[0], spatial_norm(HOG(32)(images).bfloat16(), 0.8))
 
 
-# ---------------------------------------------------------------- HASTE
+# ---------------------------------------------------------------- no batch norm
 
 @pytest.fixture(scope="module")
 def vae_file(tmp_path_factory):
-    """A VAE with its statistics beside it."""
+    """A VAE with its statistics next to it."""
     folder = tmp_path_factory.mktemp("vae")
     torch.manual_seed(1)
     files.save(train.VAE_models["f4d4"]().state_dict(), folder / "vae.pt")
@@ -75,61 +74,6 @@ def vae_file(tmp_path_factory):
                folder / "vae-latents-stats.pt")
     return folder / "vae.pt"
 
-
-@pytest.fixture
-def encoded(monkeypatch):
-    """The batches that the encoder has seen."""
-    seen, forward = [], HOG.forward
-
-    def watched(self, images):
-        seen.append(len(images))
-        return forward(self, images)
-    monkeypatch.setattr(HOG, "forward", watched)
-    return seen
-
-
-def test_alignment_ends_after_its_last_step(tmp_path, encoded):
-    """From then on no encoder, no loss, no projector, no SiT in the VAE's update; the rest goes on learning.
-
-    Two processes do the same as one, and so does a run that is continued there, to the bit.
-    """
-    flags = ("--projector", "conv", "--proj-until", "1", "--disc-weight", "0", "--max-train-steps", "3",
-             "--checkpointing-steps", "1", "--learning-rate", "1e-4", "--vae-learning-rate", "1e-4")
-    folder = run(tmp_path, *flags)
-    assert encoded == [4]
-    lines = metrics(folder)
-    assert [len({"proj_loss", "vae_align_loss"} & set(line)) for line in lines] == [2, 0, 0]
-    first, third = (final_state(folder, step) for step in (1, 3))
-    for key, still in (("model", ("projectors.", "pos_embed")), ("vae", ())):
-        same = {name for name, value in first[key].items() if torch.equal(value, third[key][name])}
-        assert same == {name for name in first[key] if name.startswith(still)}
-
-    (folder / "checkpoints" / "0000003.pt").unlink()
-    run(tmp_path, *flags)
-    assert_same(third, final_state(folder, 3))
-
-    both = [*TINY, *flags, "--output-dir", tmp_path / "two"]
-    processes.run_two("train_repae_e", both, tmp_path / "log")
-    for one, line in zip(lines, metrics(tmp_path / "two" / "demo"), strict=True):
-        for name in one:
-            if name.endswith("loss"):
-                assert line[name] == pytest.approx(one[name], abs=1e-5), (one["step"], name)
-
-
-def test_what_alignment_cost_is_no_longer_counted():
-    nets, args = tiny_nets("--disc-weight", "0")
-
-    def count():
-        return flops.step_flops(args, nets, lambda: train.build_sit(args, nets.vae, nets.encoders))
-    before = count()
-    train.end_alignment(nets)
-    assert count() < before
-    batch = tiny_batch(nets, args)
-    with torch.no_grad():
-        assert nets.sit(batch.noise, batch.t, batch.labels)[1] == []
-
-
-# ---------------------------------------------------------------- no batch norm
 
 def test_a_fixed_scale_is_the_checkpoints_own(tmp_path, vae_file):
     """The VAE learns, the scale stays that of its file: what a sampler, an export and a second stage find.
@@ -141,7 +85,7 @@ def test_a_fixed_scale_is_the_checkpoints_own(tmp_path, vae_file):
     state = final_state(folder, 2)
     name = "encoder.conv_in.weight"
     assert not torch.equal(state["vae"][name], files.load(vae_file)[name])
-    scale, bias = vae_files.load_stats_file(str(vae_file.with_name("vae-latents-stats.pt")))
+    scale, bias = vae_files.load_stats(str(vae_file.with_name("vae-latents-stats.pt")), 4)
     path = folder / "checkpoints" / "0000002.pt"
     sit, _, settings, _ = weights.load(str(path))
     for found in (sit.latents_stats(), vae_files.open_vae(str(path))[2]):
@@ -165,27 +109,22 @@ def test_a_fixed_scale_divides_every_batch_alike(close):
     assert nets.sit.bn.num_batches_tracked == 0
 
 
-def test_a_fixed_scale_of_a_random_vae_is_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path, "--fixed-latents-stats")
-    assert stop.value.code == 2 and "--latents-stats" in capsys.readouterr().err
-
-
 # ---------------------------------------------------------------- the README's recipes
 
 def readme_recipes():
-    """{RUN: (FLAGS, [(step, flags for sample_ddp.py)] of its published figures)} of the README's tables."""
+    """{RUN: (FLAGS, [(step, flags for sample_ddp.py)] of its published figures)} of the tables in the README
+    and in models/RECIPES.md: rows of RUN, FLAGS, up to two columns of figures, ours."""
     readme = (ROOT / "README.md").read_text()
     section = readme.split("\n## Recipes and published figures\n")[1].split("\n## ")[0]
     recipes = {}
-    for line in section.splitlines():
+    for line in [*section.splitlines(), *(ROOT / "models" / "RECIPES.md").read_text().splitlines()]:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if not line.startswith("| `"):
             continue
         name, flags = (re.match("`(.*?)`", cell)[1] for cell in cells[:2])
         assert name not in recipes, f"two rows {name}"
         figures = []
-        for cell in cells[2:4] if len(cells) == 5 else ():
+        for cell in cells[2:-1] if len(cells) > 3 else ():
             guidance = "".join(re.findall("`(.*)`", cell)).split()
             for step, unit, equal in re.findall(r"(\d+)([kM]): [\d.]+(=?)", cell):
                 step = int(step) * {"k": 1000, "M": 1_000_000}[unit]
@@ -200,11 +139,11 @@ STEPS, DATA = int(os.environ.get("RECIPE_STEPS", 2)), os.environ.get("RECIPE_DAT
 # What training changes, for every row of the README. A frozen VAE's statistics are measured before, and stay.
 CHANGED = {
     "sit": "sit sit-vavae sit-e2e-vavae",
-    "sit projectors": """repa repa-vavae repa-e2e-vavae e2e-flux haste l-repa b-repa l-repa-jepa l-repa-clip
+    "sit projectors": """repa repa-vavae repa-e2e-vavae e2e-flux l-repa b-repa l-repa-jepa l-repa-clip
         l-repa-dinov2-l l-repa-invae l-repa-vavae l-repa-512""",
     "sit projectors statistics vae-encoder vae-decoder discriminator": """repae-sdvae repae-invae repae-vavae
         repae-scratch l-repae b-repae l-repae-jepa l-repae-clip l-repae-dinov2-l l-repae-invae l-repae-vavae
-        l-depth-6 l-depth-10 l-no-stop-gradient l-repae-512 l2 irepa haste-e2e flux sd35 sd35-512
+        l-depth-6 l-depth-10 l-no-stop-gradient l-repae-512 l2 irepa flux sd35 sd35-512
         slow-statistics flowers""",
     "sit projectors vae-encoder vae-decoder discriminator": "l-no-batch-norm",
     "sit projectors statistics vae-encoder vae-decoder": "l-no-gan",
@@ -219,8 +158,7 @@ def small(name, vae_file):
     return [*TINY, "--disc-start", "0", *flags, "--preset", "demo", "--data-dir", DATA, "--resolution", "32",
             "--num-classes", "10", "--model", "SiT-Ti/4", "--encoder-depth", "3", "--encoder", "hog",
             "--vae", "f4d4", "--vae-ckpt", "none" if random_vae else str(vae_file), "--disc-ckpt", "none",
-            "--max-train-steps", str(STEPS),
-            *(["--proj-until", str(STEPS // 2)] if "--proj-until" in flags else [])]
+            "--max-train-steps", str(STEPS)]
 
 
 def groups(nets):
@@ -257,15 +195,15 @@ def test_every_recipe_has_its_kind():
 def test_a_recipe_trains_what_its_row_says(names, changed, vae_file):
     """The suite makes 2 steps on drawn shapes; RECIPE_STEPS and RECIPE_DATA ask for more, on other images."""
     args = train.parse_args(small(names[0], vae_file))
-    dataset, vae_state, stats = train.check_settings(args, 1, continued=False)
+    train.check_settings(args, 1)
+    dataset = open_images(args.data_dir, args.resolution, args.hflip, args.seed)
+    vae_state, stats = train.load_vae(args, resumed=False)
     nets = train.build_networks(args, torch.device("cpu"), vae_state)
     trainer.prepare(nets, args)
     train.set_latents_stats(nets, args, dataset, stats)
     before, loader = groups(nets), trainer.data_loader(args, dataset, nets.device, 0, workers=0)
     for step in range(1, STEPS + 1):
-        if args.proj_until is not None and step == args.proj_until + 1:
-            train.end_alignment(nets)
-        images, labels, _ = next(loader)
+        images, labels = next(loader)
         values, skip = train.train_step(nets, args, train.make_batch(nets, args, step, images, labels))
         assert skip == 0 and all(value.isfinite() for value in values.values())
     moved = {group: sum(not torch.equal(value, before[group][name]) for name, value in tensors.items())
@@ -274,9 +212,6 @@ def test_a_recipe_trains_what_its_row_says(names, changed, vae_file):
     if STEPS >= 20:     # by then nothing waits for another weight to leave zero
         assert {group: len(before[group]) for group in changed.split()} == \
             {group: moved[group] for group in changed.split()}
-
-
-CHECK_ENCODERS = functools.cache(train.check_encoders)     # a second for each
 
 
 @pytest.fixture
@@ -293,7 +228,6 @@ def no_downloads(monkeypatch):
 
     monkeypatch.setattr(vae_files, "open_vae", open_vae)
     monkeypatch.setattr(weights, "discriminator", discriminator)
-    monkeypatch.setattr(train, "check_encoders", CHECK_ENCODERS)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -302,8 +236,12 @@ def test_the_commands_of_a_recipe_are_sound(name, tmp_path, monkeypatch, no_down
     flags, figures = RECIPES[name]
     args = train.parse_args(["--exp-name", name, *flags])
     assert args.data_dir == ("flowers.zip" if name == "flowers" else "data/imagenet/train")
-    args.data_dir = "shapes"
-    train.check_settings(args, 8, continued=False)
+    train.check_settings(args, 8)
+    train.load_vae(args, resumed=False)
+    if args.disc_weight > 0 and not args.freeze_vae:
+        weights.discriminator(args.disc_ckpt, args.vae)
+    for encoder in args.encoder.split(","):
+        timm_config(encoder)
 
     monkeypatch.chdir(tmp_path)
     for step, sampling in figures:
@@ -314,19 +252,7 @@ def test_the_commands_of_a_recipe_are_sound(name, tmp_path, monkeypatch, no_down
         asked = sample_ddp.parse_args(["--exp-path", f"exps/{name}", "--train-steps", str(step),
                                        "--npz", f"samples/{name}.npz", *sampling])
         sample_ddp.check_args(asked)
-        assert (tmp_path / asked.ckpt).samefile(checkpoint) and asked.end == 50000
+        assert (tmp_path / asked.ckpt).samefile(checkpoint) and asked.num_fid_samples == 50000
         assert (asked.mode, asked.num_steps) == ("sde", 250)
     if figures:
         assert max(figures)[0] == args.max_train_steps, "the run is longer than its last figure"
-
-
-@pytest.mark.parametrize("names, changed", KINDS, ids=[names[0] for names, _ in KINDS])
-def test_a_small_copy_of_a_recipe_passes_its_dry_run(names, changed, tmp_path, vae_file, capsys, monkeypatch):
-    """One for each kind: small copies of the other rows are the same command.
-
-    Memory, two seconds of fake tensors, is forecast for those that differ most in what a step computes.
-    """
-    if names[0] not in ("repae-sdvae", "haste", "naive", "irepa", "l-no-gan"):
-        monkeypatch.setattr(train, "forecast", lambda *_: "memory: not now")
-    train.main([*small(names[0], vae_file), "--output-dir", str(tmp_path), "--dry-run"])
-    assert "sound" in capsys.readouterr().out and not list(tmp_path.iterdir())

@@ -35,8 +35,8 @@ class Latents(Dataset):
     takes its place.
     """
 
-    def __init__(self, data, path, images):
-        self.data, self.images, self.rows = data, images, np.load(path, mmap_mode="r")
+    def __init__(self, data, rows, images):
+        self.data, self.rows, self.images = data, rows, images
 
     def __len__(self):
         return len(self.data)
@@ -98,12 +98,23 @@ def latents(folder, data, made_of, vae, device, workers, images=False):
                 raise ValueError(f"{found}: was made with another {' and another '.join(other)}; give another "
                                  "--latent-cache, or remove it")
     if not os.path.exists(path):
-        fill(np.load(part, mmap_mode="r+"), Blocks(data, rows), vae, device, workers)
+        fill(open_table(part, "r+", dtype, rows), Blocks(data, rows), vae, device, workers)
         distributed.barrier()
         if distributed.is_main() and os.path.exists(part):  # a second run may have made it meanwhile
             os.replace(part, path)
         distributed.barrier()
-    return Latents(data, path, images)
+    return Latents(data, open_table(path, "r", dtype, rows), images)
+
+
+def open_table(path, mode, dtype, rows):
+    """The records of a cache, memory-mapped."""
+    try:
+        table = np.load(path, mmap_mode=mode)
+    except ValueError:
+        table = None
+    if table is None or table.dtype != dtype or len(table) != rows:
+        raise ValueError(f"{path}: damaged, or not a latent cache of these images; remove it")
+    return table
 
 
 @torch.no_grad()

@@ -85,7 +85,7 @@ class RunLog:
         # Sums since the last line, by the names of a step's metrics: a loss that sets in later has its own.
         self.sums, self.counted = {}, 0
         self.in_a_row = self.longest = self.first_bad = None
-        self.largest_norms, self.any_good = {}, False
+        self.largest_norms = {}
         self.last, self.timed, self.first_seconds = time.perf_counter(), 0, None
         self.report = None
         if self.main:
@@ -99,13 +99,8 @@ class RunLog:
             with open(os.path.join(self.folder, "log.txt"), "a") as f:
                 f.write(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}\n")
 
-    def resume(self, step, state, device):
-        """Continue the log of a run at `step`: with the sums of its checkpoint, and without the lines of
-        metrics.jsonl after it, which are written again."""
-        if state is not None:
-            self.counted = state["counted"]
-            self.sums = {tuple(names): torch.tensor(values, dtype=torch.float64, device=device)
-                         for names, values in state["sums"]}
+    def resume(self, step):
+        """Drop the lines of metrics.jsonl after `step`: a run that resumes there writes them again."""
         path = os.path.join(self.folder, "metrics.jsonl")
         if self.main and os.path.exists(path):
             kept = []
@@ -115,16 +110,6 @@ class RunLog:
                         kept += [line] if json.loads(line)["step"] <= step else []
             with files.replace(path) as temporary, open(temporary, "w") as f:
                 f.writelines(kept)
-
-    def state_dict(self):
-        """What the next line is made of, for a checkpoint between two lines; all processes must call it."""
-        return {"sums": [[list(names), values.tolist()] for names, values in self.reduced().items()],
-                "counted": self.counted}
-
-    def reduced(self):
-        """{names: sums over all processes [len(names) + 1]}; the last number counts the steps not skipped."""
-        return {names: distributed.all_reduce_sum(values.clone()) / distributed.world_size()
-                for names, values in self.sums.items()}
 
     def add(self, metrics, skip):
         """Add one step's metrics (dict of scalar tensors); those of a skipped step count only as skipped.
@@ -159,9 +144,9 @@ class RunLog:
         Raises Collapse if learning stopped.
         """
         means, good = {}, 0
-        for names, values in self.reduced().items():
-            *sums, count = values.tolist()
-            good += round(count)
+        for names, values in self.sums.items():
+            *sums, count = (distributed.all_reduce_sum(values) / distributed.world_size()).tolist()
+            good += round(count)    # the last number counts the steps not skipped
             for name, value in zip(names, sums):
                 total, n = means.get(name, (0.0, 0.0))
                 means[name] = (total + value, n + count)
@@ -173,9 +158,7 @@ class RunLog:
                 "seconds_per_step": seconds, "peak_memory_gib": peak_memory_gib(self.longest.device)}
         if first_bad >= 0:
             line["not_finite_first"] = self.names[first_bad]
-        if step % self.args.log_every == 0:
-            self.sums, self.counted = {}, 0     # after a run's last step they are kept, for a longer run
-        self.timed, self.last = 0, now
+        self.sums, self.counted, self.timed, self.last = {}, 0, 0, now
         self.longest, self.first_bad = torch.zeros_like(self.longest), torch.full_like(self.first_bad, -1.0)
         if self.main:
             self.publish(step, line, means)
@@ -203,11 +186,10 @@ class RunLog:
     def watch(self, step, longest, good, means, first_bad):
         """Raise Collapse after 50 skipped steps in a row, or when the SiT's or VAE's gradient vanishes.
 
-        That is a norm of 0, or of 1e-4 of the largest logged. A run of nothing but skipped steps counts too.
-        (The discriminator's may well be 0: the hinge loss is, where it is sure.)
+        That is a norm of 0, or of 1e-4 of the largest logged. (The discriminator's may well be 0: the hinge
+        loss is, where it is sure.)
         """
-        self.any_good |= good > 0
-        if longest >= 50 or (step == self.args.max_train_steps and not self.any_good):
+        if longest >= 50:
             raise Collapse(f"step {step}: {longest} steps in a row had non-finite losses or gradients, "
                            f"{first_bad} first")
         for name in ("grad_norm_sit", "grad_norm_vae"):

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from models.metrics import latent_moments
 from models.runtime import cli, distributed, files
 from models.runtime.data import EndlessSampler, check_same_data, make_loader
-from models.vae import Posterior, ResnetBlock
+from models.vae import AttnBlock, Posterior, ResnetBlock
 
 MEMORY_REMEDY = "lower --batch-size, raise --gradient-accumulation-steps, or pass --grad-checkpoint"
 
@@ -90,11 +90,8 @@ def check_same_settings(args, sources):
     """
     values = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()
               if name not in MAY_DIFFER}
-    for name, value in sources["data"].items():
-        text = json.dumps(value)
-        short = text if len(text) < 80 else hashlib.sha256(text.encode()).hexdigest()
-        values[f"--data-dir ({name})"] = short
-    distributed.check_same(values)
+    data = hashlib.sha256(json.dumps(sources["data"]).encode()).hexdigest()
+    distributed.check_same(values | {"the data of --data-dir": data})
 
 
 def check_same_weights(nets, start):
@@ -183,12 +180,11 @@ def wants_compile(args, device):
     if args.compile is not None or device.type != "cuda":
         return bool(args.compile)
     header = os.path.join(sysconfig.get_path("include"), "Python.h")
-    found = {"triton": importlib.util.find_spec("triton") is not None,
-             "a C compiler": any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))),
-             "Python.h": os.path.exists(header)}
-    if missing := [name for name in found if not found[name]]:
-        note(f"not compiled, which costs speed: {', '.join(missing)} not found")
-    return not missing
+    compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+    complete = importlib.util.find_spec("triton") is not None and compiler and os.path.exists(header)
+    if not complete:
+        note("not compiled, which costs speed: that needs triton, a C compiler and Python.h")
+    return complete
 
 
 def adamw(parameters, args, learning_rate):
@@ -218,7 +214,9 @@ def compile_blocks(nets):
     # In DistributedDataParallel the compiler would cut every block of over 1 MB into pieces, to send
     # gradients while it runs backward; block by block they are sent early enough.
     torch._dynamo.config.optimize_ddp = False
-    blocks = [m for m in nets.vae.modules() if isinstance(m, ResnetBlock)]
+    blocks = [m for m in nets.vae.modules() if isinstance(m, (ResnetBlock, AttnBlock))]
+    for half in (nets.vae.encoder, nets.vae.decoder):   # norm, SiLU and convolution at their ends
+        half.output = torch.compile(half.output, dynamic=False)
     if nets.sit is not None:
         blocks += nets.sit.blocks   # not the average's: it samples now and then only
     for encoder in nets.encoders:
@@ -413,47 +411,34 @@ def find_checkpoint(args, folder):
     again. Raises ValueError if the folder contains later checkpoints than the one asked for from another run,
     which the next run would mix with its own, and for weights that are not finite.
     """
-    if args.resume == "auto":
-        return newest_checkpoint(folder)
-    path, state = None, None
-    if args.resume != "none":
-        path, state = args.resume, files.load(args.resume)
-        check_finite(path, state)
-    last = max(files.checkpoint_steps(os.path.join(folder, "checkpoints")), default=0)
-    if last > (state or {}).get("steps", 0):
-        newest, own = newest_checkpoint(folder)
-        if state is not None and own is not None:
-            if files.training_args(own, newest).get("resume") == args.resume:
-                return newest, own
-        raise ValueError(f"{folder} contains a checkpoint of step {last}, beyond --resume {args.resume}; use "
-                         "another --exp-name or remove it")
+    path, state = newest_checkpoint(os.path.join(folder, "checkpoints"))
+    if args.resume != "auto":
+        own_path, own = path, state
+        path, state = (None, None) if args.resume == "none" else (args.resume, files.load(args.resume))
+        if own is not None and own["steps"] > (state or {}).get("steps", 0):
+            if args.resume == "none" or own["args"]["resume"] != args.resume:
+                raise ValueError(f"{folder} contains a checkpoint of step {own['steps']}, beyond --resume "
+                                 f"{args.resume}; use another --exp-name or remove it")
+            path, state = own_path, own
+    if (name := files.first_non_finite(state)) is not None:
+        raise ValueError(f"{path}: {name} is not finite; remove this checkpoint, and the run resumes from "
+                         "the one before")
     return path, state
 
 
 def newest_checkpoint(folder):
-    """(path, state) of the newest sound checkpoint of a run folder, or (None, None).
+    """(path, state) of the newest sound checkpoint in a folder, or (None, None).
 
     A file that is proved damaged is passed over, with a note. Any other trouble with reading one stops the
     run, which would otherwise start from scratch and push the sound checkpoints out.
     """
-    checkpoints = os.path.join(folder, "checkpoints")
-    for step in reversed(files.checkpoint_steps(checkpoints)):
-        path = os.path.join(checkpoints, f"{step:07d}.pt")
+    for step in reversed(files.checkpoint_steps(folder)):
+        path = os.path.join(folder, f"{step:07d}.pt")
         try:
-            state = files.load(path)
+            return path, files.load(path)
         except files.Damaged as error:
             note(f"passed over: {error}")
-            continue
-        check_finite(path, state)
-        return path, state
     return None, None
-
-
-def check_finite(path, state):
-    """Raise a one-line ValueError that names the first tensor of a checkpoint with NaN or infinity."""
-    if (name := files.first_non_finite(state)) is not None:
-        raise ValueError(f"{path}: {name} is not finite; remove this checkpoint, and the run resumes from "
-                         "the one before")
 
 
 def note(text):
@@ -496,7 +481,7 @@ def check_sources(args, path, state, sources):
         note(text)
     if state.get("vae_digest", sources.get("vae_digest")) != sources.get("vae_digest"):
         raise ValueError(f"{path}: was trained on another VAE than {args.vae_ckpt} now is; name that one")
-    for name, digest in sources["encoder_digests"].items():
+    for name, digest in sources.get("encoder_digests", {}).items():
         if state.get("encoder_digests", {}).get(name, digest) != digest:
             raise ValueError(f"{path}: was aligned with other weights of encoder {name}; give those with "
                              "--encoder-ckpt")
@@ -564,19 +549,3 @@ def load_optimizer(optimizer, state, path):
             if value.stride() != p.stride():
                 # fused kernels pair a weight with its moments by their places in memory
                 values[name] = torch.empty_like(p).copy_(value)
-
-
-def check_room(nets, folder):
-    """Raise OSError unless the disk has room for one checkpoint, in the main process."""
-    size = tensor_bytes(nets.ema.state_dict().values())
-    for net in (getattr(nets, name) for name in nets.trained):
-        trained = (p for p in net.parameters() if p.requires_grad)
-        size += tensor_bytes(net.state_dict().values()) + 2 * tensor_bytes(trained)  # AdamW's two moments
-    free = shutil.disk_usage(folder).free
-    if distributed.is_main() and free < size:
-        raise OSError(f"{folder}: no room for a checkpoint of {size / 1e9:.3g} GB, {free / 1e9:.3g} GB are "
-                      "free; make room or give another --output-dir")
-
-
-def tensor_bytes(tensors):
-    return sum(t.numel() * t.element_size() for t in tensors)
