@@ -32,7 +32,7 @@ from models.inception import POOL_DIM, SPATIAL_DIM, WEIGHTS_SHA256
 from models.metrics import (check_covariance, feature_statistics, frechet_distance,  # noqa: F401
                             inception_score, kernel_distance, precision_recall)
 from models.runtime import cli, distributed, files, log
-from models.runtime.data import NpzData, evenly_spaced, identity, open_images
+from models.runtime.data import NpzData, ShapesData, evenly_spaced, identity, open_images
 from models.runtime.features import (encoder_features, extract, fitting_batch_size, hog_features,
                                      inception_features, load_inception, read, score)
 
@@ -52,7 +52,7 @@ LABELS = {"inception_score": "Inception Score", "fid": "FID", "sfid": "sFID", "p
 
 def parse_args(argv=None):
     parser, flag = cli.make_parser(__doc__), cli.flag
-    parser.add_argument("ref", help="reference: .npz with arr_0 or statistics, folder or .zip of images")
+    parser.add_argument("ref", help="reference: .npz with arr_0 or statistics, folder or .zip, or shapes")
     parser.add_argument("samples", nargs="?", help="samples, likewise (none with --save-ref)")
     inputs, metrics, output = map(parser.add_argument_group, ("inputs", "metrics", "output and speed"))
     flag(inputs, "--resolution", None, "crop the images of folders and .zips to this size as ADM does",
@@ -106,10 +106,12 @@ def open_input(path, args):
     images: from data.open_images; used: how many of them count; statistics: {mu, sigma, mu_s, sigma_s} that a
     .npz stores, else {}. Raises ValueError or OSError in one line.
     """
-    if not os.path.exists(path) and path != "shapes":
+    if path == "shapes":    # others than training draws
+        images = ShapesData(1000, args.resolution or 32, seed=1)
+    elif not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such file; give a .npz with arr_0, a folder or a .zip of images")
-    resolution = None if path.endswith(".npz") else args.resolution
-    images = open_images(path, resolution, seed=1, labelled=False)   # seed: not the shapes of training
+    else:
+        images = open_images(path, None if path.endswith(".npz") else args.resolution, labelled=False)
     statistics = stored_statistics(images) if isinstance(images, NpzData) else {}
     if len(images) < LEAST and (len(images) or not statistics):
         raise ValueError(f"{path}: {len(images)} images are too few, at least {LEAST} are needed")
@@ -164,7 +166,8 @@ def load_networks(args, size, device):
 
 def check_same_everywhere(args, inputs, about):
     """Raise ValueError if another process has other settings, images or weights; paths may differ."""
-    settings = {f"--{name}": getattr(args, name) for name in ("features", "metrics", "exact", "limit")}
+    paths = "ref", "samples", "json", "save_ref", "inception_weights", "encoder_ckpt"
+    settings = {f"--{name}": value for name, value in vars(args).items() if name not in paths}
     weights = {f"weights of {name}": entry.get("sha256", "none") for name, entry in about.items()}
     images = {f"input {k}": identity(source.images) for k, source in enumerate(inputs)}
     distributed.check_same(settings | weights | images)
