@@ -157,7 +157,7 @@ def evaluate(args):
     def statistics(batches, what):
         return extract(batches, [inception_features(inception)], device, keep=False,
                        update=log.progress(what, len(rows)))
-    reference = inception and statistics(read(data, size, rows, device), args.data_dir)
+    reference = inception and statistics(read(data, size, rows), args.data_dir)
     notes = [f"{len(rows):,} images of {args.data_dir} at {args.resolution} px; reconstructed from the "
              "posterior's mean"]
     if inception:
@@ -169,12 +169,12 @@ def evaluate(args):
 
     results = {}
     for source, vae in vaes.items():
-        found = measure(vae.to(device), read(data, size, rows, device), device, dtype, lpips,
+        found = measure(vae.to(device), read(data, size, rows), device, dtype, lpips,
                         inception and partial(statistics, what=source), reference,
                         log.progress(source, len(rows)))
         if "latents" in wanted:
             some = rows[evenly_spaced(len(rows), NOISE_IMAGES)]
-            batches = read(data, size, some, device)
+            batches = read(data, size, some)
             found |= measure_tolerance(vae, batches, found["latents_std"], device, dtype)
         results[source] = {name: value for name, value in found.items()
                            if name in wanted or (name not in METRICS and "latents" in wanted)}
