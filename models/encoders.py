@@ -264,7 +264,7 @@ def build_encoder(name, resolution, ckpt=None, device="cpu"):
                                                                    weights_only=True))
         encoder = TimmEncoder(model, name, size, cfg.mean, cfg.std, name.lower() not in BEFORE_LAST_NORM)
     except Exception as error:      # timm, the hub, torch and safetensors raise nearly anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0][:200]
         remedy = (f"give --encoder-ckpt a file of {timm_name}'s weights" if ckpt else
                   "give its weights with --encoder-ckpt PATH, or take --encoder hog; without a network "
                   "HF_HUB_OFFLINE=1 saves the wait")
