@@ -37,15 +37,13 @@ from models.runtime.features import (encoder_features, extract, fitting_batch_si
                                      inception_features, load_inception, read, score)
 
 METRICS = ("kid", "fdd")    # further ones, on request
-FDD_ENCODERS = ("dinov2-vit-l", "vit_large_patch14_dinov2.lvd142m")     # whose figure is called fdd
 STATISTICS = {"mu": (POOL_DIM,), "sigma": (POOL_DIM,) * 2,
               "mu_s": (SPATIAL_DIM,), "sigma_s": (SPATIAL_DIM,) * 2}
-LEAST = 4           # images per set: precision and recall look at the 3rd neighbour
+LEAST = 4           # images per set: precision and recall look at the 3rd neighbor
 PROTOCOL = 50_000   # samples behind published figures
 LABELS = {"inception_score": "Inception Score", "fid": "FID", "sfid": "sFID", "precision": "Precision",
-          "recall": "Recall", "f_score": "F-score", "kid": "KID", "kid_std": "KID, spread of its subsets",
-          "inception_score_std": "Inception Score, spread of its splits",
-          "inception_score_shuffled": "Inception Score, shuffled", "fdd": "FDD", "fd_hog": "FD-hog"}
+          "recall": "Recall", "kid": "KID", "fdd": "FDD", "fd_hog": "FD-hog",
+          "inception_score_shuffled": "Inception Score, shuffled"}
 
 
 # ---------------------------------------------------------------- flags
@@ -68,7 +66,7 @@ def parse_args(argv=None):
     flag(metrics, "--features", "inception", "hog: a Frechet distance on gradient histograms (FD-hog) alone, "
          "which needs no weights", choices=["inception", "hog"])
     flag(metrics, "--metrics", "", f"comma-separated: {', '.join(METRICS)}")
-    flag(metrics, "--encoder", "dinov2-vit-l", "encoder of fdd; another one is reported as fd_NAME")
+    flag(metrics, "--encoder", "dinov2-vit-l", "encoder of fdd; the figure of another one is called fd_NAME")
 
     flag(output, "--json", None, "write figures, digests, counts, settings and versions", metavar="PATH")
     flag(output, "--save-ref", None, "write a reference made from the one input and stop", metavar="OUT.npz")
@@ -87,10 +85,10 @@ def check_args(args):
         raise ValueError(f"--metrics {','.join(sorted(unknown))}: unknown, known are {', '.join(METRICS)}")
     if bool(args.save_ref) == bool(args.samples):
         raise ValueError("give a reference and samples, or --save-ref OUT.npz and one input")
-    if args.features == "hog" and (args.metrics or args.save_ref):
-        raise ValueError("--features hog gives FD-hog alone; drop --metrics and --save-ref")
-    if args.save_ref and (args.metrics or args.json):
-        raise ValueError("--metrics and --json belong to a comparison; drop them with --save-ref")
+    if args.features == "hog" and args.metrics:
+        raise ValueError("--features hog gives FD-hog alone; drop --metrics")
+    if args.save_ref and (args.metrics or args.json or args.features == "hog"):
+        raise ValueError("--metrics, --json and --features hog belong to a comparison; drop --save-ref")
     if args.save_ref and not args.save_ref.endswith(".npz"):
         raise ValueError(f"--save-ref {args.save_ref}: must end in .npz")
     given = [p for p in (args.ref, args.samples, args.inception_weights, args.encoder_ckpt) if p]
@@ -113,10 +111,9 @@ def open_input(path, args):
     else:
         images = open_images(path, None if path.endswith(".npz") else args.resolution, labelled=False)
     statistics = stored_statistics(images) if isinstance(images, NpzData) else {}
-    if len(images) < LEAST and (len(images) or not statistics):
+    without_images = statistics and args.features == "inception"
+    if len(images) < LEAST and (len(images) or not without_images):
         raise ValueError(f"{path}: {len(images)} images are too few, at least {LEAST} are needed")
-    if not len(images) and (args.features == "hog" or args.save_ref):
-        raise ValueError(f"{path}: has statistics but no images (arr_0), which this needs")
     if statistics and args.save_ref:
         raise ValueError(f"{path}: is a reference with statistics already")
     used = min(len(images), args.limit or len(images))
@@ -132,23 +129,12 @@ def stored_statistics(images):
     found = {name: images.array(name) for name in (["mu", "sigma"] if alone else STATISTICS)}
     for name, value in found.items():
         shape, where = STATISTICS[name], f"{images.path}: {name}"
-        if value is None:
-            raise ValueError(f"{images.path}: has mu but not {name}; make the reference with --save-ref")
-        if value.shape != shape or value.dtype.kind != "f" or not np.isfinite(value).all():
+        if value is None or value.shape != shape or value.dtype.kind != "f" or not np.isfinite(value).all():
             raise ValueError(f"{where} is not a finite float array of shape {list(shape)}; "
                              "make the reference with --save-ref")
         if len(shape) == 2:
             check_covariance(value, where)
     return found
-
-
-def stored_protocol(images):
-    """The protocol (JSON text) in a .npz of sample_ddp.py or --save-ref as a dict, {} in other files."""
-    try:
-        protocol = json.loads(str(images.array("protocol")))
-    except (AttributeError, ValueError, RecursionError):
-        return {}
-    return protocol if isinstance(protocol, dict) else {}
 
 
 def load_networks(args, size, device):
@@ -193,18 +179,15 @@ def remarks(ref, samples, result, about):
     lines = []
     for source in (ref, samples):
         if source.statistics and "fid" in result:
-            of = stored_protocol(source.images).get("statistics_of", "unknown many")
+            of = source.images.protocol.get("statistics_of", "unknown many")
             lines.append(f"{source.path}: FID uses the statistics stored in it (of {of} images)" +
                          ("" if source.used else "; it has no images, so no precision, recall and the like"))
+        elif 0 < source.used < PROTOCOL:
+            lines.append(f"{source.path}: {source.used:,} images; FID of few images is biased upwards, "
+                         "compare only at equal numbers")
         if source.statistics and "mu_s" not in source.statistics:
             lines.append(f"{source.path}: no mu_s, so no sFID. If pytorch-fid made it, FID is off by about "
                          "1 %: it resizes with half-pixel centers and scales to [-1, 1], unlike the suite")
-        if 0 < source.used < PROTOCOL and not (source.statistics and "fid" in result):
-            lines.append(f"{source.path}: {source.used:,} images; FID of few images is biased upwards, "
-                         "compare only at equal numbers")
-    if ref.used and samples.used and ref.images.size != samples.images.size:
-        (a, b), (c, d) = ref.images.size, samples.images.size
-        lines.append(f"sizes differ: {a}x{b} in the reference, {c}x{d} in the samples")
     if "inception_score_shuffled" in result:
         lines.append(f"{samples.path}: sorted by class. The suite's Inception Score depends on the order, "
                      "since its splits are consecutive images; the shuffled one compares with published ones")
@@ -216,27 +199,15 @@ def remarks(ref, samples, result, about):
     return lines
 
 
-def proof(args, ref, samples, about, device):
-    """What makes the figures repeatable: inputs, weights, settings, versions."""
-    inputs = {which: {"path": source.path, "images": len(source.images), "used": source.used,
-                      "size": list(source.images.size), "sha256": digest(source.images),
-                      "statistics": "stored" if source.statistics else "computed",
-                      "protocol": stored_protocol(source.images) or None}
-              for which, source in (("ref", ref), ("samples", samples))}
-    versions = {name: importlib.metadata.version(name) for name in ("timm", "numpy", "scipy")}
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return inputs | {"weights": about, "settings": vars(args), "processes": distributed.world_size(),
-                     "device": hardware, "versions": {"torch": torch.__version__} | versions}
-
-
-def digest(images):
-    """sha256 (hex) of a .npz or .zip, or of the names and contents of a folder's images."""
-    if os.path.isfile(images.path):
-        return files.sha256(images.path)
-    found = hashlib.sha256()
-    for row, name in enumerate(images.names):
-        found.update(os.fsencode(name) + images.content(row))
-    return found.hexdigest()
+def describe(source):
+    """What identifies an input, for the JSON: path, counts, sha256 of a file or of a folder's content."""
+    images, digest = source.images, hashlib.sha256()
+    for row, name in enumerate(images.names if os.path.isdir(source.path) else ()):
+        digest.update(os.fsencode(name) + images.content(row))
+    sha256 = files.sha256(source.path) if os.path.isfile(source.path) else digest.hexdigest()
+    return {"path": source.path, "images": len(images), "used": source.used, "size": list(images.size),
+            "sha256": sha256, "statistics": "stored" if source.statistics else "computed",
+            "protocol": getattr(images, "protocol", None) or None}
 
 
 def report(args, ref, samples, result, about, device):
@@ -244,10 +215,15 @@ def report(args, ref, samples, result, about, device):
     notes = remarks(ref, samples, result, about)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
+    versions = {name: importlib.metadata.version(name) for name in ("timm", "numpy", "scipy")}
     try:
         if args.json:
+            hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
             figures = {name: value if np.isfinite(value) else None for name, value in result.items()}
-            files.save_json(figures | proof(args, ref, samples, about, device) | {"notes": notes}, args.json)
+            files.save_json({**figures, "ref": describe(ref), "samples": describe(samples), "weights": about,
+                             "settings": vars(args), "processes": distributed.world_size(),
+                             "device": hardware, "versions": {"torch": torch.__version__, **versions},
+                             "notes": notes}, args.json)
     finally:    # a full disk does not cost the figures, nor a closed pipe the file
         for name in sorted(result, key=[*LABELS, *result].index):
             print(f"{LABELS.get(name, name)}: {result[name]}")
@@ -270,7 +246,7 @@ def main(argv=None):
 
         found = []
         for source in inputs:
-            batches = read(source.images, batch_size, range(source.used), device)
+            batches = read(source.images, batch_size, range(source.used))
             update = log.progress(source.path, source.used)
             found.append(extract(batches, networks, device, not args.save_ref, update) | source.statistics)
         if rank == 0 and args.save_ref:
@@ -279,7 +255,7 @@ def main(argv=None):
             ref, samples = inputs
             result = score(found[1], found[0], net, args.exact, "kid" in args.metrics,
                            samples.images.labels[:samples.used], device)
-            if "fdd" in result and args.encoder not in FDD_ENCODERS:
+            if args.encoder != "dinov2-vit-l" and "fdd" in result:
                 result[f"fd_{args.encoder}"] = result.pop("fdd")
             report(args, ref, samples, result, about, device)
         distributed.shut_down()

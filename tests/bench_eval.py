@@ -59,7 +59,7 @@ def best_of(programs, rounds, device):
 
 def ours(folder, net, device):
     data = open_images(folder, labelled=False)
-    batches = features.read(data, features.fitting_batch_size(device), range(len(data)), device)
+    batches = features.read(data, features.fitting_batch_size(device), range(len(data)))
     return features.extract(batches, [features.inception_features(net)], device)
 
 

@@ -148,7 +148,7 @@ def test_a_saved_reference_gives_its_statistics(tmp_path, stand_in, capsys):
     stored = figures(tmp_path, *args)
     printed = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
     assert printed[-9:-4] == ["Inception Score", "FID", "sFID", "Precision", "Recall"]
-    assert printed[-4:-1] == ["F-score", "KID", "KID, spread of its subsets"]
+    assert printed[-4:] == ["KID", "inception_score_std", "f_score", "kid_std"]
     assert stored["ref"]["statistics"] == "stored" and stored["samples"]["statistics"] == "computed"
     assert any("s.npz: 10 images" in note and "biased" in note for note in stored["notes"])
     assert any("of 12 images" in note for note in stored["notes"])
@@ -309,7 +309,7 @@ BAD_NPZ = {     # its arrays, and a word that the error contains
     "no_mu_s": ({"arr_0": GOOD} | STATISTICS, "mu_s"),
     "pickled_mu": ({"arr_0": GOOD} | STATISTICS | {"mu": np.array([None] * 4)}, "mu"),
     "wrong_mu": ({"arr_0": GOOD} | STATISTICS | {"mu": np.zeros(192)}, "mu"),
-    "stats_only": (STATISTICS, "no images"),
+    "stats_only": (STATISTICS, "0 images are too few"),
     "mu_only": ({"mu": np.zeros(2048)}, "sigma")}
 
 

@@ -5,6 +5,7 @@ every figure that the features of two sets allow. The formulas are in models/met
 mend are ValueError or OSError with a message of one line.
 """
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -15,7 +16,6 @@ from models.inception import WEIGHTS_SHA256, WEIGHTS_URL, FIDInception
 from models.metrics import (Moments, float32_exactly, frechet_distance, inception_score,
                             inception_score_splits, kernel_distances, precision_recall)
 from models.runtime import distributed, files, log
-from models.runtime.data import make_loader
 
 
 # ---------------------------------------------------------------- networks
@@ -95,17 +95,21 @@ def fitting_batch_size(device):
 
 # ---------------------------------------------------------------- features of a set
 
-def read(data, batch_size, rows, device="cpu"):
+def read(data, batch_size, rows):
     """This process's share of the images `rows` of a data set from data.open_images: uint8 [b, 3, H, W].
 
-    The k-th batches of processes 0, 1, ... follow each other in the order of `rows`.
+    The k-th batches of processes 0, 1, ... follow each other in the order of `rows`. Threads decode the next
+    batch while the networks have the last one: unlike worker processes they need no shared memory, of which
+    containers have little.
     """
-    step = batch_size * distributed.world_size()
-    first = batch_size * distributed.rank()
-    share = [row for start in range(first, len(rows), step) for row in rows[start:start + batch_size]]
-    workers = min(8, os.cpu_count() or 1, -(-len(share) // batch_size))     # no more than batches
-    for images, _ in make_loader(data, share, batch_size, workers, device):
-        yield images
+    first, step = batch_size * distributed.rank(), batch_size * distributed.world_size()
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        batches = ([pool.submit(data.__getitem__, int(row)) for row in rows[start:start + batch_size]]
+                   for start in range(first, len(rows), step))
+        upcoming = next(batches, None)
+        while upcoming:
+            current, upcoming = upcoming, next(batches, None)
+            yield torch.stack([image.result()[0] for image in current])
 
 
 @torch.inference_mode()
@@ -121,7 +125,7 @@ def extract(batches, networks, device, keep=True, update=lambda done: None):
     while True:
         found, batch = {}, next(batches, None)
         if batch is not None:
-            images = batch.to(device, non_blocking=True)
+            images = batch.to(device)
             with float32_exactly():
                 found = {suffix: x.float().cpu().numpy()
                          for network in networks for suffix, x in network(images).items()}
