@@ -18,7 +18,6 @@ The formulas are in models/metrics.py, the network and its preprocessing in mode
 images and processes in models/runtime/features.py.
 """
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -111,8 +110,8 @@ def open_input(path, args):
     else:
         images = open_images(path, None if path.endswith(".npz") else args.resolution, labelled=False)
     statistics = stored_statistics(images) if isinstance(images, NpzData) else {}
-    without_images = statistics and args.features == "inception"
-    if len(images) < LEAST and (len(images) or not without_images):
+    statistics_do = statistics and not len(images) and args.features == "inception"
+    if len(images) < LEAST and not statistics_do:
         raise ValueError(f"{path}: {len(images)} images are too few, at least {LEAST} are needed")
     if statistics and args.save_ref:
         raise ValueError(f"{path}: is a reference with statistics already")
@@ -148,15 +147,6 @@ def load_networks(args, size, device):
         about["fdd"] = {"name": args.encoder, "path": args.encoder_ckpt,
                         "sha256": files.sha256(args.encoder_ckpt) if args.encoder_ckpt else None}
     return net, networks, about
-
-
-def check_same_everywhere(args, inputs, about):
-    """Raise ValueError if another process has other settings, images or weights; paths may differ."""
-    paths = "ref", "samples", "json", "save_ref", "inception_weights", "encoder_ckpt"
-    settings = {f"--{name}": value for name, value in vars(args).items() if name not in paths}
-    weights = {f"weights of {name}": entry.get("sha256", "none") for name, entry in about.items()}
-    images = {f"input {k}": identity(source.images) for k, source in enumerate(inputs)}
-    distributed.check_same(settings | weights | images)
 
 
 # ---------------------------------------------------------------- output
@@ -215,15 +205,14 @@ def report(args, ref, samples, result, about, device):
     notes = remarks(ref, samples, result, about)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    versions = {name: importlib.metadata.version(name) for name in ("timm", "numpy", "scipy")}
     try:
         if args.json:
             hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
             figures = {name: value if np.isfinite(value) else None for name, value in result.items()}
             files.save_json({**figures, "ref": describe(ref), "samples": describe(samples), "weights": about,
                              "settings": vars(args), "processes": distributed.world_size(),
-                             "device": hardware, "versions": {"torch": torch.__version__, **versions},
-                             "notes": notes}, args.json)
+                             "device": hardware, "notes": notes,
+                             "versions": {"torch": torch.__version__, "numpy": np.__version__}}, args.json)
     finally:    # a full disk does not cost the figures, nor a closed pipe the file
         for name in sorted(result, key=[*LABELS, *result].index):
             print(f"{LABELS.get(name, name)}: {result[name]}")
@@ -241,7 +230,10 @@ def main(argv=None):
             raise ValueError("--features hog needs square images of one size; pass --resolution")
         with distributed.main_first():
             net, networks, about = load_networks(args, inputs[0].images.size, device)
-        check_same_everywhere(args, inputs, about)
+        paths = "ref", "samples", "json", "save_ref", "inception_weights", "encoder_ckpt"   # these may differ
+        distributed.check_same({f"--{name}": x for name, x in vars(args).items() if name not in paths}
+                               | {f"weights of {name}": x.get("sha256") for name, x in about.items()}
+                               | {f"input {k}": identity(x.images) for k, x in enumerate(inputs)})
         batch_size = args.batch_size or fitting_batch_size(device)
 
         found = []
