@@ -557,11 +557,6 @@ def test_resume(start):
     assert len(take(2, length=1_300_000, batch=256, start_step=400_000)[1]) == 256  # without walking there
 
 
-def test_batch_must_divide():
-    with pytest.raises(ValueError, match="--batch-size 6 .* 4 processes"):
-        EndlessSampler(10, 6, 0, 4)
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader(tree, tmp_path, workers):
     """From a .zip, which each worker opens for itself."""

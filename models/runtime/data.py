@@ -297,12 +297,11 @@ class NpzData(Dataset):
             if not {"arr_0", "mu"} & set(self.arrays.files):
                 raise ValueError(f"no arr_0, only {', '.join(self.arrays.files)}")
             self.images = self._images() if "arr_0" in self.arrays.files else np.empty((0, 0, 0, 3), np.uint8)
-        self.labels = self.array("arr_1")
-        if self.labels is None or self.labels.shape != (len(self),) or self.labels.dtype.kind not in "iu":
-            if labelled:
-                raise ValueError(f"{path}: has no labels (arr_1, {len(self)} integers)")
-            self.labels = np.zeros(len(self), np.int64)
-        self.labels = self.labels.astype(np.int64)
+        labels = self.array("arr_1")
+        fit = labels is not None and labels.shape == (len(self),) and labels.dtype.kind in "iu"
+        if labelled and not fit:
+            raise ValueError(f"{path}: has no labels (arr_1, {len(self)} integers)")
+        self.labels = labels.astype(np.int64) if fit else np.zeros(len(self), np.int64)
         self.classes = [str(k) for k in range(self.labels.max(initial=0) + 1)]
         self.num_classes = len(self.classes)
         self.names = [f"{k:06d}" for k in range(len(self))]
@@ -475,17 +474,13 @@ def check_same_data(before, now, where):
 class EndlessSampler(Sampler):
     """One process's share of an endless shuffled order, as keys (epoch, index).
 
-    The order is one permutation of the data after another, the one of each epoch fixed by (seed, epoch):
-    every image comes exactly once per epoch. Global batch number k is entries [k * global_batch, (k + 1) *
-    global_batch) of it, running across the border of two epochs (nothing is dropped, and a batch may be
-    larger than the data). Process `rank` takes the rank-th of `world_size` equal parts of each batch, so the
-    global batch is the same for any number of processes. `start_step` = number of global batches already
-    done: continues there without walking the order.
+    The order is one permutation of the data after another, fixed by (seed, epoch). Global batch number k is
+    entries [k * global_batch, (k + 1) * global_batch) of it, across the border of epochs. Process `rank`
+    takes the rank-th of `world_size` equal parts of each batch: the global batch is the same for any number
+    of processes. start_step: number of global batches already done; it is reached without walking the order.
     """
 
     def __init__(self, length, global_batch, rank=0, world_size=1, seed=0, start_step=0):
-        if global_batch % world_size:
-            raise ValueError(f"--batch-size {global_batch} cannot be divided among {world_size} processes")
         self.length, self.global_batch, self.seed, self.start_step = length, global_batch, seed, start_step
         self.share = global_batch // world_size
         self.first = rank * self.share
