@@ -217,28 +217,28 @@ def one_process(monkeypatch):
 
 
 @pytest.mark.parametrize("flags, number", [
-    ([], 7), (["--grad-checkpoint"], 7), (["--gradient-accumulation-steps", "2"], 12),
-    (["--mixed-precision", "bf16"], 7), (["--mixed-precision", "fp16"], 7), (["--freeze-vae"], 5), ("ddp", 7),
+    ([], 10), (["--grad-checkpoint", "--mixed-precision", "bf16"], 10),
+    (["--gradient-accumulation-steps", "2"], 18), (["--freeze-vae"], 7), ("ddp", 10),
 ])
 def test_every_kind_of_block_is_compiled_once(flags, number, monkeypatch, request):
     """Without a graph break, and never again after the first step.
 
-    A few graphs for the VAE's 9 blocks (by width and resolution) and the SiT's 6 (learning, and frozen for
-    the alignment; the first of them sees an input without gradient). Accumulation runs the VAE with and
-    without a graph.
+    A few graphs for the VAE's 9 blocks (by width and resolution), its attention, the ends of its encoder and
+    decoder, and the SiT's 6 blocks (learning, and frozen for the alignment; the first of them sees an input
+    without gradient). Accumulation runs the VAE with and without a graph.
     """
     if flags == "ddp":
         request.getfixturevalue("one_process")
         flags = []
     monkeypatch.setattr(vae, "LARGE", 16 * 16)
     monkeypatch.setattr(vae, "CHUNK", 16 * 16)
-    graphs, real, aot_eager = [], torch.nn.Module.compile, torch._dynamo.lookup_backend("aot_eager")
+    graphs, real, aot_eager = [], torch.compile, torch._dynamo.lookup_backend("aot_eager")
 
     def backend(graph, inputs):
         graphs.append(graph)
         return aot_eager(graph, inputs)
-    monkeypatch.setattr(torch.nn.Module, "compile",
-                        lambda self, **more: real(self, backend=backend, fullgraph=True, **more))
+    monkeypatch.setattr(torch, "compile",   # which Module.compile calls
+                        lambda function, **more: real(function, **more | dict(backend=backend, fullgraph=True)))
     torch._dynamo.reset()
     nets, args = tiny_nets("--disc-weight", "0", "--batch-size", "2", "--compile", *flags)
     counts = []
@@ -258,9 +258,9 @@ def test_compiled_blocks_give_the_same_step(monkeypatch):
     flags = ("--disc-weight", "0", "--batch-size", "2")
     nets, args = tiny_nets(*flags)
     expected, _ = train.train_step(nets, args, tiny_batch(nets, args))
-    compiled, real = [], torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **more: compiled.append(self)
-                        or real(self, backend="aot_eager", **more))
+    compiled, real = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **more: compiled.append(function)
+                        or real(function, **more | {"backend": "aot_eager"}))
     nets, args = tiny_nets(*flags, "--compile")
     actual, _ = train.train_step(nets, args, tiny_batch(nets, args))
     assert len(compiled) >= 12

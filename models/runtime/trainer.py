@@ -167,6 +167,8 @@ def prepare(nets, args):
     nets.ema = copy.deepcopy(getattr(nets, nets.averaged)).eval().requires_grad_(False)
     nets.dtype = cli.autocast_type(args.mixed_precision, nets.device)
     nets.loss_scale = LossScale(nets.dtype == torch.float16, nets.device)
+    if args.keep_activations:
+        nets.vae.keep_activations()
     if args.grad_checkpoint:
         nets.vae.save_memory()
         if nets.sit is not None:
