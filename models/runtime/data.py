@@ -377,13 +377,13 @@ def _outlines():
 class ShapesData(Dataset):
     """The demo's images: ten shapes drawn from their index, so of any number and size; label = index % 10.
 
-    One saturated shape on a plain light ground, its colour, size (about half the image), place and rotation
-    (up to 12 degrees) drawn from (seed, index). Items, keys and attributes as in ImageData.
+    One red, green or blue shape on white, its color, size (three quarters of the image), place and rotation
+    (up to 8 degrees) drawn from (seed, index). Items, keys and attributes as in ImageData.
     """
 
     SHAPES = _outlines()
-    COLOURS = np.array([(214, 40, 40), (236, 122, 20), (34, 150, 60),
-                        (20, 150, 170), (40, 80, 210), (140, 50, 180)])
+    COLORS = np.array([(214, 40, 40), (34, 150, 60), (40, 80, 210)])
+    GROUND = 250
 
     def __init__(self, n, resolution, hflip=False, seed=0):
         self.path, self.resolution, self.hflip, self.seed = "shapes", resolution, hflip, seed
@@ -399,16 +399,15 @@ class ShapesData(Dataset):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         label = int(self.labels[index])
         random = np.random.default_rng((self.seed, index % len(self)))
-        size, x, y, turn = random.uniform((0.27, -0.08, -0.08, -12), (0.36, 0.08, 0.08, 12)).tolist()
-        colour = self.COLOURS[random.integers(len(self.COLOURS))] + random.integers(-20, 21, 3)
-        ground = random.integers(225, 256) * np.ones(3)
+        size, x, y, turn = random.uniform((0.33, -0.04, -0.04, -8), (0.39, 0.04, 0.04, 8)).tolist()
+        color = self.COLORS[random.integers(len(self.COLORS))]
         cover = self._draw(label, size, 0.5 + x, 0.5 + y, np.deg2rad(turn))[..., None]
-        image = np.rint(ground + (colour - ground) * cover).clip(0, 255).astype(np.uint8)
+        image = np.rint(self.GROUND + (color - self.GROUND) * cover).astype(np.uint8)
         return to_tensor(image, self.hflip and flips(self.seed, epoch, index)), label
 
     def content(self, index):
         """Bytes that say what is drawn for an index."""
-        return f"shapes {self.seed} {index}".encode()
+        return f"shapes v2 {self.seed} {index}".encode()
 
     def _draw(self, label, size, x, y, turn):
         """Coverage [R, R] in [0, 1]: drawn four times as large in two tones, then averaged."""
