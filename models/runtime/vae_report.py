@@ -40,7 +40,7 @@ def reconstructions(vae, batches, device, sums, means, dtype=torch.float32, lpip
     """
     for batch in batches:
         with torch.inference_mode(), float32_exactly():
-            a = batch.to(device).float()
+            a = batch.to(device, memory_format=torch.channels_last).float()     # convolutions' fast layout
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 posterior = vae.encode(a / 127.5 - 1)
                 copies = round_to_uint8(vae.decode(posterior.mean)).permute(0, 3, 1, 2)
@@ -97,7 +97,7 @@ def measure_tolerance(vae, batches, std, device, dtype=torch.float32):
     for k, batch in enumerate(batches):
         generator = torch.Generator().manual_seed(k * distributed.world_size() + distributed.rank())
         with float32_exactly(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            images = batch.to(device)
+            images = batch.to(device, memory_format=torch.channels_last)
             z = vae.encode(images.float() / 127.5 - 1).mean
             noise = torch.randn(z.shape, generator=generator).to(device)
             psnr = [metrics.psnr_under_noise(vae.decode, images, z, std, noise, sigma) for sigma in NOISES]
