@@ -176,7 +176,7 @@ def training_flags(parser):
     flag(optim, "--grad-checkpoint", False,
          "recompute activations in the backward pass: less memory, more arithmetic")
     flag(optim, "--keep-activations", False,
-         "do not recompute the VAE's norms: at batch 32 about 12 GiB more, some 3 % faster")
+         "do not recompute the VAE's norms: at batch 32 about 12 GiB more, some 3 %% faster")
     flag(optim, "--seed", 0, "of weights, data order and every draw", most=2**32 - 1)
 
     flag(run, "--preset", None, "set of defaults; explicit flags win")
