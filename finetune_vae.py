@@ -227,7 +227,6 @@ def train(args):
         raise ValueError(f"{args.data_dir}: {len(dataset)} images are fewer than one batch; "
                          "lower --batch-size")
     sources = {"data": identity(dataset)}   # what the run is made of, for its checkpoints
-    trainer.check_same_settings(args, sources)
 
     # The checkpoint to resume from, if there is one, or the VAE to start from.
     path, state = trainer.find_checkpoint(args, folder)
@@ -244,6 +243,7 @@ def train(args):
         trainer.check_sources(args, path, state, sources)
         vae_state, stats = None, (state["latents_scale"], state["latents_bias"])
         sources["source_config"] = state.get("source_config", {})
+    trainer.check_same(args, sources, state)
 
     # Networks.
     with distributed.main_first():
@@ -254,7 +254,6 @@ def train(args):
     if args.dry_run:
         trainer.note("settings are sound")
         return distributed.shut_down()
-    trainer.check_same_weights(nets, start)
     if stats is None and not args.train_encoder:
         stats = measure_stats(args, nets.vae, dataset, device)
     log = RunLog(folder, args)

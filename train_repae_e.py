@@ -380,7 +380,6 @@ def main(argv=None):
         raise ValueError(f"--num-classes {args.num_classes} is below the {dataset.num_classes} classes "
                          f"found in {args.data_dir}")
     sources = {"data": identity(dataset)}   # what the run is made of, for its checkpoints
-    trainer.check_same_settings(args, sources)
 
     # The checkpoint to resume from, if there is one.
     path, state = trainer.find_checkpoint(args, folder)
@@ -398,12 +397,13 @@ def main(argv=None):
     sources["encoder_digests"] = {encoder.name: files.state_digest(encoder) for encoder in nets.encoders}
     if state is not None:
         trainer.check_sources(args, path, state, sources)
+    trainer.check_same(args, sources, state)
     lock = trainer.claim_folder(folder, args.dry_run)   # nothing is written before, by a mistaken command
-    trainer.prepare(nets, args)
     if args.init_from is not None and state is None:
         initial, own_heads = weights.initial_sit(args.init_from, nets.sit)
         nets.sit.load_state_dict(initial)
         trainer.note(f"weights of {args.init_from}" + (", but new alignment heads" if own_heads else ""))
+    trainer.prepare(nets, args)
     data = dataset
     if args.latent_cache and not args.dry_run:
         made_of = {"VAE": sources["vae_digest"], "data set": sources["data"],
@@ -420,7 +420,6 @@ def main(argv=None):
         return distributed.shut_down()
     if state is None:
         set_latents_stats(nets, args, data, stats)
-    trainer.check_same_weights(nets, start)
     log = RunLog(folder, args)
     log.resume(start)
     if rank == 0:

@@ -276,7 +276,7 @@ def test_sigterm_to_the_whole_process_group_saves_under_torchrun(tmp_path):
 
 @pytest.mark.parametrize("other, words", [
     (["--learning-rate", "5e-4"], "--learning-rate differs between processes: 0.001 in rank 0, 0.0005 in"),
-    (["--data-dir", "photos"], "the data of --data-dir differs"),
+    (["--data-dir", "photos"], "data differs between processes"),
     (["--data-dir", "nowhere"], "nowhere: "),
 ])
 def test_processes_that_were_started_differently_end_before_the_first_step(tmp_path, monkeypatch, photos,
@@ -296,16 +296,17 @@ def test_processes_that_were_started_differently_end_before_the_first_step(tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_that_differ_between_processes_are_named(monkeypatch):
-    nets, _ = tiny_nets()
+def test_checkpoints_that_differ_between_processes_are_named(monkeypatch):
+    nets, args = tiny_nets()
     seen = []
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "check_same", seen.append)
-    trainer.check_same_weights(nets, 3)
-    nets.vae.decoder.conv_out.bias.data.add_(1)
-    trainer.check_same_weights(nets, 3)
-    assert {name for name in seen[0] if seen[0][name] != seen[1][name]} == {"weights of the VAE"}
-    assert seen[0]["step to resume from"] == 3 and "weights of the encoder hog" in seen[0]
+    sources = {"data": {"classes": ["a"]}, "vae_digest": "1"}
+    for change in (0, 1):
+        nets.ema.bn.running_mean.add_(change)
+        trainer.check_same(args, sources, trainer.checkpoint_state(nets, args, 3))
+    assert {name for name in seen[0] if seen[0][name] != seen[1][name]} == {"the checkpoint"}
+    assert seen[0]["the checkpoint"][0] == 3 and "--vae-ckpt" not in seen[0]
 
 
 # ----------------------------------------------------------------------------------------------- run folders
@@ -604,7 +605,6 @@ def test_a_corrupt_image_is_named_or_skipped(tmp_path, photos, capsys):
     (["--fixed-latents-stats"], "--latents-stats"),
     (["--cfg-scale", "0.5"], "--cfg-scale: 0.5"),
     (["--num-workers", "-1"], "--num-workers: -1"),
-    (["--resolution", "16"], "--resolution 16"),
     (["--disc-ckpt", "{tmp}/nope.pt"], "nope.pt"),
     (["--latents-stats", "{tmp}/stats.pt"], "stats.pt: no latents_scale"),
     (["--perceptual-weight", "1"], "--perceptual-weight 0"),

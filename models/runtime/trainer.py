@@ -60,8 +60,6 @@ class Networks:
 
 def check_settings(args, world_size):
     """Raise a one-line ValueError for settings of any training run that contradict each other."""
-    if not args.exp_name.strip():
-        raise ValueError("--exp-name is empty; name the folder of the run")
     parts = world_size * args.gradient_accumulation_steps
     if args.batch_size % parts:
         raise ValueError(f"--batch-size {args.batch_size} is not divisible by {world_size} processes x "
@@ -69,12 +67,6 @@ def check_settings(args, world_size):
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
         raise ValueError(f"--report-to {args.report_to}: the package is not installed; "
                          f"pip install {args.report_to}")
-    if getattr(args, "freeze_vae", False):
-        return
-    for name, weight, least in (("disc", args.disc_weight, 32), ("perceptual", args.perceptual_weight, 16)):
-        if weight > 0 and args.resolution < least:
-            raise ValueError(f"--resolution {args.resolution} is below {least}, the least that its network "
-                             f"takes; pass --{name}-weight 0")
 
 
 # Settings that may differ between the processes of a run. The same files may have other paths on another
@@ -83,26 +75,20 @@ MAY_DIFFER = ("data_dir", "vae_ckpt", "disc_ckpt", "encoder_ckpt", "latents_stat
               "output_dir", "latent_cache", "num_workers", "resume")
 
 
-def check_same_settings(args, sources):
-    """Raise ValueError unless all processes were started with the same settings and data.
+def check_same(args, sources, state):
+    """Raise ValueError unless all processes start the same run, naming what differs in which.
 
-    sources: as for check_sources.
+    Compared are settings, what the run is made of (`sources`, see check_sources) and the averaged weights of
+    the checkpoint `state`, if there is one. Weights that learn from step 0 are those of rank 0 everywhere.
     """
     values = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()
               if name not in MAY_DIFFER}
-    data = hashlib.sha256(json.dumps(sources["data"]).encode()).hexdigest()
-    distributed.check_same(values | {"the data of --data-dir": data})
-
-
-def check_same_weights(nets, start):
-    """Raise ValueError unless all processes start at the same step from the same weights."""
-    if distributed.world_size() == 1:
-        return
-    networks = {"SiT": nets.sit, "VAE": nets.vae, "average": nets.ema, "discriminator": nets.disc,
-                "LPIPS": nets.lpips} | {f"encoder {e.name}": e for e in nets.encoders}
-    digests = {f"weights of the {name}": files.state_digest(net) for name, net in networks.items()
-               if net is not None}
-    distributed.check_same({"step to resume from": start} | digests)
+    for name, value in sources.items():
+        values[name] = hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    if state is not None and distributed.world_size() > 1:
+        values["the checkpoint"] = [state["steps"], *(files.state_digest(weights) for name, weights
+                                                      in state.items() if name in AVERAGES.values())]
+    distributed.check_same(values)
 
 
 def data_loader(args, dataset, device, step, workers):
@@ -210,9 +196,8 @@ def wrap_ddp(net, device):
 def compile_blocks(nets):
     """torch.compile the repeated blocks one by one, in place: equal ones share their code, which takes
     seconds instead of the minutes that whole networks take."""
-    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
     # every width and resolution of the VAE is one more graph of the same code
-    setattr(torch._dynamo.config, limit, 64)
+    torch._dynamo.config.cache_size_limit = 64
     # In DistributedDataParallel the compiler would cut every block of over 1 MB into pieces, to send
     # gradients while it runs backward; block by block they are sent early enough.
     torch._dynamo.config.optimize_ddp = False
