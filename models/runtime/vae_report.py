@@ -141,7 +141,7 @@ def evaluate(args):
     data = open_images(args.data_dir, args.resolution, seed=args.seed + 1, labelled=False)
     limit = args.limit or (1000 if args.data_dir == "shapes" else len(data))    # there is no end of shapes
     rows = evenly_spaced(len(data), limit)
-    trainer.check_same_settings(args, {"data": identity(data)})
+    trainer.check_same(args, {"data": identity(data)}, None)
     with distributed.main_first():  # it downloads, the others find the files
         vaes = {source: open_vae(source, args.resolution, args.vae) for source in args.eval}
         lpips, inception = open_networks(args, wanted, device)
