@@ -215,8 +215,8 @@ def load(path):
     except (OSError, MemoryError):
         raise
     except pickle.UnpicklingError as error:     # torch's message recommends weights_only=False
-        raise ValueError(f"{path}: not read, it contains more than tensors and plain containers or is not "
-                         "a file of tensors") from error
+        raise ValueError(f"{path}: not read, it contains more than tensors and plain containers; where you "
+                         "trust it, torch.save its state_dict alone and use that") from error
     except Exception as error:      # whatever unpicklers and zipfile raise for bytes that make no sense
         if isinstance(error, RuntimeError) and "memory" in str(error):
             raise

@@ -1,5 +1,6 @@
-"""What a run tells: its log files, the watch on a collapse, the progress line, and signals that ask it to stop."""
+"""What a run tells: its log, the watch on a collapse, the progress line; and signals that ask it to stop."""
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -73,19 +74,17 @@ class Collapse(RuntimeError):
 
 
 class RunLog:
-    """Sums metrics on the device; every log_every steps reads them, writes a line and watches for a collapse.
+    """Keeps metrics on the device; every log_every steps reads them, writes a line and looks for a collapse.
 
     Files in `folder`: log.txt (what the terminal showed) and metrics.jsonl (one object per logged step).
-    Only the main process writes; all processes take part in the sums.
+    Only the main process writes; all processes take part in the means.
     """
 
     def __init__(self, folder, args):
         """args: the run's settings, of which report_to, log_every and max_train_steps are read."""
         self.folder, self.args, self.main = folder, args, distributed.is_main()
-        # Sums since the last line, by the names of a step's metrics: a loss that sets in later has its own.
-        self.sums, self.counted = {}, 0
-        self.in_a_row = self.longest = self.first_bad = None
-        self.largest_norms = {}
+        self.steps = []     # since the last line: (names of metrics, their values and skip on the device)
+        self.in_a_row, self.largest_norms = 0, {}
         self.last, self.timed, self.first_seconds = time.perf_counter(), 0, None
         self.report = None
         if self.main:
@@ -112,26 +111,12 @@ class RunLog:
                 f.writelines(kept)
 
     def add(self, metrics, skip):
-        """Add one step's metrics (dict of scalar tensors); those of a skipped step count only as skipped.
+        """Keep a step's metrics (dict of scalar tensors) and `skip` (1.0 for a skipped step) until the line.
 
         Nothing is read on the host here: a GPU would have to be waited for.
         """
-        names = tuple(metrics)
-        values = torch.stack([metrics[n].detach().double() for n in names])
-        if self.in_a_row is None:
-            self.in_a_row = self.longest = torch.zeros_like(skip)
-            self.first_bad = torch.full_like(skip, -1.0)
-        # The first metric that is not finite, in the order of computation, is the one to look at: the rest
-        # follow from it.
-        bad = ~values.isfinite()
-        first = torch.where(bad.any(), bad.float().argmax().to(skip), -1.0)
-        self.first_bad = torch.where((self.first_bad < 0) & (skip > 0), first, self.first_bad)
-        values = torch.where(skip > 0, 0.0, torch.cat([values, torch.ones_like(values[:1])]))
-        self.sums[names] = self.sums[names] + values if names in self.sums else values
-        self.in_a_row = torch.where(skip > 0, self.in_a_row + 1, 0)
-        self.longest = torch.maximum(self.longest, self.in_a_row)
-        self.counted += 1
-        self.names = names
+        values = torch.stack([value.detach().double() for value in (*metrics.values(), skip)])
+        self.steps.append((tuple(metrics), values))
         if self.first_seconds is None:  # the first step compiles: it is left out of the rates
             now = time.perf_counter()
             self.first_seconds, self.last = now - self.last, now
@@ -139,30 +124,37 @@ class RunLog:
             self.timed += 1
 
     def write(self, step, batch_size):
-        """Read the sums (the one host synchronisation) and write a line everywhere; returns it, a dict.
+        """Read the steps since the last line (the one host synchronization) and write a line everywhere.
 
-        Raises Collapse if learning stopped.
+        Returns it, a dict. Raises Collapse if learning stopped.
         """
-        means, good = {}, 0
-        for names, values in self.sums.items():
-            *sums, count = (distributed.all_reduce_sum(values) / distributed.world_size()).tolist()
-            good += round(count)    # the last number counts the steps not skipped
-            for name, value in zip(names, sums):
-                total, n = means.get(name, (0.0, 0.0))
-                means[name] = (total + value, n + count)
-        means = {name: total / n if n else math.nan for name, (total, n) in means.items()}
+        sums, longest, first_bad = {}, 0, None
+        device = self.steps[0][1].device
+        numbers = iter(torch.cat([values for _, values in self.steps]).tolist())
+        for names, _ in self.steps:
+            values, skip = list(itertools.islice(numbers, len(names))), next(numbers)
+            self.in_a_row = self.in_a_row + 1 if skip else 0
+            longest = max(longest, self.in_a_row)
+            for name, value in zip(names, values):
+                total, good = sums.get(name, (0.0, 0))
+                sums[name] = (total, good) if skip else (total + value, good + 1)
+                if skip and first_bad is None and not math.isfinite(value):
+                    first_bad = name    # in the order of computation: the others follow from it
+        means = {name: total / good if good else math.nan for name, (total, good) in sums.items()}
+        everyone = distributed.gather(means)
+        means = {name: sum(other[name] for other in everyone) / len(everyone) for name in means}
+        good = max(good for _, good in sums.values())
         now = time.perf_counter()
         seconds = (now - self.last) / self.timed if self.timed else self.first_seconds
-        steps, longest, first_bad = self.counted, int(self.longest), int(self.first_bad)
-        line = {"step": step, **means, "skipped_steps": steps - good, "images_per_s": batch_size / seconds,
-                "seconds_per_step": seconds, "peak_memory_gib": peak_memory_gib(self.longest.device)}
-        if first_bad >= 0:
-            line["not_finite_first"] = self.names[first_bad]
-        self.sums, self.counted, self.timed, self.last = {}, 0, 0, now
-        self.longest, self.first_bad = torch.zeros_like(self.longest), torch.full_like(self.first_bad, -1.0)
+        line = {"step": step, **means, "skipped_steps": len(self.steps) - good,
+                "images_per_s": batch_size / seconds, "seconds_per_step": seconds,
+                "peak_memory_gib": peak_memory_gib(device)}
+        if first_bad is not None:
+            line["not_finite_first"] = first_bad
+        self.steps, self.timed, self.last = [], 0, now
         if self.main:
             self.publish(step, line, means)
-        self.watch(step, longest, good, means, line.get("not_finite_first"))
+        self.watch(step, longest, good, means, first_bad)
         return line
 
     def publish(self, step, line, means):
@@ -211,7 +203,7 @@ class RunLog:
 
 
 def open_report(report_to, folder, args):
-    """Function of one metrics dict, for tensorboard or wandb (both are optional packages); None for "none"."""
+    """Function of one metrics dict, for tensorboard or wandb (optional packages); None for "none"."""
     if report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(folder)
