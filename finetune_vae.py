@@ -32,7 +32,7 @@ FIXED_IN_A_RUN = ("ckpt", "vae", "train_encoder", "resolution", "batch_size", "s
 # Images behind latent statistics that did not come with the VAE: 4 million positions at 256 px, f8.
 STATS_IMAGES = 4096
 PRESETS = {
-    "demo": dict(data_dir="shapes", resolution=32, ckpt="exps/demo/checkpoints/0000400.pt",
+    "demo": dict(data_dir="shapes", resolution=32, ckpt="exps/demo/checkpoints/0000600.pt",
                  perceptual_weight=0.0, disc_weight=0.0, batch_size=32, max_train_steps=300,
                  learning_rate=1e-3, disc_learning_rate=1e-3, ema_decay=0.98, num_workers=0,
                  log_every=25, sampling_steps=150, checkpointing_steps=150, metrics="psnr,ssim,latents"),
@@ -80,7 +80,7 @@ def parse_args(argv=None):
 def find_weights(args):
     """Settle --vae, --disc-ckpt and --disc-start by what --ckpt is.
 
-    Returns (VAE state or None, latent statistics or None, pipelines' numbers: see vae_files.source_config).
+    Returns (VAE state or None, latent statistics or None, pipelines' numbers: see vae_files.read).
     """
     if args.ckpt is None:
         raise ValueError("name the VAE to refine with --ckpt; "
@@ -89,7 +89,7 @@ def find_weights(args):
     if args.ckpt != "none":
         args.vae, state, stats = vae_files.open_vae(args.ckpt, args.vae, args.latents_stats)
         if not args.train_encoder:  # the latents stay what they are
-            numbers = vae_files.source_config(args.ckpt)
+            numbers = vae_files.read(args.ckpt)[2]
     elif not args.train_encoder or args.vae is None:
         raise ValueError("--ckpt none makes a VAE from scratch: it needs --train-encoder and --vae")
     if args.disc_ckpt == "auto":
@@ -308,17 +308,17 @@ def export(args):
         raise ValueError("--export needs the VAE's --ckpt")
     name, state, stats = vae_files.open_vae(args.ckpt, args.vae, args.latents_stats)
     # A pipeline reads these of the export as it did of the source.
-    numbers = vae_files.source_config(args.ckpt)
+    numbers = vae_files.read(args.ckpt)[2]
     disc = weights.discriminator_state(args.ckpt, name) if args.format == "compvis" else None
-    vae_files.export_vae(args.export, state, stats, args.format, args.resolution, numbers, disc, args.dry_run)
-    print("settings are sound" if args.dry_run else f"wrote {', '.join(sorted(os.listdir(args.export)))}")
+    vae_files.export_vae(args.export, state, stats, args.format, args.resolution, numbers, disc)
+    print(f"wrote {', '.join(sorted(os.listdir(args.export)))}")
 
 
 @cli.one_line_errors(trainer.MEMORY_REMEDY)
 def main(argv=None):
     args = parse_args(argv)
-    if args.eval and args.export:
-        raise ValueError("--eval and --export exclude each other")
+    if args.export and (args.eval or args.dry_run):
+        raise ValueError("--export excludes --eval and --dry-run")
     if args.eval:
         vae_report.evaluate(args)
     elif args.export:

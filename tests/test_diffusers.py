@@ -50,7 +50,7 @@ def vaes(request, tmp_path_factory):
             (folder / kind / "config.json").write_text(json.dumps(config))
     scale, bias = vae_files.open_vae(str(folder / "original"), name)[2]
     files.save({"vae_ema": refined, "vae": refined, "latents_scale": scale, "latents_bias": bias, "steps": 1,
-                "args": {}, "source_config": vae_files.source_config(str(folder / "original"))},
+                "args": {}, "source_config": vae_files.read(str(folder / "original"))[2]},
                folder / "0000001.pt")
     finetune.main(["--ckpt", str(folder / "original"), "--export", str(folder / "exported")])
     finetune.main(["--ckpt", str(folder / "0000001.pt"), "--export", str(folder / "refined-exported")])

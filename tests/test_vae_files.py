@@ -52,7 +52,7 @@ def test_kl_16_has_attention_in_the_last_level_of_its_encoder_alone():
     with torch.device("meta"):
         names = VAE_models["f16d16"]().state_dict()
     assert {k[:15] for k in names if ".attn." in k} == {"encoder.down.4."}
-    config = vae_files.diffusers_config(dict(names), sample_size=256)
+    config = vae_files.diffusers_config(dict(names), stats_of(16))
     assert config["down_block_types"][-1] == "AttnDownEncoderBlock2D"
     assert set(config["up_block_types"]) == {"UpDecoderBlock2D"} and config["use_quant_conv"]
 
@@ -77,7 +77,7 @@ def test_files_round_trip(name, sizes, tmp_path, close):
         close(mine, theirs, 0, 2e-7)
 
 
-def test_every_kind_of_file(tmp_path, close, capfd, slim):
+def test_every_kind_of_file(tmp_path, close, slim):
     state, stats = slim, stats_of(4)
     vae_files.export_vae(tmp_path / "folder", state, stats)
     vae_files.export_vae(tmp_path / "pipeline" / "vae", state, stats)
@@ -106,7 +106,6 @@ def test_every_kind_of_file(tmp_path, close, capfd, slim):
         assert (its is not None) == (name in with_stats), name
         for mine, theirs in zip(its or (), stats):
             close(mine, theirs, atol=1e-6)
-    assert capfd.readouterr().err == ""  # nothing was left out
     _, _, its = vae_files.open_vae(str(tmp_path / "bare.pt"), stats_file="0.2325")  # a scale, as text
     close(its[0], torch.full((1, 4, 1, 1), 0.2325)), close(its[1], torch.zeros(1, 4, 1, 1))
 
@@ -132,16 +131,13 @@ def test_wrappers_and_prefixes_of_other_trainers(tmp_path, wrap, slim):
     assert found == "f8d4" and all(torch.equal(loaded[k], v) for k, v in slim.items())
 
 
-def test_more_than_a_vae(tmp_path, capfd, slim):
-    """LightningDiT's and LDM's other tensors are left out with a note; an incomplete VAE is rejected."""
+def test_more_than_a_vae(tmp_path, slim):
+    """LightningDiT's and LDM's other tensors are left out; an incomplete VAE is rejected."""
     others = {"linear_proj.weight": torch.ones(1), "foundation_model.norm.weight": torch.ones(2),
               "loss.logvar": torch.zeros(()), "model_ema.decay": torch.zeros(())}
     files.save({"state_dict": slim | others}, tmp_path / "a.ckpt")
     state, stats, _ = vae_files.read(str(tmp_path / "a.ckpt"))
     assert stats is None and set(state) == set(slim)
-    note = capfd.readouterr().err
-    assert note.count("\n") == 1 and "a.ckpt: 4 tensors" in note
-    assert "foundation_model, linear_proj, loss, model_ema" in note
     for missing in ("decoder.up.0.block.0.conv1.bias", "quant_conv.weight"):
         files.save({k: v for k, v in slim.items() if k != missing}, tmp_path / "b.ckpt")
         with pytest.raises(ValueError, match=f"1 missing .first: {missing}"):
@@ -186,27 +182,23 @@ def test_another_vae_where_the_frozen_one_was_is_rejected(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path / "a")
     assert vae_files.open_vae(path)[0] == "f8d4"
     monkeypatch.chdir(tmp_path / "b")
-    for read in (vae_files.open_vae, vae_files.source_config):
-        with pytest.raises(ValueError, match="was trained on another VAE than vae.pt is now; .* --vae-ckpt"):
-            read(path)
+    with pytest.raises(ValueError, match="was trained on another VAE than vae.pt is now; .* --vae-ckpt"):
+        vae_files.open_vae(path)
 
 
 def test_statistics_of_a_config():
-    scale, bias = vae_files.stats_from_config({"scaling_factor": 0.13025}, 4)
+    (scale, bias), _ = vae_files.stats_from_config({"scaling_factor": 0.13025}, 4)
     assert scale.shape == bias.shape == (1, 4, 1, 1)
     assert scale.unique().tolist() == pytest.approx([0.13025]) and bias.abs().max() == 0
-    scale, bias = vae_files.stats_from_config({"scaling_factor": 0.3611, "shift_factor": 0.1159}, 16)
+    (_, bias), _ = vae_files.stats_from_config({"scaling_factor": 0.3611, "shift_factor": 0.1159}, 16)
     assert bias.unique().tolist() == pytest.approx([0.1159])
     for config in ({}, {"scaling_factor": None, "shift_factor": None}):     # diffusers' default
-        assert vae_files.stats_from_config(config, 4)[0].unique().tolist() == pytest.approx([0.18215])
-    for config in ({"scaling_factor": "x"}, {"scaling_factor": 0}, {"scaling_factor": -1.0},
-                   {"shift_factor": float("nan")}, {"latents_mean": "abcd", "latents_std": [1] * 4},
-                   {"latents_mean": [0] * 4, "latents_std": [1, 1, 1, 0]},
-                   {"latents_mean": [0] * 4, "latents_std": [1, 1, 1, None]},
-                   {"latents_mean": [0], "latents_std": [1]}):
-        with pytest.raises(ValueError, match="config.json") as error:
+        assert vae_files.stats_from_config(config, 4)[0][0].unique().tolist() == pytest.approx([0.18215])
+    for config in ({"scaling_factor": 0}, {"scaling_factor": -1.0},
+                   {"shift_factor": float("nan")}, {"latents_mean": [0], "latents_std": [1]},
+                   {"latents_mean": [0] * 4, "latents_std": [1, 1, 1, 0]}):
+        with pytest.raises(ValueError, match="config.json"):
             vae_files.stats_from_config(config, 4)
-        assert "\n" not in str(error.value)
 
 
 NUMBERS = {
@@ -230,7 +222,7 @@ def test_export_keeps_the_numbers_that_pipelines_read(tmp_path, slim, kind):
                 "args": {}, "source_config": numbers}, tmp_path / "refined.pt")
     frozen_checkpoint(tmp_path / "frozen.pt", stats, str(source))
     for start in ("source", "refined.pt", "frozen.pt", "source/diffusion_pytorch_model.safetensors"):
-        found = vae_files.source_config(str(tmp_path / start))
+        found = vae_files.read(str(tmp_path / start))[2]
         out = tmp_path / f"out-{start.replace('/', '-')}"
         vae_files.export_vae(out, slim, stats, source=found)
         expected = {"scaling_factor": 0.18215, "shift_factor": 0.0, "force_upcast": True} | given
@@ -239,7 +231,7 @@ def test_export_keeps_the_numbers_that_pipelines_read(tmp_path, slim, kind):
 
 
 def test_export_of_statistics_alone(tmp_path, slim):
-    vae_files.export_vae(tmp_path / "uniform", slim, vae_files.stats_from_config({}, 4))
+    vae_files.export_vae(tmp_path / "uniform", slim, vae_files.stats_from_config({}, 4)[0])
     config = config_of(tmp_path / "uniform")
     assert (config["scaling_factor"], config["shift_factor"]) == (0.18215, 0) and "latents_mean" not in config
     numbers = {"scaling_factor": 0.18215, "shift_factor": 0.0}
@@ -277,9 +269,6 @@ def test_an_export_is_complete_or_not_there(tmp_path, slim, monkeypatch):
     assert (tmp_path / "vae" / "vae.pt").read_bytes() == before
     with pytest.raises(ValueError, match="--format compvis"):   # its group norms have no place in a config
         vae_files.export_vae(tmp_path / "narrow", VAE_models["f4d4"]().state_dict(), stats_of(4))
-    with pytest.raises(ValueError, match="NaN"):
-        vae_files.export_vae(tmp_path / "nan", slim | {"quant_conv.bias": torch.full((8,), float("nan"))},
-                             stats_of(4))
     assert os.listdir(tmp_path) == ["vae"]
 
 
@@ -302,8 +291,8 @@ def test_rejected(tmp_path, slim):
             "odd.pt": {"latents_scale": [1.0], "latents_bias": torch.ones(4)}}.items():
         files.save(content, tmp_path / name)
     for name, message, *more in (
-            ("unet", "UNet2DModel"), ("empty", "diffusion_pytorch_model"), ("counts", "4 channels"),
-            ("groups", "norm_num_groups 16"), ("broken", "not valid JSON"), ("pointer.pt", "Git LFS pointer"),
+            ("unet", "of an AutoencoderKL"), ("empty", "diffusion_pytorch_model"), ("counts", "4 channels"),
+            ("groups", "32 groups"), ("broken", "not valid JSON"), ("pointer.pt", "Git LFS pointer"),
             ("login.safetensors", "web page"), ("no_vae.pt", "not the weights of a VAE"),
             ("a_list_in_it.pt", "not the weights of a VAE"), ("missing.pt", "no such VAE"),
             ("levels.pt", "7 latent channels"), ("int8.pt", "int8"),
@@ -337,5 +326,5 @@ def test_hub_names(tmp_path, monkeypatch, slim):
     for name in ("sd/vae", "a/pipeline", "REPA-E/sdvae"):
         found, _, stats = vae_files.open_vae(name)
         assert found == "f8d4" and torch.allclose(stats[0], stats_of(4)[0])
-    with pytest.raises(OSError, match="no/where/config.json: not there"):
+    with pytest.raises(OSError, match="no/where/vae/config.json: not there"):
         vae_files.open_vae("no/where")

@@ -17,11 +17,11 @@ Names in this project are those of CompVis (encoder.down.0.block.1.conv1.weight 
 pair (latents_scale, latents_bias), each float32 [1, C, 1, 1]: normalised latents are (z - latents_bias) *
 latents_scale. Errors: ValueError or OSError with a one-line message.
 """
+import contextlib
 import json
 import os
 import re
 import shutil
-import sys
 
 import safetensors.torch
 import torch
@@ -128,29 +128,28 @@ def vae_name(state, what="the weights"):
 
 # ---------------------------------------------------------------- writing
 
-def diffusers_config(state, stats=None, sample_size=256, source=None):
+def diffusers_config(state, stats, sample_size=256, source=None):
     """An AutoencoderKL's config.json (a dict) for `to_diffusers(state)`; sizes are read off the tensors.
 
     Pipelines take latents z from the scale of their network to that of the VAE as z / scaling_factor +
-    shift_factor. `source`, the numbers of the config that the VAE came with (see `source_config`), keeps
-    these and force_upcast. Otherwise statistics that are the same in all channels become them, and others
-    latents_mean and latents_std, with scaling_factor 1, since the pipelines that read those multiply the two.
+    shift_factor. `source`, the numbers of the config that the VAE came with (see `read`), keeps these and
+    force_upcast. Otherwise statistics that are the same in all channels become them, and others latents_mean
+    and latents_std, with scaling_factor 1, since the pipelines that read those multiply the two.
     """
-    levels = _levels(state)
+    levels, source = _levels(state), source or {}
     widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
     # models/vae.py: groups of 4 channels there, where diffusers has one number for all layers
     if min(widths) < 128:
         raise ValueError("diffusers has no group norms like those of so narrow a VAE; use --format compvis")
     down = [f"encoder.down.{i}.attn.0.q.weight" in state for i in range(levels)]
     up = [f"decoder.up.{i}.attn.0.q.weight" in state for i in reversed(range(levels))]
-    source = source or {}
-    uniform = stats is not None and all(bool((s == s.flatten()[0]).all()) for s in stats)
-    scaling, shift, moments = 1.0, 0.0, {}
-    if stats is not None and not uniform:
-        scale, bias = (s.flatten().double() for s in stats)
+    scale, bias = (s.flatten().double() for s in stats)
+    if all((s == s[0]).all() for s in (scale, bias)):
+        # float32's neighbours of the numbers that were meant: 0.18215000629425049
+        scaling, shift, moments = *(float(f"{s[0].item():.7g}") for s in (scale, bias)), {}
+    else:
+        scaling, shift = 1.0, 0.0
         moments = {"latents_mean": bias.tolist(), "latents_std": (1 / scale).tolist()}
-    elif uniform:  # float32's neighbours of the numbers that were meant: 0.18215000629425049
-        scaling, shift = (float(f"{s.flatten()[0].item():.7g}") for s in stats)
     if "scaling_factor" in source and (not moments or "latents_mean" in source):
         scaling, shift = source["scaling_factor"], source["shift_factor"]
     return {
@@ -173,28 +172,22 @@ def diffusers_config(state, stats=None, sample_size=256, source=None):
     } | moments
 
 
-def export_vae(out, state, stats=None, format="diffusers", sample_size=256, source=None, discriminator=None,
-               dry_run=False):
+def export_vae(out, state, stats=None, format="diffusers", sample_size=256, source=None, discriminator=None):
     """Write a VAE (state dict in CompVis names) and its statistics as a new folder `out`, atomically.
 
     format "diffusers": config.json and diffusion_pytorch_model.safetensors, what
     AutoencoderKL.from_pretrained loads; `source`: see `diffusers_config`. "compvis": <folder's name>.pt and
     -latents-stats.pt, as REPA-E is released, and -discriminator-ckpt.pt if a discriminator's state dict is
-    given. An existing `out` is rejected. dry_run: raise what would be raised, and write nothing.
+    given. Raises ValueError for an `out` that exists.
     """
     out = os.path.abspath(out)
     if os.path.lexists(out):
         raise ValueError(f"{out}: exists; choose another folder, or remove it")
-    if (bad := files.first_non_finite(state)) is not None:
-        raise ValueError(f"{out}: not written, because {bad} of the VAE contains NaN or infinity")
     if format == "diffusers":
-        config, tensors = diffusers_config(state, stats, sample_size, source), to_diffusers(state)
         if stats is None:   # a silent scaling_factor of 1 would give pipelines latents of another scale
             raise ValueError(f"{out}: the VAE comes without latent statistics, which pipelines need; name "
                              "them with --latents-stats (a file, or 0.18215 for Stable Diffusion's VAE)")
-    files.check_writable(out)
-    if dry_run:
-        return
+        config = diffusers_config(state, stats, sample_size, source)
     temporary = f"{out}.{os.getpid()}.tmp"
     try:
         if format == "compvis":
@@ -206,7 +199,7 @@ def export_vae(out, state, stats=None, format="diffusers", sample_size=256, sour
             if discriminator is not None:
                 files.save(discriminator, companion(target, "discriminator-ckpt"))
         else:
-            tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            tensors = {name: tensor.contiguous() for name, tensor in to_diffusers(state).items()}
             with files.replace(os.path.join(temporary, DIFFUSERS_WEIGHTS[0])) as path, open(path, "wb") as f:
                 # safetensors' own save_file makes a file that only its owner can read
                 f.write(safetensors.torch.save(tensors, {"format": "pt"}))
@@ -236,33 +229,21 @@ def load_stats(source, channels):
 
 
 def stats_from_config(config, channels):
-    """(latents_scale, latents_bias) of a diffusers config.
+    """((latents_scale, latents_bias), pipelines' numbers) of a diffusers config.
 
-    1/latents_std and latents_mean where it has them, as the REPA-E exports do, otherwise scaling_factor and
-    shift_factor (see `_numbers`).
+    The numbers are scaling_factor, shift_factor and force_upcast, with diffusers' own defaults, since
+    stabilityai/sd-vae-ft-mse states none of them, and latents_mean: True where there is one. The statistics
+    are 1/latents_std and latents_mean, as in the REPA-E exports, or else scaling_factor and shift_factor.
     """
-    try:
-        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-            bias, scale = torch.tensor(config["latents_mean"]), 1 / torch.tensor(config["latents_std"])
-        else:
-            numbers = _numbers(config)
-            bias = torch.full((channels,), float(numbers["shift_factor"]))
-            scale = torch.full((channels,), float(numbers["scaling_factor"]))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"config.json: its latent statistics are not numbers ({error})") from error
-    return _checked_stats(scale, bias, "config.json", channels)
-
-
-def _numbers(config):
-    """The numbers in a diffusers config that pipelines read, with diffusers' own defaults.
-
-    That is scaling_factor, shift_factor, force_upcast, and whether latents_mean is there.
-    stabilityai/sd-vae-ft-mse states none of them.
-    """
-    values = {key: default if config.get(key) is None else config[key]
-              for key, default in (("scaling_factor", 0.18215), ("shift_factor", 0.0))}
-    values["force_upcast"] = config.get("force_upcast") is not False
-    return values if config.get("latents_mean") is None else values | {"latents_mean": True}
+    given = {key: value for key, value in config.items() if value is not None}
+    defaults = {"scaling_factor": 0.18215, "shift_factor": 0.0, "force_upcast": True}
+    numbers = {key: given.get(key, default) for key, default in defaults.items()}
+    scale, bias = (torch.full((channels,), float(numbers[k])) for k in ("scaling_factor", "shift_factor"))
+    if "latents_mean" in given:
+        numbers["latents_mean"] = True
+        if "latents_std" in given:
+            scale, bias = 1 / torch.tensor(given["latents_std"]), torch.tensor(given["latents_mean"])
+    return _checked_stats(scale, bias, "config.json", channels), numbers
 
 
 def _checked_stats(scale, bias, what, channels):
@@ -295,15 +276,6 @@ def open_vae(source, name=None, stats_file=None, content=None):
     return found, state, load_stats(stats_file, state[MARK].shape[1]) if stats_file else stats
 
 
-def source_config(source):
-    """The numbers that pipelines read of a VAE (see `_numbers`); {} if it has none.
-
-    finetune_vae.py keeps them in its checkpoints: a VAE refined with a frozen encoder has the latents of the
-    one it started from, and so its numbers.
-    """
-    return read(source)[2]
-
-
 def find(source):
     """The file with the weights of the VAE that `source` names, fetched if that is a hub name."""
     if os.path.isfile(source):
@@ -323,32 +295,34 @@ def find(source):
         folder = _on_hub(source, "config.json", "vae/config.json").removesuffix("config.json")
         return files.hub_file(source, _on_hub(source, *(folder + name for name in DIFFUSERS_WEIGHTS)))
     path = files.hub_file(source, RELEASED[source])
-    try:
+    with contextlib.suppress(OSError):  # complete without statistics: the SiT's batch norm has them too
         files.hub_file(source, companion(RELEASED[source], "latents-stats"))
-    except OSError:
-        pass  # a VAE without statistics is complete: the diffusion model's batch norm has them too
     return path
 
 
 def _on_hub(repo, *names):
     """The first of `names` that the repository has; it is fetched."""
-    errors = []
     for name in names:
         try:
             files.hub_file(repo, name)
             return name
-        except OSError as error:
-            errors.append(error)
-    raise errors[0]
+        except OSError:
+            if name == names[-1]:
+                raise
 
 
 def read(source, content=None):
-    """(state dict in CompVis names, statistics or None, pipelines' numbers) of a VAE; see `open_vae`."""
+    """(state dict in CompVis names, statistics or None, pipelines' numbers) of a VAE; see `open_vae`.
+
+    The numbers are those of `stats_from_config`, {} if there are none. finetune_vae.py keeps them in its
+    checkpoints: a VAE refined with a frozen encoder has the latents of the one it started from, and so its
+    numbers.
+    """
     path = source if content else find(source)
     content = content or files.load(path)
-    state, stats, numbers, ema = _weights_in(content, path), None, {}, content.get("ema")
+    state, stats, numbers, ema = _weights_in(content), None, {}, content.get("ema")
     if state is None and isinstance(ema, dict):
-        state, _, numbers = _frozen_vae(content, path)
+        state, numbers = _frozen_vae(content, path)
     if state is None:
         raise ValueError(f"{path}: not the weights of a VAE, it has no {MARK} in CompVis or diffusers names")
     channels, beside = state[MARK].shape[1], companion(path, "latents-stats")
@@ -361,57 +335,40 @@ def read(source, content=None):
     elif isinstance(ema, dict) and "bn.running_var" in ema:     # of train_repae_e.py
         stats = _checked_stats(ema["bn.running_var"].rsqrt(), ema.get("bn.running_mean"), path, channels)
     elif diffusers and os.path.isfile(config):
-        config = _load_config(config)
-        stats, numbers = stats_from_config(config, channels), _numbers(config)
+        content = files.load_json(config)
+        if content.get("_class_name") != "AutoencoderKL" or content.get("norm_num_groups", 32) != 32:
+            raise ValueError(f"{config}: is not of an AutoencoderKL with 32 groups in its norms")
+        stats, numbers = stats_from_config(content, channels)
     elif os.path.isfile(beside):
         stats = load_stats(beside, channels)
     return state, stats, numbers
 
 
-def _weights_in(content, path):
+def _weights_in(content):
     """The VAE's tensors in a file, their names without wrapper and prefix; None if there are none.
 
-    Of raw weights and their averages (ema) the averages are taken. What is not part of a VAE is left out,
-    with a note on stderr.
+    Of raw weights and their averages (ema) the averages are taken. What is not part of a VAE is left out.
     """
     for part in (*map(content.get, WRAPPERS), content):
         names = [name for name in part if isinstance(name, str)] if isinstance(part, dict) else []
         prefixes = [name.removesuffix(MARK) for name in names if name.endswith(MARK)]
-        if not prefixes:
-            continue
-        prefix = min(prefixes, key=lambda p: ("ema" not in p, len(p)))     # module., first_stage_model. ...
-        tensors = {name.removeprefix(prefix): part[name] for name in names
-                   if name.startswith(prefix) and torch.is_tensor(part[name])}
-        others = [name for name in tensors if not name.startswith(PARTS)]
-        if others and os.environ.get("RANK", "0") == "0":
-            kinds = ", ".join(sorted({name.split(".")[0] for name in others})[:5])
-            print(f"note: {path}: {len(others)} tensors beside the VAE left out ({kinds})", file=sys.stderr)
-        return {name: tensor for name, tensor in tensors.items() if name.startswith(PARTS)}
+        if prefixes:
+            prefix = min(prefixes, key=lambda p: ("ema" not in p, len(p)))  # module., first_stage_model. ...
+            return {name.removeprefix(prefix): part[name] for name in names
+                    if name.startswith(tuple(prefix + own for own in PARTS))}
     return None
 
 
 def _frozen_vae(content, path):
-    """`read` of the VAE that a frozen-VAE checkpoint was trained on: the one that its args name."""
-    settings = files.training_args(content, path)
-    source = settings.get("vae_ckpt")
-    remedy = "name the VAE itself, with --vae-ckpt or in place of this checkpoint"
-    if not isinstance(source, str) or source in ("none", "auto"):
+    """(state, numbers) of the VAE that a frozen-VAE checkpoint was trained on: the one that its args name."""
+    source = files.training_args(content, path).get("vae_ckpt")
+    remedy = "name the VAE itself, such as REPA-E/e2e-vavae, with --vae-ckpt or in place of this checkpoint"
+    if source in (None, "none", "auto"):
         raise ValueError(f"{path}: contains no VAE and names none; {remedy}")
     try:
-        state, stats, numbers = read(source)
+        state, _, numbers = read(source)
     except OSError as error:
-        hub = {file: repo for repo, file in RELEASED.items()}.get(os.path.basename(source))
-        raise FileNotFoundError(f"{path}: trained on a frozen {settings.get('vae')} VAE, {source}, which is "
-                                f"not here; {remedy}{f', for example {hub}' if hub else ''}") from error
+        raise OSError(f"{path}: the frozen VAE of its training is not here ({error}); {remedy}") from error
     if content.get("vae_digest") not in (None, files.state_digest(state)):
         raise ValueError(f"{path}: was trained on another VAE than {source} is now; {remedy}")
-    return state, stats, numbers
-
-
-def _load_config(path):
-    config = files.load_json(path)
-    if config.get("_class_name") != "AutoencoderKL":
-        raise ValueError(f"{path}: class {config.get('_class_name')!r} is not AutoencoderKL")
-    if config.get("norm_num_groups", 32) != 32:
-        raise ValueError(f"{path}: norm_num_groups {config['norm_num_groups']}; only 32 is supported")
-    return config
+    return state, numbers
