@@ -255,8 +255,7 @@ class ImageData(Dataset):
 
     def load(self, index):
         """The whole image as a PIL image, 8-bit RGB. Raises ImageError if corrupt, OSError if unreadable."""
-        with damaged(f"{self.path}/{self.names[index]}: not a readable image; remove it or pass "
-                     "--skip-corrupt"):
+        with damaged(f"{self.path}/{self.names[index]}: not a readable image; remove it"):
             return decode(self.read(self.names[index]))
 
     def __getitem__(self, key):
@@ -377,12 +376,13 @@ def _outlines():
 class ShapesData(Dataset):
     """The demo's images: ten shapes drawn from their index, so of any number and size; label = index % 10.
 
-    One red, green or blue shape on white, its color, size (three quarters of the image), place and rotation
-    (up to 8 degrees) drawn from (seed, index). Items, keys and attributes as in ImageData.
+    One shape on white, three quarters of the image large. Its color, size, place and rotation (up to 8
+    degrees) are drawn from (seed, index). Items, keys and attributes as in ImageData.
     """
 
     SHAPES = _outlines()
-    COLORS = np.array([(214, 40, 40), (34, 150, 60), (40, 80, 210)])
+    # Of different brightness: a VAE takes much longer to tell equally bright colors apart.
+    COLORS = np.array([(245, 160, 30), (205, 40, 90), (30, 50, 130)])
     GROUND = 250
 
     def __init__(self, n, resolution, hflip=False, seed=0):

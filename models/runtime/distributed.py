@@ -91,7 +91,7 @@ def lost_process(error):
     """One line for the RuntimeError of a collective that another process did not join; None for others."""
     text = str(error).strip().split("\n")[0]
     if isinstance(error, dist.DistBackendError) or "gloo" in text or "monitoredBarrier" in text:
-        return f"another process has ended or hangs, see its own message ({text[-150:]})"
+        return f"another process has ended or hangs, see its own message ({text[:150]})"
     return None
 
 
