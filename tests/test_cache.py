@@ -19,9 +19,9 @@ from models.runtime.data import ImageData, ShapesData, open_images
 from models.vae import AutoencoderKL
 
 fork = multiprocessing.get_context("fork")
-FLAGS = ["--preset", "demo", "--model", "SiT-Ti/4", "--resolution", "16", "--batch-size", "4",
-         "--freeze-vae", "--max-train-steps", "12", "--data-dir", "", "--skip-corrupt", "--num-workers", "0",
-         "--log-every", "1", "--sampling-steps", "0"]
+FLAGS = ["--preset", "demo", "--model", "SiT-Ti/4", "--vae", "f4d4", "--resolution", "16",
+         "--batch-size", "4", "--freeze-vae", "--max-train-steps", "12", "--data-dir", "", "--skip-corrupt",
+         "--num-workers", "0", "--log-every", "1", "--sampling-steps", "0"]
 
 
 @pytest.fixture(scope="module", autouse=True)

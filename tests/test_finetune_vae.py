@@ -64,8 +64,8 @@ def photos(tmp_path_factory):
 def first_stage(tmp_path_factory):
     """A checkpoint of two steps of the first stage."""
     folder = tmp_path_factory.mktemp("first")
-    stage_one.main(["--preset", "demo", "--batch-size", "8", "--sampling-steps", "0", "--output-dir",
-                    str(folder), "--max-train-steps", "2"])
+    stage_one.main(["--preset", "demo", "--vae", "f4d4", "--batch-size", "8", "--sampling-steps", "0",
+                    "--output-dir", str(folder), "--max-train-steps", "2"])
     return str(folder / "demo" / "checkpoints" / "0000002.pt")
 
 
@@ -332,9 +332,9 @@ def test_refined_vae_in_the_other_scripts(tmp_path, first_stage):
                      "--npz", str(tmp_path / "x.npz")])
     with np.load(tmp_path / "x.npz") as samples:
         assert samples["arr_0"].shape == (4, 32, 32, 3) and samples["arr_0"].std() > 1
-    stage_one.main(["--preset", "demo", "--batch-size", "2", "--sampling-steps", "0", "--max-train-steps",
-                    "1", "--output-dir", str(tmp_path), "--freeze-vae", "--vae-ckpt", refined, "--exp-name",
-                    "frozen"])
+    stage_one.main(["--preset", "demo", "--vae", "f4d4", "--batch-size", "2", "--sampling-steps", "0",
+                    "--max-train-steps", "1", "--output-dir", str(tmp_path), "--freeze-vae",
+                    "--vae-ckpt", refined, "--exp-name", "frozen"])
     frozen = str(tmp_path / "frozen" / "checkpoints" / "0000001.pt")  # leads to its VAE in every mode
     again = run(tmp_path / "again", "--ckpt", frozen, "--max-train-steps", "1", "--batch-size", "2")
     assert_same(vae_files.read(str(again / "checkpoints" / "0000001.pt"))[1], vae_files.read(frozen)[1])

@@ -47,8 +47,9 @@ def released(path, args=TINY, frozen=False, width=HOG):
 def run(folder, *flags, steps=1):
     """Train from the flags given up to `steps`; returns (content of the last checkpoint, text of the log)."""
     train.main([str(f) for f in (
-        "--preset", "demo", "--model", "SiT-Ti/4", "--batch-size", 4, "--disc-weight", 0.1, "--disc-start", 1,
-        "--sampling-steps", 0, "--log-every", 1, "--output-dir", folder, "--max-train-steps", steps, *flags)])
+        "--preset", "demo", "--model", "SiT-Ti/4", "--vae", "f4d4", "--batch-size", 4, "--disc-weight", 0.1,
+        "--disc-start", 1, "--sampling-steps", 0, "--log-every", 1, "--output-dir", folder,
+        "--max-train-steps", steps, *flags)])
     state = files.load(folder / "demo" / "checkpoints" / f"{steps:07d}.pt")
     return state, (folder / "demo" / "log.txt").read_text()
 

@@ -19,8 +19,8 @@ from models.losses import denoising_loss, gan_loss, noisy_latents, reconstructio
 from models.runtime import distributed, files, log, trainer
 from models.runtime.data import ShapesData
 
-TINY = ["--preset", "demo", "--model", "SiT-Ti/4", "--batch-size", "4", "--sampling-steps", "0",
-        "--log-every", "1", "--checkpointing-steps", "2",
+TINY = ["--preset", "demo", "--model", "SiT-Ti/4", "--vae", "f4d4", "--batch-size", "4",
+        "--sampling-steps", "0", "--log-every", "1", "--checkpointing-steps", "2",
         "--keep-checkpoints", "0", "--disc-weight", "0.1", "--disc-start", "1"]
 
 
