@@ -9,7 +9,7 @@ A look at classes 207 and 360:
     python sample_ddp.py --exp-path exps/run --num-fid-samples 16 --classes 207,360
 
 Writes NAME.npz (arr_0 uint8 [N, H, W, 3], arr_1 int64 labels [N], protocol: JSON text), NAME.json (the
-protocol), NAME.png (a grid of the first samples) and with --png NAME/000000.png, NAME/000001.png ...
+protocol) and NAME.png (a grid of the first samples).
 
 Sample i is a function of the seed and i alone. Finished samples wait in NAME.shards/, 64 in a file, until the
 .npz is written: after SIGTERM, Ctrl-C or a kill the same command resumes, with any number of processes. Nodes
@@ -61,7 +61,6 @@ def parse_args(argv=None):
 
     flag(output, "--npz", None, "output file; the other outputs get the same name; default: "
          "samples/RUN-STEP.npz")
-    flag(output, "--png", False, "also write every sample as a PNG")
 
     flag(running, "--pproc-batch-size", SHARD, "samples per process and batch", above=0, most=SHARD)
     flag(running, "--mixed-precision", "auto", "type of the network; auto: bf16 on a GPU, no on a CPU; no: "
@@ -202,14 +201,10 @@ def claim_output(args, npz, shards, protocol):
     Returns the lock of the folder `shards`, an open file.
     """
     stem = npz.removesuffix(".npz")
-    for path in (npz, f"{stem}.json", f"{stem}.png", *([f"{stem}/000000.png"] if args.png else [])):
+    for path in (npz, f"{stem}.json", f"{stem}.png"):
         files.check_writable(path, [args.ckpt])
     if os.path.exists(npz):
         check_protocol(data.open_images(npz, labelled=False).protocol, protocol, npz)
-    present = set(os.listdir(stem) if args.png and os.path.isdir(stem) else ())
-    if others := present - {f"{i:06d}.png" for i in range(args.num_fid_samples)}:
-        raise ValueError(f"{stem}: contains {min(others)}, which is not of these samples; remove the folder, "
-                         "or give another --npz")
     lock = files.lock(shards)
     files.remove_temporaries(shards)
     path = os.path.join(shards, "protocol.json")
@@ -245,7 +240,7 @@ def sample_missing(sample, npz, shards, number, asked):
     return not distributed.any_process(asked.by)
 
 
-def write_outputs(npz, shards, labels, protocol, png):
+def write_outputs(npz, shards, labels, protocol):
     """The .npz from the shards, with one of them in memory at a time; from the .npz all other files."""
     stem, number, size = npz.removesuffix(".npz"), len(labels), protocol["resolution"]
     if not os.path.exists(npz):
@@ -256,8 +251,6 @@ def write_outputs(npz, shards, labels, protocol, png):
     images = data.open_images(npz).images
     files.save_json(protocol, f"{stem}.json")
     pictures.write_png(f"{stem}.png", pictures.label_grid(images[:SHARD], labels[:SHARD]))
-    if png:
-        pictures.write_pngs(stem, (images[i:i + SHARD] for i in range(0, number, SHARD)))
     shutil.rmtree(shards, ignore_errors=True)
     print(f"{npz}: {number} samples, with {stem}.json and {stem}.png")
 
@@ -288,7 +281,7 @@ def main(argv=None):
         with claim_output(args, npz, shards, protocol) if main_process else contextlib.nullcontext():
             complete = sample_missing(sample, npz, shards, number, asked)
             if main_process and complete:
-                write_outputs(npz, shards, labels[:number].numpy(), protocol, args.png)
+                write_outputs(npz, shards, labels[:number].numpy(), protocol)
             elif main_process:
                 print(f"stopped by {asked.by or 'a signal to another process'}: finished samples are in "
                       f"{shards}, the same command resumes")

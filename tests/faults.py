@@ -66,7 +66,6 @@ WRITERS = {
     "train from files": ("train_repae_e", TRAIN + "--data-dir ../have/photos --hflip --num-workers 1 "
                                                   "--keep-checkpoints 1".split()),
     "refine all": ("finetune_vae", [*REFINE, "--train-encoder"]),
-    "sample to PNG": ("sample_ddp", [*SAMPLE, "--png"]),
     "export": ("finetune_vae", EXPORT),
     "export to diffusers": ("finetune_vae", "--ckpt ../have/wide.pt --export e --format diffusers".split()),
 }

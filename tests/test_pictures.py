@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 
 from models.runtime import pictures
-from models.runtime.data import open_images
 
 
 def pixels(count, size=16):
@@ -35,14 +34,6 @@ def test_round_to_uint8():
     assert torch.equal(found[0, :, :, 0].flatten().float(), levels)
     x = torch.tensor([-3.0, 3.0]).reshape(1, 1, 1, 2)
     assert pictures.round_to_uint8(x).flatten().tolist() == [0, 255]
-
-
-def test_written_images_are_read_back(tmp_path):
-    images = pixels(5)
-    pictures.write_pngs(str(tmp_path / "a"), iter([images[:2], images[2:]]))
-    data = open_images(tmp_path / "a", labelled=False)
-    assert data.names == [f"{i:06d}.png" for i in range(5)] and data.size == (16, 16)
-    assert np.array_equal(torch.stack([image for image, _ in data]).permute(0, 2, 3, 1), images)
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):

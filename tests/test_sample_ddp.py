@@ -246,11 +246,9 @@ def test_a_finished_file_is_left_alone(ckpt, reference, tmp_path, monkeypatch):
     np.savez(path := tmp_path / "a.npz", **content)
     before = path.read_bytes()
     monkeypatch.setattr(sample_ddp, "integrate", lambda *_: pytest.fail("sampled again"))
-    sample(ckpt, path, "--png")
+    sample(ckpt, path)
     assert path.read_bytes() == before
-    assert names(tmp_path) == ["a", "a.json", "a.npz", "a.png"]
-    pngs = [np.asarray(Image.open(tmp_path / "a" / f"{i:06d}.png")) for i in range(N)]
-    assert np.array_equal(np.stack(pngs), content["arr_0"])
+    assert names(tmp_path) == ["a.json", "a.npz", "a.png"]
 
 
 def test_output_of_other_settings_is_not_touched(ckpt, reference, tmp_path, capsys):
@@ -266,7 +264,7 @@ def test_output_of_other_settings_is_not_touched(ckpt, reference, tmp_path, caps
 
 
 def test_a_smaller_run_leaves_a_larger_one_alone(ckpt, reference, tmp_path, capsys):
-    """Shards of an unfinished run are not removed, and PNGs of another run not mixed with those of this."""
+    """Shards of an unfinished run are not removed."""
     smaller = ["--num-fid-samples", "4"]
     shards = tmp_path / "a.shards"
     shards.mkdir()
@@ -276,11 +274,6 @@ def test_a_smaller_run_leaves_a_larger_one_alone(ckpt, reference, tmp_path, caps
     error = rejected(capsys, "--ckpt", ckpt, *FAST, *smaller, "--npz", tmp_path / "a.npz")
     assert "a.shards: exists, made with num_fid_samples 128, this run has 4" in error
     assert {"000000.npz", "protocol.json"} <= set(names(shards))
-    sample(ckpt, tmp_path / "b.npz", "--png")
-    (tmp_path / "b.npz").unlink()
-    assert "b: contains 000004.png" in rejected(capsys, "--ckpt", ckpt, *FAST, *smaller, "--png", "--npz",
-                                                tmp_path / "b.npz")
-    assert len(names(tmp_path / "b")) == N
 
 
 def test_outputs_are_tried_at_startup(ckpt, tmp_path, capsys, monkeypatch):
@@ -289,9 +282,6 @@ def test_outputs_are_tried_at_startup(ckpt, tmp_path, capsys, monkeypatch):
     (tmp_path / "a.json").mkdir()
     assert "a.json: is a folder" in rejected(capsys, *flags)
     (tmp_path / "a.json").rmdir()
-    (tmp_path / "a").write_text("a file")
-    assert "cannot be written" in rejected(capsys, *flags, "--png")
-    (tmp_path / "a").unlink()
     (tmp_path / "a.npz").write_bytes(Path(ckpt).read_bytes())
     assert "would be replaced" in rejected(capsys, *flags, "--ckpt", tmp_path / "a.npz")
 

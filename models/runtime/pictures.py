@@ -1,7 +1,6 @@
 """Pictures: grids of images, PNG files, and the samples and reconstructions that a run draws as it trains."""
 import math
 import os
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -51,18 +50,6 @@ def write_png(path, image):
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     with files.replace(path) as temporary, open(temporary, "wb") as f:
         image.save(f, "PNG")
-
-
-def write_pngs(folder, rows):
-    """Write image i of `rows` (an iterable of uint8 arrays [k, H, W, 3]) to folder/00000i.png."""
-    def write(numbered):
-        write_png(os.path.join(folder, f"{numbered[0]:06d}.png"), numbered[1])
-
-    first = 0
-    with ThreadPoolExecutor(8) as pool:
-        for part in rows:
-            list(pool.map(write, enumerate(part, first)))
-            first += len(part)
 
 
 # ---------------------------------------------------------------- while a run trains
