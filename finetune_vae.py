@@ -68,10 +68,9 @@ def make_parser():
 def parse_args(argv=None):
     """Settings from the command line: explicit flags, over --preset, over the defaults."""
     args = cli.parse(make_parser(), argv, PRESETS)
-    if args.exp_name is None:
-        args.exp_name = "vae-eval" if args.eval else "vae-all" if args.train_encoder else "vae-decoder"
-    if args.data_dir is None:
-        args.data_dir = "data/imagenet/val" if args.eval else "data/imagenet/train"
+    name = "vae-eval" if args.eval else "vae-all" if args.train_encoder else "vae-decoder"
+    args.exp_name = args.exp_name or name
+    args.data_dir = args.data_dir or f"data/imagenet/{'val' if args.eval else 'train'}"
     return args
 
 
@@ -307,8 +306,7 @@ def export(args):
     if args.ckpt in (None, "none"):
         raise ValueError("--export needs the VAE's --ckpt")
     name, state, stats = vae_files.open_vae(args.ckpt, args.vae, args.latents_stats)
-    # A pipeline reads these of the export as it did of the source.
-    numbers = vae_files.read(args.ckpt)[2]
+    numbers = vae_files.read(args.ckpt)[2]  # a pipeline reads them of the export as it did of the source
     disc = weights.discriminator_state(args.ckpt, name) if args.format == "compvis" else None
     vae_files.export_vae(args.export, state, stats, args.format, args.resolution, numbers, disc)
     print(f"wrote {', '.join(sorted(os.listdir(args.export)))}")

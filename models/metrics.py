@@ -8,7 +8,7 @@ Generated images, from features [N, D] of their network, with the arithmetic of 
     precision, recall = precision_recall(ref, samples)                  # Kynkaanniemi et al. 2019
     kid = kernel_distance(ref, samples)                                 # Binkowski et al. 2018
 
-Pairs of images: psnr, ssim. Latents: latent_moments, spatial_variance, total_variation, principal_colors.
+Pairs of images: psnr, ssim. Latents: latent_moments, spatial_variance, total_variation.
 
 Needs numpy, scipy and torch, so the file can be lifted out alone. Inputs are detached; what a function cannot
 use (other shapes, too few rows, NaN) is a ValueError of one line. float32_exactly keeps a GPU from rounding
@@ -121,7 +121,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     r' sigma2 r with r r' = sigma1, in float64: no matrix square root, so rank-deficient covariances (fewer
     samples than dimensions) are fine. The mean term keeps the type of mu, float32 in ADM. May come out as
     -1e-14 for equal sets. Raises ValueError for shapes that differ, for non-finite input, and for a sigma
-    that is not a covariance matrix, as far as the computation notices (see check_covariance).
+    that is not symmetric or, as far as the computation notices, not positive semi-definite.
     """
     mu1, sigma1, mu2, sigma2 = (x.detach().cpu().numpy() if torch.is_tensor(x) else np.asarray(x)
                                 for x in (mu1, sigma1, mu2, sigma2))
@@ -131,6 +131,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         raise ValueError(f"statistics of different features: {shapes}")
     if not all(np.isfinite(a).all() for a in (mu1, mu2, sigma1, sigma2)):
         raise ValueError("statistics with non-finite entries: do images or weights give NaN features?")
+    for sigma in (sigma1, sigma2):
+        if np.abs(sigma - sigma.T).max() > COVARIANCE_TOLERANCE * np.linalg.norm(sigma):
+            raise ValueError("a sigma is not a covariance matrix: it is not symmetric")
     difference, root = mu1 - mu2, covariance_root(sigma1)
     inner = torch.linalg.eigvalsh(torch.from_numpy(root.T @ sigma2 @ root)).numpy()
     if len(inner) and inner[0] < -COVARIANCE_TOLERANCE * np.abs(inner).max():
@@ -152,22 +155,6 @@ def covariance_root(sigma):
     if np.abs(diagonal - np.square(root).sum(1)).max() > COVARIANCE_TOLERANCE * np.abs(diagonal).max():
         raise ValueError("a sigma is not a covariance matrix: it is not positive semi-definite")
     return root
-
-
-def check_covariance(sigma, what="sigma"):
-    """Raise a one-line ValueError unless sigma [D, D] is symmetric and positive semi-definite.
-
-    A matrix that is not gives any distance, also a large negative one.
-    """
-    sigma = np.asarray(sigma, np.float64)
-    allowed = COVARIANCE_TOLERANCE * np.linalg.norm(sigma)
-    if np.abs(sigma - sigma.T).max() > allowed:
-        raise ValueError(f"{what}: not a covariance matrix, it is not symmetric")
-    # A Cholesky factor exists if and only if all eigenvalues are positive, and costs a tenth of them.
-    if torch.linalg.cholesky_ex(torch.from_numpy(sigma + allowed * np.eye(len(sigma)))).info:
-        smallest = torch.linalg.eigvalsh(torch.from_numpy(sigma))[0].item()
-        if smallest < -allowed:
-            raise ValueError(f"{what}: not a covariance matrix, it has the eigenvalue {smallest:.3g}")
 
 
 # ---------------------------------------------------------------- Inception Score
@@ -415,19 +402,3 @@ def psnr_under_noise(decode, images, z, std, noise, sigma):
     """
     copies = decode(z + sigma * std.view(1, -1, 1, 1) * noise)
     return psnr(images, ((copies.float() + 1) * 127.5).round().clamp(0, 255))
-
-
-def principal_colors(z):
-    """Latents z [N, C, h, w] as colours [N, 3, h, w]: their first three principal components.
-
-    The components are of all positions of all images. Each is stretched so that its 1st to 99th percentile
-    fill [0, 1]; its sign makes the largest loading positive.
-    """
-    x = z.double().permute(0, 2, 3, 1).flatten(0, 2)                     # [N h w, C]
-    x = x - x.mean(0)
-    axes = torch.linalg.eigh(x.T @ x).eigenvectors.flip(1)[:, :3]        # eigenvalues come in ascending order
-    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
-    x = x @ axes
-    low, high = (torch.quantile(x, q, dim=0) for q in (0.01, 0.99))
-    x = ((x - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
-    return x.view(z.shape[0], *z.shape[2:], -1).permute(0, 3, 1, 2).float()

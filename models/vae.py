@@ -4,6 +4,8 @@ State-dict names are those of CompVis. f8d4 is SD-VAE, f16d32 is IN-VAE and VA-V
 16-channel kind of FLUX and SD-3.5 (no quant convolutions), f16d16 the KL-16 of MAR and later work, f16d16-ldm
 that of LDM, with attention in the decoder too, f4d4 and f4d16 tiny ones for small images. Needs only torch.
 """
+from collections import OrderedDict
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -62,10 +64,10 @@ class GroupNorm(nn.GroupNorm):
 
 
 def recomputing_input(function, x):
-    """function(x), a cheap operation and then a convolution, keeping only x for the backward pass.
+    """function(x), in which nothing is random, keeping only x for the backward pass.
 
-    The convolution is not computed twice: recomputation stops as soon as everything that the backward pass
-    asks for is there, and that is just before it.
+    A convolution at its end is not computed twice: recomputation stops as soon as everything that the
+    backward pass asks for is there, and that is just before it.
     """
     if not torch.is_grad_enabled():
         return function(x)
@@ -147,19 +149,8 @@ class Upsample(nn.Module):
 
 
 def _middle(channels):
-    mid = nn.Module()
-    mid.block_1 = ResnetBlock(channels, channels)
-    mid.attn_1 = AttnBlock(channels)
-    mid.block_2 = ResnetBlock(channels, channels)
-    return mid
-
-
-def _level(in_channels, out_channels, blocks, attention):
-    level = nn.Module()
-    level.block = nn.ModuleList([ResnetBlock(in_channels if i == 0 else out_channels, out_channels)
-                                 for i in range(blocks)])
-    level.attn = nn.ModuleList([AttnBlock(out_channels) for _ in range(blocks)] if attention else [])
-    return level
+    return nn.Sequential(OrderedDict(block_1=ResnetBlock(channels, channels), attn_1=AttnBlock(channels),
+                                     block_2=ResnetBlock(channels, channels)))
 
 
 # With save_memory: the positions of a feature map from which a level is recomputed (smaller ones hold little
@@ -167,36 +158,41 @@ def _level(in_channels, out_channels, blocks, attention):
 LARGE, CHUNK = 128 * 128, 4 * 256 * 256
 
 
-def _run_level(level, h, save_memory):
-    """One level's blocks and its change of resolution, if it has one.
+class Level(nn.Module):
+    """Blocks of one resolution, then the change to the next one, which Encoder and Decoder add.
 
-    With save_memory a large level keeps only h for the backward pass, which makes the rest again, for a few
-    images at a time: images do not see each other here.
+    With save_memory a large level keeps only its input for the backward pass, which makes the rest again, for
+    a few images at a time: images do not see each other here.
     """
-    def function(h):
-        for i, block in enumerate(level.block):
+
+    save_memory = False
+
+    def __init__(self, in_channels, out_channels, blocks, attention):
+        super().__init__()
+        self.block = nn.ModuleList([ResnetBlock(in_channels if i == 0 else out_channels, out_channels)
+                                    for i in range(blocks)])
+        self.attn = nn.ModuleList([AttnBlock(out_channels) for _ in range(blocks)] if attention else [])
+
+    def layers(self, h):
+        for i, block in enumerate(self.block):
             h = block(h)
-            if len(level.attn):
-                h = level.attn[i](h)
-        if hasattr(level, "downsample"):
-            h = level.downsample(h)
-        if hasattr(level, "upsample"):
-            h = level.upsample(h)
+            if len(self.attn):
+                h = self.attn[i](h)
+        for change in ("downsample", "upsample"):
+            if hasattr(self, change):
+                h = getattr(self, change)(h)
         return h
 
-    positions = h[0, 0].numel()
-    if not save_memory or not torch.is_grad_enabled() or positions < LARGE:
-        return function(h)
-    # preserve_rng_state=False: nothing in a level is random.
-    parts = [recompute(function, part, use_reentrant=False, preserve_rng_state=False)
-             for part in h.split(max(1, CHUNK // positions))]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+    def forward(self, h):
+        positions = h[0, 0].numel()
+        if not self.save_memory or not torch.is_grad_enabled() or positions < LARGE:
+            return self.layers(h)
+        parts = [recomputing_input(self.layers, part) for part in h.split(max(1, CHUNK // positions))]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 class Encoder(nn.Module):
     """Images [B, 3, H, W] to [B, 2C, H/f, W/f], f = 2^(levels - 1)."""
-
-    grad_checkpoint = False
 
     def __init__(self, latent_channels, base, multipliers, blocks, attention_levels):
         super().__init__()
@@ -204,7 +200,7 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, base, 3, padding=1)
         self.down = nn.ModuleList()
         for i, width in enumerate(widths):
-            level = _level(widths[i - 1] if i else base, width, blocks, i in attention_levels)
+            level = Level(widths[i - 1] if i else base, width, blocks, i in attention_levels)
             if i < len(widths) - 1:
                 level.downsample = Downsample(width)
             self.down.append(level)
@@ -215,8 +211,8 @@ class Encoder(nn.Module):
     def forward(self, x):
         h = self.conv_in(x)
         for level in self.down:
-            h = _run_level(level, h, self.grad_checkpoint)
-        return self.output(self.mid.block_2(self.mid.attn_1(self.mid.block_1(h))))
+            h = level(h)
+        return self.output(self.mid(h))
 
     def output(self, h):
         return norm_silu_conv(self.norm_out, self.conv_out, h)
@@ -225,8 +221,6 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents [B, C, h, w] to images [B, 3, h*f, w*f], nominally in [-1, 1] and not squashed."""
 
-    grad_checkpoint = False
-
     def __init__(self, latent_channels, base, multipliers, blocks, attention_levels):
         super().__init__()
         widths = [base * m for m in multipliers]
@@ -234,7 +228,7 @@ class Decoder(nn.Module):
         self.mid = _middle(widths[-1])
         levels = []
         for i in reversed(range(len(widths))):
-            level = _level(widths[min(i + 1, len(widths) - 1)], widths[i], blocks + 1, i in attention_levels)
+            level = Level(widths[min(i + 1, len(widths) - 1)], widths[i], blocks + 1, i in attention_levels)
             if i > 0:
                 level.upsample = Upsample(widths[i])
             levels.insert(0, level)  # up.0 is the level nearest the image, though it runs last
@@ -243,9 +237,9 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z):
-        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(self.conv_in(z))))
+        h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
-            h = _run_level(level, h, self.grad_checkpoint)
+            h = level(h)
         return self.output(h)
 
     def output(self, h):
@@ -280,7 +274,8 @@ class AutoencoderKL(nn.Module):
 
         15 % more arithmetic in f8d4 at 256 pixels.
         """
-        self.encoder.grad_checkpoint = self.decoder.grad_checkpoint = True
+        for level in (*self.encoder.down, *self.decoder.up):
+            level.save_memory = True
 
     def keep_activations(self):
         """Recompute nothing in the backward pass: faster, with 12 GB more in f8d4 at batch 32, 256 pixels."""

@@ -40,7 +40,7 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.metrics import feature_statistics, frechet_distance
-from models.runtime import files, vae_report
+from models.runtime import files, vae_report, weights
 from models.runtime.data import ShapesData, open_images
 from models.runtime.pictures import label_grid
 
@@ -286,7 +286,7 @@ def judge_vae(job, checkpoint, out):
     def statistics(batches):
         return dict(zip(("mu", "sigma"), feature_statistics(torch.cat([judge(batch) for batch in batches]))))
 
-    vae = vae_report.open_vae(str(checkpoint), job.setting["resolution"])
+    vae = weights.open_vae(str(checkpoint))
     batches = images.split(50)
     found = vae_report.measure(vae, iter(batches), torch.device("cpu"), features=statistics,
                                reference=statistics(batches))

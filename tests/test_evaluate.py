@@ -212,7 +212,8 @@ def test_frechet_distance_rejects_what_it_cannot_use():
         frechet_distance(mu, sigma, np.zeros(4), np.eye(4))
     with pytest.raises(ValueError, match="non-finite"):
         frechet_distance(mu * np.nan, sigma, mu, sigma)
-    for pair in ((np.diag([1, 1, -5]), sigma), (sigma, np.diag([1, 1, -5])), (np.diag([1, 1, -5]),) * 2):
+    negative, lopsided = np.diag([1, 1, -5]), np.eye(3) + np.eye(3, k=1)
+    for pair in ((negative, sigma), (sigma, negative), (negative,) * 2, (sigma, lopsided)):
         with pytest.raises(ValueError, match="not a covariance"):
             frechet_distance(mu, pair[0], mu, pair[1])
 

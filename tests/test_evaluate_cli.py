@@ -364,17 +364,6 @@ def test_outputs_are_checked_before_any_work(tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "good.npz", "link.npz"]
 
 
-def test_statistics_that_are_not_a_covariance_are_rejected(tmp_path, capsys):
-    np.savez(tmp_path / "s.npz", pictures(8))
-    negative, lopsided = np.eye(2048), np.eye(2048)
-    negative[0, 0], lopsided[3, 4] = -5, 1
-    for sigma, word in ((negative, "eigenvalue -5"), (lopsided, "not symmetric")):
-        np.savez(tmp_path / "r.npz", mu=np.zeros(2048), sigma=sigma)
-        line = rejected(capsys, "--inception-weights", tmp_path / "gone.pth", tmp_path / "r.npz",
-                        tmp_path / "s.npz")
-        assert word in line and "r.npz: sigma" in line
-
-
 def test_bad_settings(tmp_path, capsys, weights, monkeypatch):
     good = tmp_path / "good.npz"
     np.savez(good, pictures(8))

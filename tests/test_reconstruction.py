@@ -8,8 +8,8 @@ import torch
 from fill import fill_
 
 from models.lpips import LPIPS
-from models.metrics import (between_images, latent_moments, principal_colors, psnr, psnr_under_noise,
-                            spatial_variance, ssim, total_variation)
+from models.metrics import (between_images, latent_moments, psnr, psnr_under_noise, spatial_variance, ssim,
+                            total_variation)
 from models.runtime import vae_report
 from models.runtime.data import ShapesData
 from models.vae import AttnBlock, Posterior, VAE_models
@@ -96,19 +96,6 @@ def test_latent_numbers_of_known_latents():
     assert mean.tolist() == pytest.approx([3.5, 10.5])
     # the posterior's own spread adds
     assert (square - mean.square()).tolist() == pytest.approx([5.25 + 9, 9 * 5.25 + 9])
-
-
-def test_principal_colors():
-    torch.manual_seed(0)
-    axes = torch.linalg.qr(torch.randn(8, 8)).Q
-    parts = torch.rand(5, 3, 6, 6) * torch.tensor([9.0, 3.0, 1.0]).view(1, 3, 1, 1)
-    z = torch.einsum("npij,cp->ncij", parts, axes[:, :3]) + torch.randn(8).view(1, 8, 1, 1)
-    colors = principal_colors(z)
-    assert colors.shape == (5, 3, 6, 6) and colors.min() == 0 and colors.max() == 1
-    for k in range(3):  # each colour channel is one of the hidden parts, in order of size, up to a sign
-        correlation = torch.corrcoef(torch.stack([colors[:, k].flatten(), parts[:, k].flatten()]))[0, 1]
-        assert abs(correlation) > 0.97
-    torch.testing.assert_close(principal_colors(-z), principal_colors(-z + 7))
 
 
 def test_between_images():

@@ -89,8 +89,7 @@ def test_frozen_checkpoint_loads_with_the_vae_it_names(tmp_path):
 @pytest.mark.parametrize("changes, words", [
     ({"ema": [1]}, "no 'ema' weights"),
     ({"ema": {"pos_embed": 1}}, "another layout"),
-    ({"args": {"model": ["SiT"]}}, "none of"),
-    ({"ema": {"x_embedder.proj.weight": torch.zeros(3)}}, "another layout"),
+    ({"args": {"model": "SiT"}}, "none of"),
     ({}, "names none"),
     ({"args": {"model": "SiT-Ti/2", "num_classes": 7}}, "11 rows does not fit 7 classes"),
 ])

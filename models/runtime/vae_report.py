@@ -9,22 +9,16 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from models import metrics
 from models.metrics import float32_exactly, frechet_distance
-from models.runtime import distributed, files, log, trainer, vae_files, weights
+from models.runtime import distributed, files, log, trainer, weights
 from models.runtime.data import evenly_spaced, identity, open_images
 from models.runtime.features import extract, inception_features, load_inception, read
 from models.runtime.pictures import label_grid, round_to_uint8, write_png
-from models.vae import VAE_models
 
 METRICS = ("psnr", "ssim", "lpips", "rfid", "latents")  # what --metrics may name
 NOISES = (0.1, 0.4)         # sigmas of psnr_noise_*, at unit scale
-COLUMNS = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "rfid": "rFID",
-           "spatial_variance": "spatial variance", "total_variation": "total variation",
-           "between_images": "between images", "psnr_noise_0.1": "PSNR, noise 0.1",
-           "psnr_noise_0.4": "PSNR, noise 0.4"}
 SUMS = ("images", "psnr", "ssim", "lpips", "spatial_variance", "total_variation")
 EVAL_PIXELS = 16 * 256 ** 2     # pixels per process and batch
 NOISE_IMAGES = 1000             # for psnr_noise_*
@@ -108,18 +102,12 @@ def measure_tolerance(vae, batches, std, device, dtype=torch.float32):
 
 @torch.inference_mode()
 def save_picture(path, images, vaes, captions):
-    """PNG of images (uint8 [N, 3, H, W]) in one row; for each VAE their reconstructions, and their latents.
-
-    Colours of latents are their first three principal components.
-    """
-    rows, labels = [images.permute(0, 2, 3, 1)], ["original"]
-    for vae, caption in zip(vaes, captions, strict=True):
-        z = vae.encode(images.to(next(vae.parameters()).device).float() / 127.5 - 1).mean
-        colors = (metrics.principal_colors(z.cpu()) * 255).round().to(torch.uint8)
-        colors = F.interpolate(colors, images.shape[-2:]).permute(0, 2, 3, 1)
-        rows += [round_to_uint8(vae.decode(z)).cpu(), colors]
-        labels += [caption, f"latents of {caption}"]
-    captions = [text for label in labels for text in (label, *[""] * (len(images) - 1))]
+    """PNG of images (uint8 [N, 3, H, W]) in one row, below it those of each VAE: their reconstructions."""
+    rows = [images.permute(0, 2, 3, 1)]
+    for vae in vaes:
+        x = images.to(next(vae.parameters()).device).float() / 127.5 - 1
+        rows.append(round_to_uint8(vae.decode(vae.encode(x).mean)).cpu())
+    captions = [text for label in ("original", *captions) for text in (label, *[""] * (len(images) - 1))]
     write_png(path, label_grid(torch.cat(rows), captions, columns=len(images)))
 
 
@@ -135,16 +123,18 @@ def evaluate(args):
     wanted = [name for name in args.metrics.split(",") if name]
     if not wanted or set(wanted) - set(METRICS):
         raise ValueError(f"--metrics {args.metrics}: known are {', '.join(METRICS)}")
-    if args.resolution < 16:
-        raise ValueError(f"--resolution {args.resolution}: SSIM and LPIPS need at least 16 pixels")
     folder = os.path.join(args.output_dir, args.exp_name)
     data = open_images(args.data_dir, args.resolution, seed=args.seed + 1, labelled=False)
     limit = args.limit or (1000 if args.data_dir == "shapes" else len(data))    # there is no end of shapes
     rows = evenly_spaced(len(data), limit)
     trainer.check_same(args, {"data": identity(data)}, None)
     with distributed.main_first():  # it downloads, the others find the files
-        vaes = {source: open_vae(source, args.resolution, args.vae) for source in args.eval}
-        lpips, inception = open_networks(args, wanted, device)
+        vaes = {source: weights.open_vae(source, args.vae) for source in args.eval}
+        remedy = "leave lpips out of --metrics"
+        lpips = weights.lpips(remedy).to(device) if "lpips" in wanted else None
+        inception = load_inception(args.inception_weights, device) if "rfid" in wanted else None
+    if args.resolution % max(vae.downsample for vae in vaes.values()):
+        raise ValueError(f"--resolution {args.resolution} is not divisible by the VAEs' downsampling factors")
     digests = {source: files.state_digest(vae) for source, vae in vaes.items()}
     distributed.check_same({f"weights of {source}": digest for source, digest in digests.items()})
     files.check_writable(os.path.join(folder, "metrics.json"))
@@ -158,14 +148,10 @@ def evaluate(args):
         return extract(batches, [inception_features(inception)], device, keep=False,
                        update=log.progress(what, len(rows)))
     reference = inception and statistics(read(data, size, rows), args.data_dir)
-    notes = [f"{len(rows):,} images of {args.data_dir} at {args.resolution} px; reconstructed from the "
-             "posterior's mean"]
-    if inception:
-        few = "; fewer than 2,049 images: compare only at equal numbers" if len(rows) < 2049 else ""
-        notes.append("rFID's reference is these images themselves, not the reference of a generation "
-                     f"benchmark{few}")
+    note = (f"{len(rows):,} images of {args.data_dir} at {args.resolution} px, reconstructed from posterior "
+            "means; rFID's reference is these images themselves, not the reference of a generation benchmark")
     about = {"data_dir": args.data_dir, "images": len(rows), "resolution": args.resolution,
-             "metrics": wanted, "dtype": str(dtype), "sha256": digests, "notes": notes}
+             "metrics": wanted, "dtype": str(dtype), "sha256": digests, "note": note}
 
     results = {}
     for source, vae in vaes.items():
@@ -183,44 +169,16 @@ def evaluate(args):
     if rank == 0:
         shown = torch.stack([data[int(i)][0] for i in rows[evenly_spaced(len(rows), 8)]])
         save_picture(os.path.join(folder, "images.png"), shown, vaes.values(), list(vaes))
-        print_table(results, notes)
+        print_table(results, note)
         print(f"wrote {folder}/metrics.json and images.png")
     distributed.shut_down()
 
 
-def open_vae(source, resolution, name=None):
-    """Any VAE, in eval mode on the CPU; ValueError if not of type `name` or misfit to the resolution."""
-    found, state, _ = vae_files.open_vae(source, name)
-    vae = VAE_models[found]().eval().requires_grad_(False)
-    vae.load_state_dict(state)
-    if resolution % vae.downsample:
-        raise ValueError(f"--resolution {resolution} is not divisible by {vae.downsample}, the downsampling "
-                         f"factor of {found}")
-    return vae
-
-
-def open_networks(args, wanted, device):
-    """(LPIPS or None, Inception or None), as --metrics wants them."""
-    without = ",".join(name for name in wanted if name not in ("lpips", "rfid"))
-    remedy = f"leave it out with --metrics {without or 'psnr,ssim'}"
-    lpips = weights.lpips(remedy).to(device) if "lpips" in wanted else None
-    if "rfid" not in wanted:
-        return lpips, None
-    try:
-        return lpips, load_inception(args.inception_weights, device)
-    except OSError as error:
-        raise OSError(f"{error}; or {remedy}") from error
-
-
-def print_table(results, notes):
-    """A line per VAE with its single figures, then those that are one per channel, then the notes."""
-    names = [name for name in COLUMNS if any(name in found for found in results.values())]
-    width = max(3, *map(len, results))
-    print("".join([f"{'VAE':<{width}}", *(f"  {COLUMNS[name]:>16}" for name in names)]))
+def print_table(results, note):
+    """A line per VAE with its single figures, then the note."""
+    names = [name for name, value in next(iter(results.values())).items() if isinstance(value, float)]
+    width = max(map(len, results))
+    print(f"{'VAE':<{width}}", *(f"{name:>16}" for name in names))
     for source, found in results.items():
-        print("".join([f"{source:<{width}}", *(f"  {found[name]:>16.4f}" for name in names)]))
-    for source, found in results.items():
-        for name in ("latents_mean", "latents_std"):
-            if name in found:
-                print(f"{source} {name}: " + " ".join(f"{value:.4g}" for value in found[name]))
-    print("\n".join(f"note: {note}" for note in notes))
+        print(f"{source:<{width}}", *(f"{found[name]:>16.4f}" for name in names))
+    print(f"note: {note}")
