@@ -309,7 +309,7 @@ def vae_losses(nets, args, gan, part, noise, output, gan_gradient):
     share of its gradient at the reconstructions, weighted. Gradient reaches the VAE. Not the SiT and its
     projector, whose weights enter detached; not the encoder.
     """
-    moments, z, recon = trainer.vae_outputs(nets, part, noise, output)      # [b, 2C, h, w], [b, C, h, w], images
+    moments, z, recon = trainer.vae_outputs(nets, part, noise, output)  # [b, 2C, h, w], [b, C, h, w], images
     losses = reconstruction_losses(part.images, recon, Posterior(moments), nets.lpips,
                                    args.reconstruction_weight, args.perceptual_weight, args.kl_weight,
                                    args.reconstruction_loss)                                         # (5)

@@ -168,7 +168,8 @@ class Steps:
     """One of the ways of making steps: seconds and losses of those made so far."""
 
     def __init__(self, args, device, plain, compiled=False, make_batch=train.make_batch):
-        self.args, self.device, self.changes, self.make_batch = args, device, PLAIN if plain else {}, make_batch
+        self.args, self.device, self.make_batch = args, device, make_batch
+        self.changes = PLAIN if plain else {}
         self.nets = build_plain(args, device, compiled) if plain else build(args, device)
         data = ShapesData(args.batch_size, args.resolution)
         self.images, self.labels = (torch.stack([torch.as_tensor(data[i][k]) for i in range(args.batch_size)])
@@ -329,7 +330,8 @@ def allow_tf32():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10, help="timed steps per path")
     parser.add_argument("--plain", action="store_true", help="only the plain path")
     mine, extra = parser.parse_known_args()
@@ -338,7 +340,8 @@ def main():
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     report = {"bench": "train", "device": name, "torch": torch.__version__, "model": args.model,
               "vae": args.vae, "encoder": args.encoder, "resolution": args.resolution,
-              "batch_size": args.batch_size, "precision": str(cli.autocast_type(args.mixed_precision, device)),
+              "batch_size": args.batch_size,
+              "precision": str(cli.autocast_type(args.mixed_precision, device))[6:],
               "compile": trainer.wants_compile(args, device) and not mine.plain,
               "grad_checkpoint": args.grad_checkpoint and not mine.plain}
     on_gpu = [("fast",), ("plain",), ("plain_compiled_sit",)]

@@ -98,7 +98,8 @@ KINDS = {"attention": "flash|fmha|attention", "triton": "triton", "copies": "mem
 
 def kernels(path):
     """Of one profiled step: milliseconds by kind of kernel, the share of idle time, the five largest."""
-    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if GPU else [])]
+    kind = torch.profiler.ProfilerActivity
+    activities = [kind.CPU, kind.CUDA] if GPU else [kind.CPU]
     with torch.profiler.profile(activities=activities) as trace:
         path.step()
     wanted = torch.autograd.DeviceType.CUDA if GPU else torch.autograd.DeviceType.CPU
@@ -202,8 +203,8 @@ def resume(tiny):
     """A run killed by SIGKILL and resumed against one that was not."""
     with tempfile.TemporaryDirectory() as folder:
         lines_of([sys.executable, *run_flags(folder, "whole", 6)])
-        killed = subprocess.Popen([sys.executable, *run_flags(folder, "killed", 10 ** 6)], cwd=ROOT, env=EXACT,
-                                  stdout=subprocess.DEVNULL)     # it has no data workers
+        killed = subprocess.Popen([sys.executable, *run_flags(folder, "killed", 10 ** 6)], cwd=ROOT,
+                                  env=EXACT, stdout=subprocess.DEVNULL)     # it has no data workers
         try:
             while not (Path(folder) / "killed/checkpoints/0000002.pt").exists():
                 assert killed.poll() is None, "the run ended before its first checkpoint"

@@ -1,5 +1,5 @@
-"""models/runtime/cache.py: the same losses with a cache as without, the same bytes after any kill, and what is
-rejected."""
+"""models/runtime/cache.py: the same losses with a cache as without, the same bytes after any kill, and what
+is rejected."""
 import json
 import multiprocessing
 import os
@@ -134,7 +134,8 @@ def test_another_ones_cache_is_rejected_by_name(tmp_path, vae, capsys):
     run(tmp_path / "a", vae, *flags)
     other = str(tmp_path / "other.pt")
     files.save(train.VAE_models["f4d4"]().state_dict(), other)
-    for more, words in ((["--vae-ckpt", other], "another VAE"), (["--data-dir", "shapes"], "another data set"),
+    for more, words in ((["--vae-ckpt", other], "another VAE"),
+                        (["--data-dir", "shapes"], "another data set"),
                         (["--resolution", "32"], "another --resolution"), (["--hflip"], "another --hflip")):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:

@@ -238,7 +238,7 @@ def test_every_kind_of_block_is_compiled_once(flags, number, monkeypatch, reques
         graphs.append(graph)
         return aot_eager(graph, inputs)
     monkeypatch.setattr(torch, "compile",   # which Module.compile calls
-                        lambda function, **more: real(function, **more | dict(backend=backend, fullgraph=True)))
+                        lambda function, **more: real(function, **more, backend=backend, fullgraph=True))
     torch._dynamo.reset()
     nets, args = tiny_nets("--disc-weight", "0", "--batch-size", "2", "--compile", *flags)
     counts = []

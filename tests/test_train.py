@@ -178,7 +178,7 @@ def test_accumulation_equals_the_whole_batch(flags):
 def test_decoder_noise_has_the_latents_scale_and_is_seen_by_the_decoder_alone():
     plain, args0 = tiny_nets("--batch-size", "8")
     nets, args = tiny_nets("--batch-size", "8", "--decoder-noise", "0.3")
-    (part,), (part0,) = (trainer.micro_batches(tiny_batch(n, a), 1) for n, a in ((nets, args), (plain, args0)))
+    part, part0 = (trainer.micro_batches(tiny_batch(*pair), 1)[0] for pair in ((nets, args), (plain, args0)))
     assert torch.equal(part.eps, part0.eps) and torch.equal(part.noise, part0.noise)
     noise, = trainer.decoder_noises(nets, args, [part])
     _, z0, recon0 = trainer.vae_forward(plain, [part0], trainer.decoder_noises(plain, args0, [part0]))

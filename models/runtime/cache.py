@@ -95,8 +95,8 @@ def latents(folder, data, made_of, vae, device, workers, images=False):
             before = files.load_json(about)
             other = [name for name in {**before, **made_of} if before.get(name) != made_of.get(name)]
             if other:
-                raise ValueError(f"{found}: was made with another {' and another '.join(other)}; give another "
-                                 "--latent-cache, or remove it")
+                raise ValueError(f"{found}: was made with another {' and another '.join(other)}; give "
+                                 "another --latent-cache, or remove it")
     if not os.path.exists(path):
         fill(open_table(part, "r+", dtype, rows), Blocks(data, rows), vae, device, workers)
         distributed.barrier()

@@ -1,8 +1,8 @@
 """The plumbing that both training scripts share. No loss is defined here: they say what is trained by what.
 
 In the order in which a script calls it: the networks of a run, its settings and data, what `prepare` adds for
-training, the functions around the losses of one step (micro_batches, decoder_noises, vae_forward, backward, update), and
-checkpoints. Errors a user can cause are ValueError or OSError, with one line each.
+training, the functions around the losses of one step (micro_batches, decoder_noises, vae_forward, backward,
+update), and checkpoints. Errors a user can cause are ValueError or OSError, with one line each.
 """
 import contextlib
 import copy
@@ -253,8 +253,8 @@ def micro_batches(batch, n):
 def decoder_noises(nets, args, parts):
     """What is added to the latents that the decoder sees: [b, C, h, w] for each micro-batch, or None.
 
-    Gaussian noise of --decoder-noise times the latents' standard deviation, per channel over the global batch,
-    for which the encoder runs once more. A decoder that is trained with it tolerates the errors that a
+    Gaussian noise of --decoder-noise times the latents' standard deviation, per channel over the global
+    batch, for which the encoder runs once more. A decoder that is trained with it tolerates the errors that a
     diffusion model makes (representation autoencoders do so, arXiv 2510.11690).
     """
     if not args.decoder_noise:
