@@ -203,7 +203,7 @@ def test_bad_checkpoints(ckpt, tmp_path, monkeypatch, capsys):
     no_null = dict(content["ema"], **{"y_embedder.embedding_table.weight": torch.zeros(10, 192)})
     wide = dict(content["ema"], **{"final_layer.linear.bias": torch.zeros(3)})
     broken = {
-        "latent statistics": dict(ema=no_bn), "none of": dict(args=content["args"] | {"model": "DiT-XL/2"}),
+        "bn.running_mean": dict(ema=no_bn), "none of": dict(args=content["args"] | {"model": "DiT-XL/2"}),
         "another layout": dict(ema={"weight": torch.zeros(1)}), "no args": dict(args=None),
         "null class": dict(ema=no_null), "another architecture": dict(ema=wide),
         "label table": dict(args=content["args"] | {"num_classes": 1000}),
