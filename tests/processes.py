@@ -18,7 +18,8 @@ context = multiprocessing.get_context("forkserver")
 
 def begin():
     """Start the process that the others are forked from; it imports while the first tests run."""
-    context.set_forkserver_preload(["train_repae_e", "finetune_vae", "sample_ddp", "evaluate_fid", "processes"])
+    scripts = ["train_repae_e", "finetune_vae", "sample_ddp", "evaluate_fid"]
+    context.set_forkserver_preload([*scripts, "processes"])
     with pytest.MonkeyPatch.context() as patch:
         for folder in (ROOT / "tests", ROOT):
             patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)

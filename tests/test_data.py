@@ -4,7 +4,6 @@ import io
 import json
 import os
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -136,6 +135,7 @@ def test_what_is_not_a_set_of_images(tree, tmp_path):
     (["a/x/1.png", "a/y/2.png", "b/x/3.png"], ["a", "b"]),  # folders within a class
     (["a/images/1.png", "b/images/2.png"], ["a", "b"]),
     (["a/1.png", "a/y/2.png"], ["a"]),
+    (["cat/left/1.png", "cat/right/1.png", "dog/left/2.png", "dog/right/2.png"], ["cat", "dog"]),
 ])
 def test_class_folders(tmp_path, names, classes):
     data = ImageData(images(tmp_path, *names), 8)
@@ -414,7 +414,7 @@ def test_npz(tmp_path, kind):
 def test_npz_without_labels_or_images(tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, pixels(), arr_1=np.arange(3), protocol="[" * 100_000)
-    rejected(path, "x.npz: has no labels (arr_1, 6 integers)")
+    rejected(path, "x.npz: has no labels (arr_1, 6 integers from 0 on)")
     data = open_images(path, labelled=False)
     assert data.labels.tolist() == [0] * 6 and data.num_classes == 1 and data.protocol == {}
     np.savez(path, mu=np.zeros(3), sigma=np.eye(3))

@@ -3,7 +3,6 @@ network."""
 import math
 import os
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -263,7 +262,8 @@ def test_weights_of_another_architecture(tmp_path):
     state = weights("test_vit", num_classes=0)
     norm = state.pop("norm.weight")
     for changed, words in (({}, "norm.weight is missing"),
-                           ({"norm.weight": norm, "blocks.99.norm1.weight": norm}, "99.norm1.weight is unknown"),
+                           ({"norm.weight": norm, "blocks.99.norm1.weight": norm},
+                            "99.norm1.weight is unknown"),
                            ({"norm.weight": torch.zeros(65)}, "norm.weight is torch.float32 [65], not"),
                            ({"norm.weight": norm.to(torch.int8)}, "norm.weight is torch.int8"),
                            ({"norm.weight": norm.to(torch.float8_e5m2)}, "norm.weight is torch.float8_e5m2"),

@@ -9,7 +9,6 @@ import time
 import torch
 
 from models.runtime.distributed import is_main, lost_process
-from models.sit import SiT_models
 from models.vae import VAE_models
 
 

@@ -32,7 +32,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm",
               ".tga", ".jp2", ".avif")
 # What is decoded, whatever a file is called: Pillow would pass an .eps to Ghostscript, an interpreter.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "TGA", "JPEG2000", "AVIF")
-SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+SPLITS = ("train", "val", "test", "eval", "fold", "split")  # how the names of splits begin
 
 PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26             # sound PNGs have text and color profiles above 1 MiB
 warnings.filterwarnings("ignore", module="PIL")     # of odd EXIF blocks: an image is decoded or it raises
@@ -109,10 +109,10 @@ def _walk(path):
 
     for root, folders, files in os.walk(path, followlinks=True, onerror=fail):
         prefix = "" if root == path else os.path.relpath(root, path) + "/"
-        # Not a link to a folder that it lies in, which `ln -s`, called twice, leaves behind.
-        real = os.path.realpath(root) + os.sep
-        folders[:] = [name for name in folders if not os.path.islink(os.path.join(root, name))
-                      or not real.startswith(os.path.realpath(os.path.join(root, name)) + os.sep)]
+        # Not a link that leads back to a folder above it, which `ln -s`, called twice, leaves behind.
+        parents = [os.path.join(path, *prefix.split("/")[:k]) for k in range(prefix.count("/") + 1)]
+        above = set(map(os.path.realpath, parents))
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(root, name)) not in above]
         yield from (prefix + name for name in files)
         yield from (f"{prefix}{name}/" for name in folders)
 
@@ -147,9 +147,10 @@ def _check_classes(path, names, folders, classes, shared):
     for folder in {os.path.dirname(name) for name in names}:
         top, *rest = folder.removeprefix(shared).split("/")
         below[top].add(rest[0] if rest else None)
-    pairs = itertools.combinations([name for name in classes if None not in below[name]], 2)
+    named = [name for name in classes if name.lower().startswith(SPLITS)]
+    pairs = [(a, b) for a in named for b in classes if a != b and None not in below[a] | below[b]]
     splits = next((pair for pair in pairs if len(below[pair[0]] & below[pair[1]]) > 1), ())
-    if len(classes) > 1 and {name.lower() for name in classes} <= SPLITS:
+    if len(named) == len(classes) > 1:
         splits = classes
     if splits:
         train = next((name for name in splits if name.lower().startswith("train")), splits[0])
@@ -297,9 +298,10 @@ class NpzData(Dataset):
                 raise ValueError(f"no arr_0, only {', '.join(self.arrays.files)}")
             self.images = self._images() if "arr_0" in self.arrays.files else np.empty((0, 0, 0, 3), np.uint8)
         labels = self.array("arr_1")
-        fit = labels is not None and labels.shape == (len(self),) and labels.dtype.kind in "iu"
+        fit = labels is not None and labels.shape == (len(self),) and labels.dtype.kind in "iu" \
+            and labels.min(initial=0) >= 0
         if labelled and not fit:
-            raise ValueError(f"{path}: has no labels (arr_1, {len(self)} integers)")
+            raise ValueError(f"{path}: has no labels (arr_1, {len(self)} integers from 0 on)")
         self.labels = labels.astype(np.int64) if fit else np.zeros(len(self), np.int64)
         self.classes = [str(k) for k in range(self.labels.max(initial=0) + 1)]
         self.num_classes = len(self.classes)

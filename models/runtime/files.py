@@ -214,7 +214,7 @@ def load(path):
         content = _torch_load(path)
     except (OSError, MemoryError):
         raise
-    except pickle.UnpicklingError as error:     # torch's message recommends weights_only=False
+    except pickle.UnpicklingError as error:     # torch's own message says how to run the code
         raise ValueError(f"{path}: not read, it contains more than tensors and plain containers; where you "
                          "trust it, torch.save its state_dict alone and use that") from error
     except Exception as error:      # whatever unpicklers and zipfile raise for bytes that make no sense
