@@ -32,7 +32,7 @@ FIXED_IN_A_RUN = ("ckpt", "vae", "train_encoder", "resolution", "batch_size", "s
 # Images behind latent statistics that did not come with the VAE: 4 million positions at 256 px, f8.
 STATS_IMAGES = 4096
 PRESETS = {
-    "demo": dict(data_dir="shapes", resolution=32, ckpt="exps/demo/checkpoints/0000600.pt",
+    "demo": dict(data_dir="shapes", resolution=32, ckpt="exps/demo/checkpoints/0000700.pt",
                  perceptual_weight=0.0, disc_weight=0.0, batch_size=32, max_train_steps=300,
                  learning_rate=1e-3, disc_learning_rate=1e-3, ema_decay=0.98, num_workers=0,
                  log_every=25, sampling_steps=150, checkpointing_steps=150, metrics="psnr,ssim,latents"),
@@ -81,7 +81,7 @@ def find_weights(args):
 
     Returns (VAE state or None, latent statistics or None, pipelines' numbers: see vae_files.read).
     """
-    if args.ckpt is None:
+    if args.ckpt is None or args.ckpt == "none" and not (args.vae and args.train_encoder):
         raise ValueError("name the VAE to refine with --ckpt; "
                          "from scratch: --ckpt none --vae f16d32 --train-encoder")
     state, stats, numbers = None, None, {}
@@ -89,8 +89,6 @@ def find_weights(args):
         args.vae, state, stats = vae_files.open_vae(args.ckpt, args.vae, args.latents_stats)
         if not args.train_encoder:  # the latents stay what they are
             numbers = vae_files.read(args.ckpt)[2]
-    elif not args.train_encoder or args.vae is None:
-        raise ValueError("--ckpt none makes a VAE from scratch: it needs --train-encoder and --vae")
     if args.disc_ckpt == "auto":
         sought = args.disc_weight > 0 and args.ckpt != "none"   # a hub's discriminator is a file of its own
         has_own = sought and weights.discriminator_state(args.ckpt, args.vae) is not None
@@ -222,9 +220,6 @@ def train(args):
 
     # Data.
     dataset = open_images(args.data_dir, args.resolution, args.hflip, args.seed, args.skip_corrupt)
-    if len(dataset) < args.batch_size:
-        raise ValueError(f"{args.data_dir}: {len(dataset)} images are fewer than one batch; "
-                         "lower --batch-size")
     sources = {"data": identity(dataset)}   # what the run is made of, for its checkpoints
 
     # The checkpoint to resume from, if there is one, or the VAE to start from.

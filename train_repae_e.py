@@ -45,10 +45,10 @@ PRESETS = {
     "demo": dict(data_dir="shapes", resolution=32, num_classes=10, num_workers=0, exp_name="demo",
                  model="SiT-Ti/2", encoder="hog", encoder_depth=3,
                  vae="f4d16", vae_ckpt="none", disc_ckpt="none",
-                 reconstruction_weight=10.0, perceptual_weight=0.0, disc_weight=0.0,
-                 batch_size=32, max_train_steps=600, ema_decay=0.98,
-                 learning_rate=1e-3, vae_learning_rate=2e-3, disc_learning_rate=1e-3,
-                 cfg_scale=2.0, log_every=25, sampling_steps=300, checkpointing_steps=300),
+                 reconstruction_weight=5.0, perceptual_weight=0.0, disc_weight=0.0,
+                 batch_size=32, max_train_steps=700, ema_decay=0.98,
+                 learning_rate=1e-3, vae_learning_rate=1e-3, disc_learning_rate=1e-3,
+                 cfg_scale=2.0, log_every=25, sampling_steps=350, checkpointing_steps=350),
 }
 
 
