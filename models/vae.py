@@ -92,13 +92,13 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = GroupNorm(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        if in_channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        same = in_channels == out_channels
+        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x):
         h = norm_silu_conv(self.norm1, self.conv1, x)
         h = norm_silu_conv(self.norm2, self.conv2, h)
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return h + self.nin_shortcut(x)
 
 
 class AttnBlock(nn.Module):
@@ -159,7 +159,7 @@ LARGE, CHUNK = 128 * 128, 4 * 256 * 256
 
 
 class Level(nn.Module):
-    """Blocks of one resolution, then the change to the next one, which Encoder and Decoder add.
+    """Blocks of one resolution, then the change to the next one, which Encoder and Decoder put in.
 
     With save_memory a large level keeps only its input for the backward pass, which makes the rest again, for
     a few images at a time: images do not see each other here.
@@ -171,17 +171,14 @@ class Level(nn.Module):
         super().__init__()
         self.block = nn.ModuleList([ResnetBlock(in_channels if i == 0 else out_channels, out_channels)
                                     for i in range(blocks)])
-        self.attn = nn.ModuleList([AttnBlock(out_channels) for _ in range(blocks)] if attention else [])
+        self.attn = nn.ModuleList([AttnBlock(out_channels) if attention else nn.Identity()
+                                   for _ in range(blocks)])
+        self.downsample = self.upsample = nn.Identity()
 
     def layers(self, h):
-        for i, block in enumerate(self.block):
-            h = block(h)
-            if len(self.attn):
-                h = self.attn[i](h)
-        for change in ("downsample", "upsample"):
-            if hasattr(self, change):
-                h = getattr(self, change)(h)
-        return h
+        for block, attn in zip(self.block, self.attn):
+            h = attn(block(h))
+        return self.upsample(self.downsample(h))
 
     def forward(self, h):
         positions = h[0, 0].numel()

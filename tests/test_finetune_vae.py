@@ -273,7 +273,7 @@ def test_run_folder_and_checkpoint_layout(tmp_path, start, close):
     assert sorted(p.name for p in folder.iterdir()) == [".lock", "args.json", "checkpoints", "log.txt",
                                                         "metrics.jsonl", "reconstructions"]
     with Image.open(folder / "reconstructions" / "0000002.png") as image:
-        assert image.format == "PNG" and min(image.size) > 3 * 64
+        assert image.format == "PNG" and min(image.size) > 2 * 64
     names = ("reconstruction_loss weighted_gan_loss gan_loss vae_loss grad_norm_vae d_loss logits_real "
              "logits_fake grad_norm_disc step images_per_s peak_memory_gib seconds_per_step skipped_steps")
     assert set(names.split()) <= set(logged(folder)[-1])
@@ -487,8 +487,6 @@ def test_every_flag_is_documented_and_read(capsys):
     (["--ckpt", "{start}", "--latents-stats", "{tmp}/two.pt"], "4 channels"),
     (["--ckpt", "none"], "--train-encoder"),
     (["--ckpt", "{start}", "--data-dir", "{photos}"], "class folder"),
-    (["--ckpt", "{start}", "--data-dir", "{photos}/..", "--batch-size", "64"],
-     "12 images are fewer than one batch"),
     (["--ckpt", "{start}", "--data-dir", "{tmp}/nowhere"], "nowhere"),
     (["--ckpt", "{start}", "--resolution", "30"], "--resolution 30"),
     (["--ckpt", "{start}", "--batch-size", "0"], "--batch-size"),

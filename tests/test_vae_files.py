@@ -291,12 +291,13 @@ def test_rejected(tmp_path, slim):
             "odd.pt": {"latents_scale": [1.0], "latents_bias": torch.ones(4)}}.items():
         files.save(content, tmp_path / name)
     for name, message, *more in (
-            ("unet", "of an AutoencoderKL"), ("empty", "diffusion_pytorch_model"), ("counts", "4 channels"),
+            ("unet", "of an AutoencoderKL"), ("empty", "no config.json"), ("counts", "4 channels"),
             ("groups", "32 groups"), ("broken", "not valid JSON"), ("pointer.pt", "Git LFS pointer"),
             ("login.safetensors", "web page"), ("no_vae.pt", "not the weights of a VAE"),
             ("a_list_in_it.pt", "not the weights of a VAE"), ("missing.pt", "no such VAE"),
             ("levels.pt", "7 latent channels"), ("int8.pt", "int8"),
-            ("vae.pt", "of type f8d4, not f16d32", "f16d32"), ("vae.pt", "two.pt: no latents_scale", None, "two.pt"),
+            ("vae.pt", "of type f8d4, not f16d32", "f16d32"),
+            ("vae.pt", "two.pt: no latents_scale", None, "two.pt"),
             ("vae.pt", "zero.pt", None, "zero.pt"), ("vae.pt", "odd.pt", None, "odd.pt"),
             ("vae.pt", "latents_scale", None, "no_vae.pt")):
         with pytest.raises((ValueError, OSError), match=message) as error:

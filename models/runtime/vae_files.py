@@ -120,8 +120,7 @@ def vae_name(state, what="the weights"):
     attention = any(re.match(r"decoder\.up\.\d+\.attn", name) for name in state)
     shape = _levels(state), state[MARK].shape[1], attention
     if shape not in ARCHITECTURES:
-        raise ValueError(f"{what}: a VAE with {shape[0]} levels and {shape[1]} latent channels, with"
-                         f"{'' if attention else 'out'} attention in the decoder's levels, is none of "
+        raise ValueError(f"{what}: a VAE with {shape[0]} levels and {shape[1]} latent channels is none of "
                          f"{', '.join(ARCHITECTURES.values())}")
     return ARCHITECTURES[shape]
 
@@ -280,32 +279,29 @@ def find(source):
     """The file with the weights of the VAE that `source` names, fetched if that is a hub name."""
     if os.path.isfile(source):
         return source
-    if os.path.isdir(source):
-        nested = os.path.join(source, "vae")    # of a whole pipeline
-        folder = nested if os.path.isdir(nested) else source
-        for name in DIFFUSERS_WEIGHTS:
-            if os.path.isfile(os.path.join(folder, name)):
-                return os.path.join(folder, name)
-        raise FileNotFoundError(f"{folder}: no {DIFFUSERS_WEIGHTS[0]}, so it is not a folder of diffusers' "
-                                "AutoencoderKL")
-    if source.endswith(ENDINGS) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+    if source in RELEASED:
+        path = files.hub_file(source, RELEASED[source])
+        with contextlib.suppress(OSError):  # complete without statistics: the SiT's batch norm has them too
+            files.hub_file(source, companion(RELEASED[source], "latents-stats"))
+        return path
+    hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not source.endswith(ENDINGS)
+    if not hub_name and not os.path.isdir(source):
         raise FileNotFoundError(f"{source}: no such VAE; give a .pt file, a diffusers folder or a hub name "
                                 "such as REPA-E/e2e-vavae")
-    if source not in RELEASED:
-        folder = _on_hub(source, "config.json", "vae/config.json").removesuffix("config.json")
-        return files.hub_file(source, _on_hub(source, *(folder + name for name in DIFFUSERS_WEIGHTS)))
-    path = files.hub_file(source, RELEASED[source])
-    with contextlib.suppress(OSError):  # complete without statistics: the SiT's batch norm has them too
-        files.hub_file(source, companion(RELEASED[source], "latents-stats"))
-    return path
+    config, _ = _first(source, "config.json", "vae/config.json")    # alone, or in a pipeline
+    return _first(source, *(config.replace("config.json", name) for name in DIFFUSERS_WEIGHTS))[1]
 
 
-def _on_hub(repo, *names):
-    """The first of `names` that the repository has; it is fetched."""
+def _first(source, *names):
+    """(name, path) of the first of `names` in a folder, or in a repository of the hub, which is fetched."""
+    if os.path.isdir(source):
+        for name in names:
+            if os.path.isfile(os.path.join(source, name)):
+                return name, os.path.join(source, name)
+        raise FileNotFoundError(f"{source}: no {names[0]}, so it is not a folder of an AutoencoderKL")
     for name in names:
         try:
-            files.hub_file(repo, name)
-            return name
+            return name, files.hub_file(source, name)
         except OSError:
             if name == names[-1]:
                 raise

@@ -169,16 +169,10 @@ def evaluate(args):
     if rank == 0:
         shown = torch.stack([data[int(i)][0] for i in rows[evenly_spaced(len(rows), 8)]])
         save_picture(os.path.join(folder, "images.png"), shown, vaes.values(), list(vaes))
-        print_table(results, note)
-        print(f"wrote {folder}/metrics.json and images.png")
+        names = [name for name, value in results[source].items() if isinstance(value, float)]
+        width = max(map(len, results))
+        print(f"{'VAE':<{width}}", *(f"{name:>16}" for name in names))
+        for source, found in results.items():
+            print(f"{source:<{width}}", *(f"{found[name]:>16.4f}" for name in names))
+        print(f"note: {note}\nwrote {folder}/metrics.json and images.png")
     distributed.shut_down()
-
-
-def print_table(results, note):
-    """A line per VAE with its single figures, then the note."""
-    names = [name for name, value in next(iter(results.values())).items() if isinstance(value, float)]
-    width = max(map(len, results))
-    print(f"{'VAE':<{width}}", *(f"{name:>16}" for name in names))
-    for source, found in results.items():
-        print(f"{source:<{width}}", *(f"{found[name]:>16.4f}" for name in names))
-    print(f"note: {note}")
