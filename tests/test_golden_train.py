@@ -66,6 +66,9 @@ def test_trajectory(golden, plain_convolutions, dtype):
             # the reference adds up its alignment loss in a float32 tensor even in this run
             if name in ALIGNED:
                 tolerance = tolerance + 1e-7
+            # signed sums of up to two million Adam updates that nearly cancel: on some CPUs off by 1.5e-8
+            if name.endswith("_delta_sum"):
+                tolerance = tolerance + 5e-8
         else:
             tolerance = 10 * g["spread." + name][index] + 1e-6 * expected.abs() + 1e-7
         excess = (value - expected).abs() - tolerance
