@@ -202,10 +202,14 @@ def assert_whole(writer, tmp):
     assert not different, f"other bits: {different}"
 
 
+TELL = ("log.txt", "metrics.jsonl", "args.json", ".lock")    # files that tell of one run
+
+
 def names(folder):
-    """Relative names of the files in a folder, but for those that tell of one run."""
+    """Relative names of a folder's files, but for TELL and the pictures of a step: they are drawn once its
+    checkpoint is written, and not again after a kill in between."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()
-            and path.name not in ("log.txt", "metrics.jsonl", "args.json", ".lock")}
+            and path.name not in TELL and path.parent.name not in ("samples", "reconstructions")}
 
 
 def content(path):
