@@ -1,5 +1,6 @@
 """models/runtime/data.py: folder, .zip, EDM2's layout and .npz alike, ADM's crop, the drawn shapes, the order
 and its resume, user errors."""
+import errno
 import io
 import json
 import os
@@ -409,6 +410,15 @@ def test_npz(tmp_path, kind):
     assert data.array("mu").tolist() == [0, 1, 2] and data.array("gone") is None
     assert data.protocol == {"mode": "sde"}
     assert open_images(path, 4)[0][0].shape == (3, 4, 4)
+
+
+def test_npz_on_a_volume_without_mmap(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENODEV, "No such device")
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "x.npz", pixels)
+    monkeypatch.setattr(np, "memmap", refuse)
+    assert np.array_equal(open_images(tmp_path / "x.npz", labelled=False).images, pixels)
 
 
 def test_npz_without_labels_or_images(tmp_path):

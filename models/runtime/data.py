@@ -328,7 +328,10 @@ class NpzData(Dataset):
         with open(self.path, "rb") as file:     # the member's own header tells where its bytes begin
             file.seek(info.header_offset + 26)
             begin += info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
-        return np.memmap(self.path, dtype, "r", begin, shape, "F" if fortran else "C")
+        try:
+            return np.memmap(self.path, dtype, "r", begin, shape, "F" if fortran else "C")
+        except OSError:     # a network volume that cannot map files
+            return self.arrays["arr_0"]
 
     def array(self, name):
         """The array of that name, None if there is none. Raises a one-line ValueError if it is damaged."""
