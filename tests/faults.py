@@ -32,6 +32,7 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+OUTSIDE = Path(tempfile.gettempdir(), "faults-OUT")     # where nothing may be written
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 import processes
@@ -558,7 +559,7 @@ def escaping_member(tmp, member, images):
     for command in commands:
         assert "Traceback" not in execute(*command, tmp).text
     new = [n for n in names(tmp.parent) - before if not n.startswith((f"{tmp.name}/exps", f"{tmp.name}."))]
-    assert not new and not Path("/tmp/faults-OUT").exists(), new
+    assert not new and not OUTSIDE.exists(), new
 
 
 ENCODED = {name: ("train_repae_e", [*TRAIN, "--encoder", name, "--encoder-ckpt", "x.pt"], "../have/vae.pt")
@@ -585,9 +586,9 @@ for member in ("arr_0", "mu", "arr_1", "protocol"):
     case("pickles", f"a .npz as reference: {member}", False, evil_npz, member, "evaluate_fid",
          ["--inception-weights", "gone.pth", "out.npz", "../have/s.npz"])
 case("pickles", "the .npz that is to be written", False, evil_npz, "protocol", "sample_ddp", SAMPLE)
-for member in ("../../OUT.png", "/tmp/faults-OUT/OUT.png", "ant/../../../OUT.png", "C:\\OUT.png"):
+for member in ("../../OUT.png", f"{OUTSIDE}/OUT.png", "ant/../../../OUT.png", "C:\\OUT.png"):
     case("archives", f".zip of images: {member}", member == "../../OUT.png", escaping_member, member, True)
-for member in ("../../OUT.npy", "/tmp/faults-OUT/OUT.npy"):
+for member in ("../../OUT.npy", f"{OUTSIDE}/OUT.npy"):
     case("archives", f".npz: {member}", False, escaping_member, member, False)
 
 
