@@ -10,6 +10,8 @@ import processes
 import pytest
 import torch
 
+os.environ["HF_HUB_OFFLINE"] = "1"   # the suite needs no network; the hub's client would try for a minute
+
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", ROOT / "tests" / "data" / "golden"))
 sys.path.insert(0, str(ROOT))

@@ -70,7 +70,7 @@ def parity(tiny):
         return losses(device, 3, "--mixed-precision", precision, "--no-compile")
     expected = three("cpu", "no")
     return within(float32=(largest_difference(three(DEVICE, "no"), expected), 1e-4),
-                  bf16=(largest_difference(three(DEVICE, "bf16"), expected), 0.02))
+                  bf16=(largest_difference(three(DEVICE, "bf16"), expected), 0.05))
 
 
 # ------------------------------------------------------------------------------------- the speed of the step
@@ -132,7 +132,7 @@ def twenty_steps(tiny):
     float32, bf16 = ("--mixed-precision", "no"), ("--mixed-precision", "bf16")
     plain = losses(DEVICE, number, *float32, plain=True)
     return within(float32=(largest_difference(losses(DEVICE, number, *float32), plain), 1e-4),
-                  bf16=(largest_difference(losses(DEVICE, number, *bf16), plain), 0.02))
+                  bf16=(largest_difference(losses(DEVICE, number, *bf16), plain), 0.05))
 
 
 def plain(tiny):
