@@ -280,9 +280,9 @@ def train_step(nets, args, batch, use_gan=True):
             metrics |= trainer.backward(nets, "disc", "d_loss", lambda *row: disc_losses(nets, *row),
                                         [batch.images], [recon])
 
-    # 4) The SiT's gradient, on z without its history: z was detached above, and this is the paper's
-    #    stop-gradient. bn takes the statistics of the whole batch, and its running ones follow; a frozen
-    #    VAE's stay as they are.
+    # 4) The SiT's gradient, on z without its history: z was detached in trainer.vae_forward, and this is the
+    #    paper's stop-gradient. bn takes the statistics of the whole batch, and its running ones follow; a
+    #    frozen VAE's stay as they are.
     with nets.autocast():
         fixed = args.freeze_vae or args.fixed_latents_stats
         u = nets.sit.normalize(z) if fixed else nets.sit.bn(z)
