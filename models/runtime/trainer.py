@@ -64,6 +64,9 @@ def check_settings(args, world_size):
     if args.batch_size % parts:
         raise ValueError(f"--batch-size {args.batch_size} is not divisible by {world_size} processes x "
                          f"{args.gradient_accumulation_steps} accumulation steps")
+    if args.resolution < 32 and args.disc_weight > 0 and not getattr(args, "freeze_vae", False):
+        raise ValueError(f"--resolution {args.resolution} is below 32, the least that the discriminator "
+                         "takes; pass --disc-weight 0")
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
         raise ValueError(f"--report-to {args.report_to}: the package is not installed; "
                          f"pip install {args.report_to}")
