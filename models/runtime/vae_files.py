@@ -2,7 +2,7 @@
 
 What is read, with latent statistics where it has some:
     a .pt, .ckpt or .safetensors in CompVis names, as REPA-E, LDM and LightningDiT are released; statistics
-        from <name>-latents-stats.pt beside it;
+        from <name>-latents-stats.pt next to it;
     a folder that diffusers saved, alone or in a pipeline's folder; statistics from its config.json;
     a training checkpoint of train_repae_e.py or of the reference: its VAE, or the frozen one that its args
         name; statistics from the batch norm of its `ema`;
