@@ -10,10 +10,6 @@ In a .npz, arr_0 contains the images, uint8 [N, H, W, 3]. If a file also contain
 FID and sFID use these; Inception Score, precision and recall always come from the images. A reference may be
 statistics alone: mu and sigma (as pytorch-fid writes them) give FID, mu_s and sigma_s give sFID.
 
-As a library:
-
-    from evaluate_fid import feature_statistics, frechet_distance, inception_score, precision_recall
-
 The formulas are in models/metrics.py, the network and its preprocessing in models/inception.py, the loop over
 images and processes in models/runtime/features.py.
 """
@@ -28,8 +24,6 @@ import numpy as np
 import torch
 
 from models.inception import POOL_DIM, SPATIAL_DIM, WEIGHTS_SHA256
-from models.metrics import (feature_statistics, frechet_distance, inception_score,  # noqa: F401
-                            kernel_distance, precision_recall)
 from models.runtime import cli, distributed, files, log
 from models.runtime.data import NpzData, ShapesData, evenly_spaced, identity, open_images
 from models.runtime.features import (encoder_features, extract, fitting_batch_size, hog_features,
@@ -39,6 +33,7 @@ METRICS = ("kid", "fdd")    # further ones, on request
 STATISTICS = {"mu": (POOL_DIM,), "sigma": (POOL_DIM,) * 2,
               "mu_s": (SPATIAL_DIM,), "sigma_s": (SPATIAL_DIM,) * 2}
 LEAST = 4           # images per set: precision and recall look at the 3rd neighbor
+KEPT = 10_000       # images that --save-ref keeps for them, evenly spaced; its statistics are of all
 PROTOCOL = 50_000   # samples behind published figures
 LABELS = {"inception_score": "Inception Score", "fid": "FID", "sfid": "sFID", "precision": "Precision",
           "recall": "Recall", "kid": "KID", "fdd": "FDD", "fd_hog": "FD-hog",
@@ -52,7 +47,7 @@ def parse_args(argv=None):
     parser.add_argument("ref", help="reference: .npz with arr_0 or statistics, folder or .zip, or shapes")
     parser.add_argument("samples", nargs="?", help="samples, likewise (none with --save-ref)")
     inputs, metrics, output = map(parser.add_argument_group, ("inputs", "metrics", "output and speed"))
-    flag(inputs, "--resolution", None, "crop the images of folders and .zips to this size as ADM does",
+    flag(inputs, "--resolution", None, "crop images to this size as ADM does",
          type=int, above=0)
     flag(inputs, "--limit", None, "only the first N images of each input", type=int, least=LEAST, metavar="N")
     flag(inputs, "--inception-weights", None,
@@ -69,9 +64,6 @@ def parse_args(argv=None):
 
     flag(output, "--json", None, "write figures, digests, counts, settings and versions", metavar="PATH")
     flag(output, "--save-ref", None, "write a reference made from the one input and stop", metavar="OUT.npz")
-    flag(output, "--save-ref-images", 10_000,
-         "images kept in it, evenly spaced, for precision and recall; its statistics are of all",
-         least=LEAST, metavar="N")
     flag(output, "--batch-size", None, "images per process at a time (default: what fits)", type=int, above=0)
     args = parser.parse_args(argv)
     args.metrics = [name for name in args.metrics.split(",") if name]
@@ -84,12 +76,8 @@ def check_args(args):
         raise ValueError(f"--metrics {','.join(sorted(unknown))}: unknown, known are {', '.join(METRICS)}")
     if bool(args.save_ref) == bool(args.samples):
         raise ValueError("give a reference and samples, or --save-ref OUT.npz and one input")
-    if args.features == "hog" and args.metrics:
-        raise ValueError("--features hog gives FD-hog alone; drop --metrics")
-    if args.save_ref and (args.metrics or args.json or args.features == "hog"):
-        raise ValueError("--metrics, --json and --features hog belong to a comparison; drop --save-ref")
-    if args.save_ref and not args.save_ref.endswith(".npz"):
-        raise ValueError(f"--save-ref {args.save_ref}: must end in .npz")
+    if args.features == "hog" and (args.metrics or args.save_ref):
+        raise ValueError("--features hog gives FD-hog alone; drop --metrics or --save-ref")
     given = [p for p in (args.ref, args.samples, args.inception_weights, args.encoder_ckpt) if p]
     for path in filter(None, (args.json, args.save_ref)):
         files.check_writable(path, given)
@@ -105,31 +93,24 @@ def open_input(path, args):
     """
     if path == "shapes":    # others than training draws
         images = ShapesData(1000, args.resolution or 32, seed=1)
-    elif not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such file; give a .npz with arr_0, a folder or a .zip of images")
     else:
-        images = open_images(path, None if path.endswith(".npz") else args.resolution, labelled=False)
-    statistics = stored_statistics(images) if isinstance(images, NpzData) else {}
-    statistics_do = statistics and not len(images) and args.features == "inception"
-    if len(images) < LEAST and not statistics_do:
+        images = open_images(path, args.resolution, labelled=False)
+    # stored statistics are of the Inception network's features; --save-ref computes them again
+    useful = isinstance(images, NpzData) and args.features == "inception" and not args.save_ref
+    statistics = stored_statistics(images) if useful else {}
+    if len(images) < LEAST and (len(images) or not statistics):
         raise ValueError(f"{path}: {len(images)} images are too few, at least {LEAST} are needed")
-    if statistics and args.save_ref:
-        raise ValueError(f"{path}: is a reference with statistics already")
     used = min(len(images), args.limit or len(images))
     return SimpleNamespace(path=path, images=images, used=used, statistics=statistics)
 
 
 def stored_statistics(images):
-    """{name: array} of the STATISTICS in a .npz that has mu, else {}. Without images mu and sigma will do."""
-    names = set(images.arrays.files)
-    if "mu" not in names:
-        return {}
-    alone = not len(images) and not {"mu_s", "sigma_s"} & names
-    found = {name: images.array(name) for name in (["mu", "sigma"] if alone else STATISTICS)}
+    """{name: array} of the STATISTICS in a .npz: mu with sigma, mu_s with sigma_s, or all four."""
+    names = [name for name in STATISTICS if name.replace("sigma", "mu") in images.arrays.files]
+    found = {name: images.array(name) for name in names}
     for name, value in found.items():
-        shape = STATISTICS[name]
-        if value is None or value.shape != shape or value.dtype.kind != "f" or not np.isfinite(value).all():
-            raise ValueError(f"{images.path}: {name} is not a finite float array of shape {list(shape)}; "
+        if value is None or value.shape != STATISTICS[name]:
+            raise ValueError(f"{images.path}: {name} is not an array of shape {list(STATISTICS[name])}; "
                              "make the reference with --save-ref")
     return found
 
@@ -149,12 +130,12 @@ def load_networks(args, size, device):
 
 # ---------------------------------------------------------------- output
 
-def save_reference(path, source, statistics, count):
-    """Write `count` evenly spaced images and mu, sigma, mu_s, sigma_s: the layout of the suite's references.
+def save_reference(path, source, statistics):
+    """Write KEPT evenly spaced images and mu, sigma, mu_s, sigma_s: the layout of the suite's references.
 
     `protocol`, JSON text, says of how many images the statistics are.
     """
-    chosen = evenly_spaced(source.used, count)
+    chosen = evenly_spaced(source.used, KEPT)
     rows = (source.images[int(row)][0].permute(1, 2, 0)[None].numpy() for row in chosen)
     protocol = json.dumps({"reference": os.path.basename(source.path), "statistics_of": source.used})
     files.write_npz(path, rows, (len(chosen), *source.images.size, 3),
@@ -173,14 +154,12 @@ def remarks(ref, samples, result, about):
         elif 0 < source.used < PROTOCOL:
             lines.append(f"{source.path}: {source.used:,} images; FID of few images is biased upwards, "
                          "compare only at equal numbers")
-        if source.statistics and "mu_s" not in source.statistics:
+        if source.statistics and "sfid" not in result:
             lines.append(f"{source.path}: no mu_s, so no sFID. If pytorch-fid made it, FID is off by about "
                          "1 %: it resizes with half-pixel centers and scales to [-1, 1], unlike the suite")
     if "inception_score_shuffled" in result:
         lines.append(f"{samples.path}: sorted by class. The suite's Inception Score depends on the order, "
                      "since its splits are consecutive images; the shuffled one compares with published ones")
-    if np.isnan(result.get("inception_score", 0)):
-        lines.append("Inception Score nan, as in the suite: a probability underflows; see --exact")
     if "inception" in about and not about["inception"]["sha256"].startswith(WEIGHTS_SHA256):
         lines.append(f"{about['inception']['path']}: not the FID Inception (its sha256 does not begin with "
                      f"{WEIGHTS_SHA256}); no figure here compares with a published one")
@@ -240,7 +219,7 @@ def main(argv=None):
             update = log.progress(source.path, source.used)
             found.append(extract(batches, networks, device, not args.save_ref, update) | source.statistics)
         if rank == 0 and args.save_ref:
-            save_reference(args.save_ref, inputs[0], found[0], args.save_ref_images)
+            save_reference(args.save_ref, inputs[0], found[0])
         elif rank == 0:
             ref, samples = inputs
             result = score(found[1], found[0], net, args.exact, "kid" in args.metrics,

@@ -26,9 +26,7 @@ that (`BEFORE_LAST_NORM`; the two differ by about half their length).
 Errors that a user can cause are ValueError with a message of one line.
 """
 
-import difflib
 import math
-import pickle
 import re
 import sys
 
@@ -124,23 +122,23 @@ class HOG(nn.Module):
 
     After MaskFeat (arXiv 2112.09133): per colour channel, 9 unsigned orientation bins, 2x2 cells per patch,
     so 108 numbers. A pixel votes with its gradient magnitude for the two nearest bins; a cell averages the
-    votes of a window twice its side. A patch is divided by sqrt(|v|^2 + eps^2), and eps over the same root is
+    votes of a window twice its side. A patch is divided by sqrt(|v|^2 + EPS^2), and EPS over the same root is
     appended as the 109th number. So every token has length 1 and a flat patch has a definite direction, where
-    the plain histogram would be zero (which has no cosine) or noise scaled up to length 1. `eps` is in units
+    the plain histogram would be zero (which has no cosine) or noise scaled up to length 1. EPS is in units
     of intensity (range [0, 1]) per pixel. Patches are 16 pixels for images of 256 and more, smaller below, 4
     at least: 32 pixels give an 8x8 grid. Where such patches do not tile the image, smaller ones do. They are
     always a multiple of 4, so that a cell's window has a centre.
     """
 
-    BINS = 9
+    BINS, EPS = 9, 0.02
 
-    def __init__(self, resolution, eps=0.02):
+    def __init__(self, resolution):
         super().__init__()
         if resolution % 4 or resolution < 8:
             raise ValueError(f"encoder hog needs a --resolution divisible by 4, 8 at least, not {resolution}")
         largest = min(16, max(4, resolution // 32 * 2))
         self.patch = max(patch for patch in (4, 8, 12, 16) if patch <= largest and resolution % patch == 0)
-        self.name, self.eps, self.grid = "hog", eps, resolution // self.patch
+        self.name, self.grid = "hog", resolution // self.patch
         self.embed_dim = 3 * 4 * self.BINS + 1
 
     @torch.no_grad()
@@ -162,7 +160,7 @@ class HOG(nn.Module):
                 cells.append(F.avg_pool2d(votes, 2 * cell, cell, cell // 2, count_include_pad=False))
             v = torch.stack(cells, 2).flatten(1, 2)  # [B, 3 * BINS, 2 * grid, 2 * grid]
             v = F.pixel_unshuffle(v, 2).flatten(2).transpose(1, 2)  # [B, grid * grid, 108]
-            v = torch.cat([v, torch.full_like(v[..., :1], self.eps)], -1)
+            v = torch.cat([v, torch.full_like(v[..., :1], self.EPS)], -1)
             return F.normalize(v, dim=-1)
 
 
@@ -178,11 +176,9 @@ def input_size(resolution, patch, own):
 
 def read_weights(path):
     """Content of a .safetensors file or of a file that torch.save wrote; no code in it is run."""
-    try:
-        safe = path.endswith(".safetensors")
-        return load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:     # torch's message recommends to run the code
-        raise ValueError("it is not a file of tensors and plain containers alone") from error
+    if path.endswith(".safetensors"):
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def unwrap(state):
@@ -201,8 +197,8 @@ def load_weights(model, state):
     """Load a file's content into a timm network by timm's own converter of names and positions.
 
     timm's loader leaves tensors that a file lacks at their random initial values. Here all of the network
-    must be there, as dense floating point; the file may contain more outside of it (classifier, decoder, text
-    tower). Raises ValueError naming the first tensor that differs.
+    must be there, as dense floating point; the file may contain more (classifier, decoder, text tower).
+    Raises ValueError naming the first tensor that differs.
     """
     own, state = model.state_dict(), unwrap(state)
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
@@ -210,12 +206,7 @@ def load_weights(model, state):
         state = convert(dict(state), model) if convert else state
     except Exception:   # it expects its architecture's names; where they are missing, the list below says so
         pass
-    trunk = {k.split(".")[0] for k in own}
-    classifier = model.pretrained_cfg.get("classifier") or ()   # inside the trunk's "head." in some networks
-    classifier = tuple(f"{k}." for k in ([classifier] if isinstance(classifier, str) else classifier))
     differs = [f"{k} is missing" for k in own if k not in state and not k.endswith("num_batches_tracked")]
-    differs += [f"{k} is unknown" for k in state
-                if k not in own and k.split(".")[0] in trunk and not k.startswith(classifier)]
     state = {k: v for k, v in state.items() if k in own}
     differs += [f"{k} is {v.dtype} {list(v.shape)}, not {own[k].dtype} {list(own[k].shape)}"
                 for k, v in state.items() if v.shape != own[k].shape or v.layout != torch.strided or v.is_meta
@@ -228,23 +219,16 @@ def load_weights(model, state):
 # ---------------------------------------------------------------- by name
 
 def timm_config(name):
-    """timm's name for encoder `name` and its pretrained_cfg; ValueError with near matches if unknown."""
+    """timm's name for encoder `name` and its pretrained_cfg; ValueError if unknown."""
     timm_name = ENCODERS.get(name.lower(), name)
-    try:
-        if timm.is_model(timm_name):
-            return timm_name, timm.models.get_pretrained_cfg(timm_name)
-    except RuntimeError:    # no such tag of a model
-        pass
-    near = difflib.get_close_matches(name.lower(), [*ENCODERS, *timm.list_models(pretrained=True)])
-    raise ValueError(f"unknown encoder {name!r}: known are {', '.join(ENCODERS)}, hog, and any timm name"
-                     + (f"; near: {', '.join(near)}" if near else ""))
+    if timm_name not in (*timm.list_models(), *timm.list_pretrained()):     # without and with a tag
+        raise ValueError(f"unknown encoder {name!r}: known are {', '.join(ENCODERS)}, hog, and any timm name")
+    return timm_name, timm.models.get_pretrained_cfg(timm_name)
 
 
 def build_encoder(name, resolution, ckpt=None, device="cpu"):
     """One frozen encoder; see `load_encoders`."""
     if name.lower() == "hog":
-        if ckpt:
-            raise ValueError(f"encoder hog has no weights, not {ckpt}; leave its place empty")
         return HOG(resolution).to(device)
     timm_name, cfg = timm_config(name)
     patch = re.search(r"_(?:patch|p)(\d+)", timm_name)

@@ -6,7 +6,7 @@ Generated images, from features [N, D] of their network, with the arithmetic of 
     fid = frechet_distance(*feature_statistics(samples), *feature_statistics(ref))  # Heusel et al. 2017
     score = inception_score(logits)                                     # Salimans et al. 2016; [N, 1008]
     precision, recall = precision_recall(ref, samples)                  # Kynkaanniemi et al. 2019
-    kid = kernel_distance(ref, samples)                                 # Binkowski et al. 2018
+    kid = kernel_distances(ref, samples).mean()                         # Binkowski et al. 2018
 
 Pairs of images: psnr, ssim. Latents: latent_moments, spatial_variance, total_variation.
 
@@ -121,7 +121,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     r' sigma2 r with r r' = sigma1, in float64: no matrix square root, so rank-deficient covariances (fewer
     samples than dimensions) are fine. The mean term keeps the type of mu, float32 in ADM. May come out as
     -1e-14 for equal sets. Raises ValueError for shapes that differ, for non-finite input, and for a sigma
-    that is not symmetric or, as far as the computation notices, not positive semi-definite.
+    that is, as far as the computation notices, not positive semi-definite.
     """
     mu1, sigma1, mu2, sigma2 = (x.detach().cpu().numpy() if torch.is_tensor(x) else np.asarray(x)
                                 for x in (mu1, sigma1, mu2, sigma2))
@@ -131,9 +131,6 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         raise ValueError(f"statistics of different features: {shapes}")
     if not all(np.isfinite(a).all() for a in (mu1, mu2, sigma1, sigma2)):
         raise ValueError("statistics with non-finite entries: do images or weights give NaN features?")
-    for sigma in (sigma1, sigma2):
-        if np.abs(sigma - sigma.T).max() > COVARIANCE_TOLERANCE * np.linalg.norm(sigma):
-            raise ValueError("a sigma is not a covariance matrix: it is not symmetric")
     difference, root = mu1 - mu2, covariance_root(sigma1)
     inner = torch.linalg.eigvalsh(torch.from_numpy(root.T @ sigma2 @ root)).numpy()
     if len(inner) and inner[0] < -COVARIANCE_TOLERANCE * np.abs(inner).max():
@@ -285,8 +282,8 @@ def kernel_distances(ref, samples, subsets=100, subset_size=1000, seed=2020, dev
     """Unbiased squared MMD, kernel (x.y / D + 1)^3, of each of `subsets` random pairs of subsets: an array.
 
     ref [N, D], samples [M, D]; sets smaller than `subset_size` are used whole. Subsets, their order and the
-    defaults are torch-fidelity's. KID is the mean; its published +- is the standard deviation (divisor
-    `subsets`).
+    defaults are torch-fidelity's. KID is the mean, which may be slightly negative; its published +- is the
+    standard deviation (divisor `subsets`).
     """
     ref, samples = (_rows(x).to(device, torch.float32) for x in (ref, samples))
     size, random = min(subset_size, len(ref), len(samples)), np.random.RandomState(seed)
@@ -303,11 +300,6 @@ def kernel_distances(ref, samples, subsets=100, subset_size=1000, seed=2020, dev
             within = kernel(x, x)[off_diagonal].mean() + kernel(y, y)[off_diagonal].mean()
             values.append((within - 2 * kernel(x, y).mean()).item())
     return np.array(values)
-
-
-def kernel_distance(ref, samples, subsets=100, subset_size=1000, seed=2020, device="cpu"):
-    """KID: the mean of kernel_distances. May be slightly negative."""
-    return float(kernel_distances(ref, samples, subsets, subset_size, seed, device).mean())
 
 
 # ---------------------------------------------------------------- pairs of images

@@ -140,7 +140,7 @@ def compare_figures(args):
         ref, samples = (ours(path, features.inception_features(net), "cpu") for path in sets)
         found = features.score(samples, ref, net, exact=True)
         kid = {"subsets": 20, "subset_size": args.images // 2}
-        found["kid"] = metrics.kernel_distance(ref["pool"], samples["pool"], **kid)
+        found["kid"] = float(metrics.kernel_distances(ref["pool"], samples["pool"], **kid).mean())
         emit(program="ours", images=args.images,
              **{name: found[name] for name in ("fid", "kid", "inception_score")})
         peer = torch_fidelity.calculate_metrics(

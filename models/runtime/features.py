@@ -23,32 +23,16 @@ from models.runtime import distributed, files, log
 def load_inception(path=None, device="cpu"):
     """FIDInception with the weights in the file `path`; its attributes path and sha256 name them.
 
-    Without a path: a copy in torch hub's folder, under pytorch-fid's or torch-fidelity's name, else it is
-    downloaded. Raises ValueError for weights of another network or with NaN, OSError if there are none and no
-    network.
+    Without a path: a copy in torch hub's folder, where pytorch-fid keeps it too, else it is downloaded.
+    Raises ValueError for weights of another network, OSError if there are none and no network.
     """
-    found = path or find_inception()
-    state = files.load(found)
-    net = files.load_weights(FIDInception(), state, found)
-    if bad := files.first_non_finite(state):
-        raise ValueError(f"{found}: {bad} contains NaN or infinity; use another copy of the weights")
+    found = path or files.download(WEIGHTS_URL, os.path.basename(WEIGHTS_URL), WEIGHTS_SHA256)
+    net = files.load_weights(FIDInception(), files.load(found), found)
     net.path, net.sha256 = found, files.sha256(found)
     if path is None and not net.sha256.startswith(WEIGHTS_SHA256):
         raise ValueError(f"{found}: not the FID Inception weights, whose sha256 begins with "
                          f"{WEIGHTS_SHA256}; remove the file and it is downloaded again")
     return net.to(device)
-
-
-def find_inception():
-    """Path of the FID Inception weights in torch hub's folder, downloaded if they are not there."""
-    name = os.path.basename(WEIGHTS_URL)
-    of_fidelity = os.path.join(torch.hub.get_dir(), "checkpoints", name.replace("pt_", "weights-"))
-    if os.path.isfile(of_fidelity):
-        return of_fidelity
-    try:
-        return files.download(WEIGHTS_URL, name, WEIGHTS_SHA256)
-    except OSError as error:
-        raise OSError(f"{error}, or name it with --inception-weights") from error
 
 
 def inception_features(net):
