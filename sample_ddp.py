@@ -80,8 +80,6 @@ def check_args(args):
     args.solver = "euler-maruyama" if args.mode == "sde" else "heun" if args.heun else "euler"
     if (args.ckpt is None) == (args.exp_path is None):
         raise ValueError("give either --ckpt FILE or --exp-path FOLDER")
-    if args.train_steps is not None and args.exp_path is None:
-        raise ValueError("--train-steps needs --exp-path")
     if args.exp_path is not None:
         folder = os.path.join(args.exp_path, "checkpoints")
         steps = files.checkpoint_steps(folder) if args.train_steps is None else [args.train_steps]
@@ -98,10 +96,6 @@ def check_args(args):
 
 # ---------------------------------------------------------------- the samples
 
-class Stopped(Exception):
-    """A signal asked this process to stop in the middle of a batch."""
-
-
 def integrate(args, velocity, noise, path_type):
     """Normalised latents of a batch, [B, C, h, w] float64, by the solver of the flags."""
     times = samplers.time_grid(args.num_steps, args.mode)
@@ -111,11 +105,11 @@ def integrate(args, velocity, noise, path_type):
     return (samplers.heun if args.heun else samplers.euler)(velocity, noise(), times)
 
 
-def make_sampler(args, sit, vae, labels, path_type, low, device, asked):
+def make_sampler(args, sit, vae, labels, path_type, low, device):
     """Function (first, end) -> samples first .. end - 1, numpy uint8 [end - first, H, W, 3].
 
     `first` is a multiple of SHARD; labels [whole shards]; `low` is the type of the network. The function
-    raises Stopped once asked.by is set, and ValueError for samples that are not finite.
+    raises ValueError for samples that are not finite.
 
     On the CPU both the shape of a batch and the number of threads in an operation change the last bits of
     float32 results. So batches of CPU_BLOCK samples are computed there on a thread each: the images have
@@ -132,11 +126,6 @@ def make_sampler(args, sit, vae, labels, path_type, low, device, asked):
         torch.set_num_threads(1)
         size, each = CPU_BLOCK, ThreadPoolExecutor(threads).map
 
-    def network(x, t, y):
-        if asked.by:
-            raise Stopped
-        return model(x, t, y)[0]
-
     @torch.inference_mode()
     def sample_batch(first):
         generators = samplers.sample_generators(args.global_seed, range(first, first + size))
@@ -146,8 +135,8 @@ def make_sampler(args, sit, vae, labels, path_type, low, device, asked):
             return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn
 
         y = labels[first:first + size].to(device)
-        velocity = samplers.guided(network, y, sit.num_classes, args.cfg_scale, args.guidance_low,
-                                   args.guidance_high)
+        velocity = samplers.guided(lambda x, t, y: model(x, t, y)[0], y, sit.num_classes, args.cfg_scale,
+                                   args.guidance_low, args.guidance_high)
         # one autocast region for all steps: the weights are cast to half precision once, not at every step
         with torch.autocast(device.type, dtype=low, enabled=low != torch.float32):
             x = integrate(args, velocity, noise, path_type)
@@ -219,25 +208,19 @@ def shard_path(shards, k):
     return os.path.join(shards, f"{k:06d}.npz")
 
 
-def sample_missing(sample, npz, shards, number, asked):
-    """Write the shards that are missing, one per process at a time; none if there is the .npz.
-
-    Returns whether all are there: False after a signal to any process, which costs at most its current shard.
-    """
+def sample_missing(sample, npz, shards, number):
+    """Write the shards that are missing, one per process at a time; none if there is the .npz."""
     missing = [k for k in range(-(-number // SHARD)) if not os.path.exists(shard_path(shards, k))]
     # As rank 0 finds it: another process may come when the first shards have been written.
     missing = distributed.gather([] if os.path.exists(npz) else missing)[0]
     update, processes = log.progress("samples", number), distributed.world_size()
     for begin in range(0, len(missing), processes):
         update(max(0, number - SHARD * len(missing[begin:])))
-        if distributed.any_process(asked.by):
-            return False
         mine = begin + distributed.rank()
         for k in missing[mine:mine + 1]:    # in the last round some processes have none
-            with contextlib.suppress(Stopped):
-                images = sample(SHARD * k, min(SHARD * (k + 1), number))
-                files.write_npz(shard_path(shards, k), [images], images.shape)
-    return not distributed.any_process(asked.by)
+            images = sample(SHARD * k, min(SHARD * (k + 1), number))
+            files.write_npz(shard_path(shards, k), [images], images.shape)
+        distributed.barrier()
 
 
 def write_outputs(npz, shards, labels, protocol):
@@ -259,7 +242,7 @@ def write_outputs(npz, shards, labels, protocol):
 
 def main(argv=None):
     args = parse_args(argv)
-    with cli.one_line_errors("use a smaller --pproc-batch-size"), log.watch() as asked:
+    with cli.one_line_errors("use a smaller --pproc-batch-size"):
         check_args(args)
         _, _, device = distributed.init()
         with distributed.main_first():      # a VAE of the hub is fetched once
@@ -276,15 +259,12 @@ def main(argv=None):
         distributed.check_same(protocol | {"--npz": npz})
         labels = samplers.sample_labels(args.global_seed, range(-(-number // SHARD) * SHARD), sit.num_classes,
                                         "equal" if args.classes else args.label_sampling, args.classes)
-        sample = make_sampler(args, sit, vae, labels, protocol["path_type"], low, device, asked)
+        sample = make_sampler(args, sit, vae, labels, protocol["path_type"], low, device)
         main_process = distributed.is_main()
         with claim_output(args, npz, shards, protocol) if main_process else contextlib.nullcontext():
-            complete = sample_missing(sample, npz, shards, number, asked)
-            if main_process and complete:
+            sample_missing(sample, npz, shards, number)
+            if main_process:
                 write_outputs(npz, shards, labels[:number].numpy(), protocol)
-            elif main_process:
-                print(f"stopped by {asked.by or 'a signal to another process'}: finished samples are in "
-                      f"{shards}, the same command resumes")
         distributed.shut_down()
 
 

@@ -176,11 +176,9 @@ def sample_labels(seed, indices, num_classes, mode="random", classes=None):
             raise ValueError(f"class {c} is outside 0..{num_classes - 1}, the classes of this model")
     if mode == "equal":
         picks = [int(i) % len(classes) for i in indices]
-    elif mode == "random":
+    else:
         generators = [_generator(seed, int(i), "label") for i in indices]
         picks = [int(torch.randint(len(classes), (), generator=g)) for g in generators]
-    else:
-        raise ValueError(f"label sampling {mode!r} must be random or equal")
     return torch.tensor([classes[p] for p in picks], dtype=torch.int64)
 
 

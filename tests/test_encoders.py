@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from models import encoders
 from models.encoders import ENCODERS, HOG, input_size, load_encoders
@@ -64,7 +64,6 @@ def fails(names, ckpts, *words, resolution=256):
         load_encoders(names, ckpts, resolution)
     text = str(error.value)
     assert "\n" not in text and all(word in text for word in words), text
-    return text
 
 
 # ---------------------------------------------------------------- sizes and names
@@ -95,13 +94,11 @@ def test_names_are_timms(name):
 
 # ---------------------------------------------------------------- tokens
 
-@pytest.mark.parametrize("name", ["test_vit", "test_vit3", "test_vit_relpos", "test_resnet", "test_mambaout"])
+@pytest.mark.parametrize("name", ["test_vit", "test_vit_relpos", "test_resnet", "test_mambaout"])
 @pytest.mark.parametrize("resolution", [32, 256])
 def test_tokens_are_those_of_timms_model(tmp_path, name, resolution):
     """ViTs with position tables, with relative positions, feature maps in both layouts; above and below their
     size."""
-    if name not in timm.list_models():
-        pytest.skip(f"timm {timm.__version__} has no {name}")
     save_file(weights(name), tmp_path / "w.safetensors")
     encoder, = load_encoders(name, str(tmp_path / "w.safetensors"), resolution)
     x, size = images(resolution), max(resolution, 160)
@@ -216,31 +213,27 @@ def test_layouts(tmp_path, layout):
     assert all(torch.equal(v, state[k]) for k, v in encoder.model.state_dict().items())
 
 
-@pytest.mark.parametrize("letter, heads", [("s", 12), ("b", 12), ("l", 16)])
-def test_mocov3(tmp_path, monkeypatch, letter, heads):
-    """Its checkpoint holds the encoder as module.base_encoder beside a momentum copy; its mean is ImageNet's,
-    and its small ViT has 12 heads, not timm's 6."""
+def test_mocov3(tmp_path, monkeypatch):
+    """Its checkpoint has the encoder as module.base_encoder next to a momentum copy; its mean is ImageNet's,
+    and its small ViT has 12 heads, not timm's 6. It is fetched once."""
     shallow(monkeypatch, embed_dim=48)
-    name = f"mocov3-vit-{letter}"
-    state = weights(ENCODERS[name], num_classes=0)
+    state = weights(ENCODERS["mocov3-vit-s"], num_classes=0)
     wrapped = {
         **{f"module.base_encoder.{k}": v for k, v in state.items()},
         **{f"module.momentum_encoder.{k}": v + 1 for k, v in state.items()},
         "module.base_encoder.head.0.weight": torch.zeros(4096, 192),
         "module.predictor.0.weight": torch.zeros(4),
     }
-    torch.save({"epoch": 300, "arch": "vit_base", "state_dict": wrapped}, tmp_path / "300ep.pth.tar")
-    encoder, = load_encoders(name, str(tmp_path / "300ep.pth.tar"), 256)
+    torch.save({"epoch": 300, "arch": "vit_base", "state_dict": wrapped}, tmp_path / "vit-s")
+    monkeypatch.setattr(encoders, "MOCOV3_URL", f"file://{tmp_path}/{{0}}")
+    fetched, = load_encoders("mocov3-vit-s")
+    (tmp_path / "vit-s").unlink()
+    encoder, = load_encoders("mocov3-vit-s")
+    assert torch.equal(encoder(images(256)), fetched(images(256)))
     assert torch.equal(encoder.model.blocks[1].attn.qkv.weight, state["blocks.1.attn.qkv.weight"])
     assert encoder.grid == 16 and encoder.model.pos_embed.shape[1] == 257
-    assert {block.attn.num_heads for block in encoder.model.blocks} == {heads}
+    assert {block.attn.num_heads for block in encoder.model.blocks} == {12}
     assert encoder.mean.flatten().tolist() == pytest.approx(IMAGENET[0])
-
-
-def test_mocov3_addresses(monkeypatch):
-    monkeypatch.undo()
-    assert [encoders.MOCOV3_URL.format(f"vit-{x}") for x in "sbl"] == [
-        f"https://dl.fbaipublicfiles.com/moco-v3/vit-{x}-300ep/vit-{x}-300ep.pth.tar" for x in "sbl"]
 
 
 def test_several_encoders(tmp_path):
@@ -262,11 +255,8 @@ def test_weights_of_another_architecture(tmp_path):
     state = weights("test_vit", num_classes=0)
     norm = state.pop("norm.weight")
     for changed, words in (({}, "norm.weight is missing"),
-                           ({"norm.weight": norm, "blocks.99.norm1.weight": norm},
-                            "99.norm1.weight is unknown"),
                            ({"norm.weight": torch.zeros(65)}, "norm.weight is torch.float32 [65], not"),
                            ({"norm.weight": norm.to(torch.int8)}, "norm.weight is torch.int8"),
-                           ({"norm.weight": norm.to(torch.float8_e5m2)}, "norm.weight is torch.float8_e5m2"),
                            ({"norm.weight": norm.to_sparse()}, "norm.weight is torch.float32"),
                            ({"norm.weight": norm.to("meta")}, "norm.weight is torch.float32")):
         torch.save(state | changed, path)
@@ -286,7 +276,6 @@ def test_bad_files(tmp_path):
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
     fails("test_vit", str(tmp_path / "empty.pth"), "is missing")
     fails("test_vit,hog", "one.pth", "--encoder names 2", "--encoder-ckpt 1")
-    fails("hog", "one.pth", "hog has no weights")
 
 
 def test_a_file_runs_no_code(tmp_path):
@@ -296,27 +285,20 @@ def test_a_file_runs_no_code(tmp_path):
     torch.save({"model": evil}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     (tmp_path / "raw.safetensors").write_bytes(pickle.dumps(evil))
     for name in ("zip.pth", "old.pth", "raw.safetensors"):
-        assert "weights_only" not in fails("test_vit", str(tmp_path / name), name)
+        fails("test_vit", str(tmp_path / name), name)
     assert not evil.path.exists()
 
 
 # ---------------------------------------------------------------- names and network
 
-@pytest.mark.parametrize("name, near", [
-    ("dinov2-vit-bb", "dinov2-vit-b"), ("vit_tiny_patch16_22", "vit_tiny_patch16_224"),
-    ("resnet18.no_such_tag", "resnet18."), ("", "hog")])
-def test_unknown_encoder(name, near):
-    text = fails(name, None, "unknown encoder", "dinov2-vit-b", near)
-    assert name[:2] != "vi" or near in text.split("near: ")[1]
+@pytest.mark.parametrize("name", ["dinov2-vit-bb", "resnet18.no_such_tag", ""])
+def test_unknown_encoder(name):
+    fails(name, None, "unknown encoder", "dinov2-vit-b")
 
 
-@pytest.mark.parametrize("name", ["dinov2-vit-s", "mocov3-vit-s", "test_vit"])
+@pytest.mark.parametrize("name", ["mocov3-vit-s", "test_vit"])
 def test_no_network(name):
     fails(name, None, f"encoder {name}", "--encoder-ckpt PATH", "--encoder hog", "HF_HUB_OFFLINE=1")
-
-
-def test_no_weights_anywhere():
-    fails("test_vit4", None, "No pretrained weights", "--encoder-ckpt PATH")
 
 
 def test_cached_weights_need_no_network(tmp_path):
@@ -328,21 +310,6 @@ def test_cached_weights_need_no_network(tmp_path):
     save_file(state, folder / "snapshots" / "abc" / "model.safetensors")
     encoder, = load_encoders("test_vit", resolution=160)
     assert torch.equal(encoder.model.norm.weight, state["norm.weight"])
-
-
-def test_mocov3_is_fetched_once(tmp_path, monkeypatch):
-    """A file that ends early is not kept."""
-    shallow(monkeypatch, embed_dim=48)
-    torch.save({"state_dict": {f"module.base_encoder.{k}": v for k, v in
-                               weights(ENCODERS["mocov3-vit-b"], num_classes=0).items()}}, tmp_path / "whole")
-    monkeypatch.setattr(encoders, "MOCOV3_URL", (tmp_path / "{0}").as_uri().replace("%7B0%7D", "{0}"))
-    fails("mocov3-vit-b", None, "encoder mocov3-vit-b")
-    (tmp_path / "whole").rename(tmp_path / "vit-b")
-    one, = load_encoders("mocov3-vit-b")
-    (tmp_path / "vit-b").unlink()
-    two, = load_encoders("mocov3-vit-b")
-    assert torch.equal(one(images(256)), two(images(256)))
-    assert os.listdir(tmp_path / "torch" / "hub" / "checkpoints") == ["vit-b"]
 
 
 # ---------------------------------------------------------------- HOG
@@ -417,22 +384,3 @@ def test_hog_sees_edges():
 def test_hog_resolution():
     for resolution in (30, 4, 258):
         fails("hog", None, "hog", "--resolution divisible by 4", resolution=resolution)
-
-
-# ---------------------------------------------------------------- real weights
-
-@pytest.mark.skipif(not {"EFFICIENTNET_LITE0", "IMAGENET_SAMPLE"} <= os.environ.keys(), reason="set "
-                    "EFFICIENTNET_LITE0 (weights) and IMAGENET_SAMPLE (.zip of one photo per class) to run")
-def test_real_weights_see_what_they_were_trained_on():
-    """The classifier on top of the tokens names the photos: size, crop, mean, std and token order are
-    right."""
-    from models.runtime.data import open_images
-    path = os.environ["EFFICIENTNET_LITE0"]
-    data = open_images(os.environ["IMAGENET_SAMPLE"], 256)
-    encoder, = load_encoders("tf_efficientnet_lite0", path, 256)
-    state = load_file(path)
-    tokens = torch.cat([encoder(data[i][0][None]) for i in range(len(data))]).mean(1)
-    guess = (tokens @ state["classifier.weight"].T + state["classifier.bias"]).argmax(1)
-    wnids = timm.data.ImageNetInfo().label_names()
-    right = sum(wnids[g] == data.classes[label] for g, label in zip(guess.tolist(), data.labels))
-    assert right >= 0.85 * len(data)

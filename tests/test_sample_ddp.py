@@ -3,7 +3,6 @@ import errno
 import json
 import os
 import re
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -162,19 +161,10 @@ BAD = [
     (["--heun"], "--mode ode"),
     (["--classes", "3,10"], "class 10"),
     (["--classes", "cat"], "--classes"),
-    (["--classes", ""], "--classes"),
-    (["--classes", "1,-1"], "class -1"),
-    *(([flag, "nan"], flag) for flag in ("--num-fid-samples", "--num-steps", "--cfg-scale", "--guidance-low",
-                                         "--guidance-high", "--global-seed", "--train-steps")),
     (["--num-fid-samples", "0"], "--num-fid-samples"),
-    (["--num-fid-samples", "1000000000000"], "--num-fid-samples"),
     (["--pproc-batch-size", "9"], "--pproc-batch-size"),
-    (["--num-steps", "2.5"], "--num-steps"),
-    (["--guidance-high", "1.1"], "--guidance-high"),
+    (["--guidance-high", "nan"], "--guidance-high"),
     (["--npz", "a.zip"], ".npz"),
-    (["--mixed-precision", "fp8"], "--mixed-precision"),
-    (["--num-fid", "4"], "--num-fid"),
-    (["--train-steps", "3"], "--exp-path"),
     (["--vae-ckpt", "nowhere.pt"], "nowhere.pt"),
 ]
 
@@ -203,24 +193,18 @@ def test_bad_checkpoints(ckpt, tmp_path, monkeypatch, capsys):
     no_null = dict(content["ema"], **{"y_embedder.embedding_table.weight": torch.zeros(10, 192)})
     wide = dict(content["ema"], **{"final_layer.linear.bias": torch.zeros(3)})
     broken = {
-        "bn.running_mean": dict(ema=no_bn), "none of": dict(args=content["args"] | {"model": "DiT-XL/2"}),
-        "another layout": dict(ema={"weight": torch.zeros(1)}), "no args": dict(args=None),
+        "bn.running_mean": dict(ema=no_bn),
         "null class": dict(ema=no_null), "another architecture": dict(ema=wide),
         "label table": dict(args=content["args"] | {"num_classes": 1000}),
         "names none": dict(vae=None),
         "REPA-E/e2e-vavae": dict(vae=None,
                                  args=content["args"] | {"vae_ckpt": "pretrained/x/e2e-vavae-400k.pt"}),
-        "channels": dict(ema=SiT_models["SiT-Ti/2"](input_size=8, in_channels=8, num_classes=10,
-                                                      encoder_depth=1, z_dims=()).state_dict()),
     }
     for message, changes in broken.items():
         path = tiny_checkpoint(tmp_path / "in" / "bad.pt", **changes)
         assert message in rejected(capsys, "--ckpt", path, "--cfg-scale", "2"), message
     files.save(content["vae"], tmp_path / "in" / "bad.pt")
     assert "no 'ema'" in rejected(capsys, "--ckpt", path)
-    Path(path).write_bytes(b"not a checkpoint")
-    assert "bad.pt" in rejected(capsys, "--ckpt", path)
-    assert "nowhere.pt" in rejected(capsys, "--ckpt", "nowhere.pt")
     assert "no checkpoints" in rejected(capsys, "--exp-path", tmp_path)
     assert "0000004.pt" in rejected(capsys, "--exp-path", Path(ckpt).parent.parent, "--train-steps", "4")
     assert "--ckpt FILE or" in rejected(capsys)
@@ -256,8 +240,6 @@ def test_output_of_other_settings_is_not_touched(ckpt, reference, tmp_path, caps
     path.write_bytes(reference.read_bytes())
     flags = ["--ckpt", ckpt, *FAST, "--npz", path]
     assert "made with cfg_scale 1.5, this run has 3.0" in rejected(capsys, *flags, "--cfg-scale", "3")
-    path.write_bytes(b"PK")
-    assert "a.npz" in rejected(capsys, *flags)
     np.savez(path, np.zeros((N, 32, 32, 3), np.uint8))
     assert "made with checkpoint_sha256 None" in rejected(capsys, *flags)
     assert names(tmp_path) == ["a.npz"]
@@ -276,16 +258,6 @@ def test_a_smaller_run_leaves_a_larger_one_alone(ckpt, reference, tmp_path, caps
     assert {"000000.npz", "protocol.json"} <= set(names(shards))
 
 
-def test_outputs_are_tried_at_startup(ckpt, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sample_ddp, "integrate", lambda *_: pytest.fail("has begun"))
-    flags = ["--ckpt", ckpt, *FAST, "--npz", tmp_path / "a.npz"]
-    (tmp_path / "a.json").mkdir()
-    assert "a.json: is a folder" in rejected(capsys, *flags)
-    (tmp_path / "a.json").rmdir()
-    (tmp_path / "a.npz").write_bytes(Path(ckpt).read_bytes())
-    assert "would be replaced" in rejected(capsys, *flags, "--ckpt", tmp_path / "a.npz")
-
-
 def test_a_second_run_is_rejected(ckpt, tmp_path):
     log = tmp_path / "log"
     flags = ["--ckpt", ckpt, *LONG, "--num-steps", "1000", "--npz", tmp_path / "a.npz"]
@@ -297,7 +269,7 @@ def test_a_second_run_is_rejected(ckpt, tmp_path):
     assert second.exitcode == 2 and "another run is at work" in log.read_text()
 
 
-@pytest.mark.parametrize("where", ["000001.npz", "whole.npz", "a.json", "a.png"])
+@pytest.mark.parametrize("where", ["000001.npz", "whole.npz"])
 def test_disk_full(ckpt, tmp_path, capsys, monkeypatch, where):
     """What was written stays, and with room the same command finishes."""
     flags = ["--ckpt", ckpt, *FAST, "--npz", tmp_path / "a.npz"]
@@ -315,7 +287,7 @@ def test_disk_full(ckpt, tmp_path, capsys, monkeypatch, where):
     assert names(tmp_path) == ["a.json", "a.npz", "a.png"]
 
 
-# ---------------------------------------------------------------- kills, signals, several processes
+# ---------------------------------------------------------------- kills, several processes
 
 def shards_in(folder):
     return list(folder.glob("0*.npz"))
@@ -337,35 +309,6 @@ def test_killed_and_resumed(ckpt, long_reference, tmp_path):
     assert not after or after.items() >= before.items()     # nothing is made twice
     assert (tmp_path / "a.npz").read_bytes() == long_reference.read_bytes()
     assert names(tmp_path) == ["a.json", "a.npz", "a.png", "log"]
-
-
-@pytest.mark.parametrize("number, to", [(signal.SIGTERM, (1,)), (signal.SIGINT, (0, 1))])
-def test_a_signal_stops_all_processes(ckpt, long_reference, tmp_path, number, to):
-    flags, log = ["--ckpt", ckpt, *LONG, "--npz", tmp_path / "a.npz"], tmp_path / "log"
-    both = processes.start_two("sample_ddp", flags, log, SHARD)
-    processes.wait_for(lambda: shards_in(tmp_path / "a.shards"), both, log)
-    for k in to:
-        os.kill(both[k].pid, number)
-    for process in both:
-        process.join(60)
-    text = log.read_text()
-    assert [process.exitcode for process in both] == [0, 0] and "Traceback" not in text
-    name = number.name if 0 in to else "a signal to another process"
-    assert text.splitlines()[-1].startswith(f"stopped by {name}: ") and "resumes" in text
-    assert shards_in(tmp_path / "a.shards") and not (tmp_path / "a.npz").exists()
-    sample_ddp.main([str(f) for f in flags])
-    assert (tmp_path / "a.npz").read_bytes() == long_reference.read_bytes()
-
-
-def test_a_signal_in_a_long_batch(ckpt, tmp_path):
-    """It is given up at once, not after 100,000 steps."""
-    log = tmp_path / "log"
-    flags = ["--ckpt", ckpt, *FAST, "--num-steps", "100000", "--npz", tmp_path / "a.npz"]
-    run = processes.start("sample_ddp", flags, log)
-    processes.wait_for((tmp_path / "a.shards" / "protocol.json").exists, [run], log)
-    os.kill(run.pid, signal.SIGTERM)
-    run.join(30)
-    assert run.exitcode == 0 and "stopped by SIGTERM" in log.read_text()
 
 
 def test_processes_with_other_settings_are_rejected(ckpt, tmp_path):

@@ -183,7 +183,5 @@ def test_the_docstrings_example():
 def test_bad_labels_and_steps():
     with pytest.raises(ValueError, match="class 10"):
         samplers.sample_labels(0, [], 10, classes=[3, 10])
-    with pytest.raises(ValueError, match="label sampling"):
-        samplers.sample_labels(0, [0], 10, "even")
     with pytest.raises(ValueError, match="number of steps"):
         samplers.time_grid(0)
