@@ -102,11 +102,8 @@ def make_parser():
 def parse_args(argv=None):
     """Settings from the command line: explicit flags, over --preset, over the paper's defaults."""
     args = cli.parse(make_parser(), argv, PRESETS)
-    source = args.init_from
-    if args.freeze_vae and args.resume not in ("auto", "none"):
-        source = args.resume    # contains no VAE, but leads to the one that it was trained on
-    if source is not None:      # its VAE counts more than one a preset names, less than one a flag names
-        own = {"vae_ckpt": source, "disc_ckpt": source}
+    if args.init_from is not None:  # its VAE counts more than one a preset names, less than one a flag names
+        own = {"vae_ckpt": args.init_from, "disc_ckpt": args.init_from}
         parser = make_parser()
         parser.set_defaults(**own)
         args = cli.parse(parser, argv, {name: preset | own for name, preset in PRESETS.items()})
@@ -450,8 +447,9 @@ def main(argv=None):
                 sys.exit(1)
             if args.sampling_steps and step % args.sampling_steps == 0 and rank == 0:
                 with log.paused(), torch.compiler.set_stance("force_eager"):    # compiling would take longer
-                    originals = trainer.step_images(args, dataset, step, 8)
-                    pictures.save_grids(nets, args, step, folder, originals)
+                    if args.latent_cache:   # the batch may have no images
+                        images = torch.stack([dataset[k][0] for k in range(min(8, len(dataset)))])
+                    pictures.save_grids(nets, args, step, folder, images[:8])
             if stop:
                 break
     log.say(f"done: {folder}" if step == args.max_train_steps else

@@ -1,10 +1,7 @@
 """models/runtime/cache.py: the same losses with a cache as without, the same bytes after any kill, and what
 is rejected."""
 import json
-import multiprocessing
 import os
-import random
-import time
 from collections import namedtuple
 
 import numpy as np
@@ -18,7 +15,6 @@ from models.runtime import cache, files
 from models.runtime.data import ImageData, ShapesData, open_images
 from models.vae import AutoencoderKL
 
-fork = multiprocessing.get_context("fork")
 FLAGS = ["--preset", "demo", "--model", "SiT-Ti/4", "--vae", "f4d4", "--resolution", "16",
          "--batch-size", "4", "--freeze-vae", "--max-train-steps", "12", "--data-dir", "", "--skip-corrupt",
          "--num-workers", "0", "--log-every", "1", "--sampling-steps", "0"]
@@ -61,7 +57,7 @@ def make(folder, vae, workers=0, hflip=True):
     return latents.rows, data, net
 
 
-@pytest.mark.parametrize("more", [[], ["--hflip"], ["--proj-coeff", "0"]])
+@pytest.mark.parametrize("more", [["--hflip"], ["--proj-coeff", "0"]])
 def test_losses_are_those_of_a_run_without(tmp_path, vae, more):
     plain = run(tmp_path / "plain", vae, *more)
     cached = run(tmp_path / "cached", vae, *more, "--latent-cache", tmp_path / "c")
@@ -94,31 +90,25 @@ def test_records_are_what_the_vae_gives(tmp_path, vae):
         assert np.allclose(rows["std"][row], posterior.std, atol=1e-5)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_killed_at_random_moments(tmp_path, vae, monkeypatch, workers):
+def test_a_stopped_run_makes_only_what_is_missing(tmp_path, vae, monkeypatch):
+    """tests/faults.py kills it."""
     monkeypatch.setattr(cache, "BLOCK", 2)
-    make(tmp_path / "whole", vae)
-    part, draws = tmp_path / "killed" / "latents.npy.part", random.Random(workers)
-    monkeypatch.setattr(cache.Blocks, "__getitem__", lambda self, k, real=cache.Blocks.__getitem__:
-                        time.sleep(0.005) or real(self, k))
+    make(tmp_path / "whole", vae, workers=1)
+    real, seen = cache.Blocks.__getitem__, []
 
-    def made():
-        return int(np.load(part, mmap_mode="r")["std"][:, -1, -1, -1].astype(bool).sum())
-    begun = []
-    for least in (10, 30, 50):
-        process = fork.Process(target=make, args=(tmp_path / "killed", vae, workers))
-        process.start()
-        while process.is_alive() and not (part.exists() and part.stat().st_size and made() >= least):
-            time.sleep(0.002)
-        time.sleep(draws.uniform(0, 0.01))
-        process.kill()
-        process.join()
-        assert process.exitcode == -9 and not (tmp_path / "killed" / "latents.npy").exists()
-        begun.append(made())
-    assert begun == sorted(begun) and 50 <= begun[-1] < 78  # each resumed where the one before was
-    make(tmp_path / "killed", vae, workers)
-    assert (tmp_path / "killed/latents.npy").read_bytes() == (tmp_path / "whole/latents.npy").read_bytes()
-    assert sorted(os.listdir(tmp_path / "killed")) == ["latents.json", "latents.npy"]
+    def stop_once(self, k):
+        seen.append(k)
+        if len(seen) == 21:
+            raise KeyboardInterrupt
+        return real(self, k)
+    monkeypatch.setattr(cache.Blocks, "__getitem__", stop_once)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "stopped", vae)
+    assert not (tmp_path / "stopped" / "latents.npy").exists()
+    make(tmp_path / "stopped", vae)
+    assert seen == [*range(21), *range(20, 39)]
+    assert (tmp_path / "stopped/latents.npy").read_bytes() == (tmp_path / "whole/latents.npy").read_bytes()
+    assert sorted(os.listdir(tmp_path / "stopped")) == ["latents.json", "latents.npy"]
 
 
 def test_several_processes_make_the_same_bytes(tmp_path, vae):
@@ -135,8 +125,7 @@ def test_another_ones_cache_is_rejected_by_name(tmp_path, vae, capsys):
     other = str(tmp_path / "other.pt")
     files.save(train.VAE_models["f4d4"]().state_dict(), other)
     for more, words in ((["--vae-ckpt", other], "another VAE"),
-                        (["--data-dir", "shapes"], "another data set"),
-                        (["--resolution", "32"], "another --resolution"), (["--hflip"], "another --hflip")):
+                        (["--data-dir", "shapes", "--hflip"], "another data set and another --hflip")):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             run(tmp_path / "b", vae, *flags, *more)
@@ -154,15 +143,8 @@ def test_a_damaged_cache_is_named(tmp_path, vae):
         make(tmp_path, vae)
 
 
-def test_a_small_disk_and_a_broken_vae_are_rejected(tmp_path, vae, monkeypatch):
+def test_a_small_disk_is_found_before_the_work(tmp_path, vae, monkeypatch):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: usage(1000))
     with pytest.raises(OSError, match="make room"):
         make(tmp_path / "c", vae)
-    monkeypatch.undo()
-    state = files.load(vae)
-    state["encoder.conv_in.bias"][0] = float("inf")
-    torch.save(state, tmp_path / "inf.pt")
-    with pytest.raises(ValueError, match="images 0 to 15 are not finite"):
-        make(tmp_path / "d", str(tmp_path / "inf.pt"))
-    assert not (tmp_path / "d" / "latents.npy").exists()

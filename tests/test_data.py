@@ -5,13 +5,9 @@ import io
 import json
 import os
 import shutil
-import struct
-import subprocess
-import sys
 import traceback
 import warnings
 import zipfile
-import zlib
 from itertools import islice
 from pathlib import Path
 
@@ -20,10 +16,9 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from models.runtime import data as data_module
 from models.runtime import files
 from models.runtime.data import (EndlessSampler, ImageData, ImageError, NpzData, ShapesData, center_crop,
-                                 check_same_data, evenly_spaced, identity, make_loader, open_images)
+                                 evenly_spaced, identity, make_loader, open_images)
 
 
 @pytest.fixture
@@ -66,8 +61,8 @@ def images(root, *names):
 
 # ---------------------------------------------------------------- folders and .zips
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-@pytest.mark.parametrize("prefix", ["", "train/", "./"])
+@pytest.mark.parametrize("method, prefix", [
+    (zipfile.ZIP_STORED, ""), (zipfile.ZIP_DEFLATED, "train/"), (zipfile.ZIP_STORED, "./")])
 def test_zip_equals_folder(tree, tmp_path, method, prefix):
     archive = pack(tree, tmp_path / "images.zip", method, prefix)
     one, two = open_images(tree, 16), open_images(archive, 16)
@@ -137,6 +132,7 @@ def test_what_is_not_a_set_of_images(tree, tmp_path):
     (["a/images/1.png", "b/images/2.png"], ["a", "b"]),
     (["a/1.png", "a/y/2.png"], ["a"]),
     (["cat/left/1.png", "cat/right/1.png", "dog/left/2.png", "dog/right/2.png"], ["cat", "dog"]),
+    (["lake/1.png", "train_station/1.png", "valley/1.png"], ["lake", "train_station", "valley"]),
 ])
 def test_class_folders(tmp_path, names, classes):
     data = ImageData(images(tmp_path, *names), 8)
@@ -149,7 +145,7 @@ def test_class_folders(tmp_path, names, classes):
     (["x/training/1.png", "x/testing/2.png"], "x/training"),
     (["train.X1/a/1.png", "train.X1/b/1.png", "train.X2/c/1.png", "val.X/a/1.png", "val.X/b/1.png"],
      "train.X1"),
-    (["fold0/a/1.png", "fold0/b/1.png", "fold1/a/1.png", "fold1/b/1.png"], "fold0"),
+    (["fold0/a/1.png", "fold0/b/1.png", "fold1/a/1.png", "fold1/b/1.png", "more/1.png"], "fold0"),
 ])
 def test_splits_are_not_classes(tmp_path, names, train):
     """data/imagenet instead of data/imagenet/train would train on two classes, and on val's images."""
@@ -166,26 +162,18 @@ def test_images_outside_class_folders(tree):
     assert open_images(tree, 8, labelled=False).classes == [""]     # a flat folder
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("prefix", ["", "train/"])
-def test_empty_class_folder_is_an_error(tree, tmp_path, packed, prefix):
+def test_empty_class_folder_is_an_error(tree, tmp_path):
     """Left out it would shift the labels of all classes after it, unlike those of a whole copy."""
     (tree / "a1" / ".hidden").mkdir(parents=True)
     (tree / "a" / "empty").mkdir()  # within a class it says nothing
-    if prefix:
-        tree.rename(tmp_path / "train")
-        (tmp_path / "images").mkdir()
-        (tmp_path / "train").rename(tmp_path / "images" / "train")
-    path = pack(tmp_path / "images", tmp_path / "x.zip") if packed else tmp_path / "images"
-    rejected(path, prefix + "a1", "no images")
-    assert len(open_images(path, 8, labelled=False)) == 12
+    for path in (tree, pack(tree, tmp_path / "x.zip"), pack(tree, tmp_path / "y.zip", prefix="train/")):
+        rejected(path, "a1", "no images")
+        assert len(open_images(path, 8, labelled=False)) == 12
 
 
-def test_folders_that_cannot_be_read_or_lead_back(tree, monkeypatch):
-    (tree / "a" / "loop").symlink_to(tree)
+def test_linked_folders_and_those_that_cannot_be_read(tree, monkeypatch):
     (tree / "a" / "linked").symlink_to(tree / "b")
-    names = ImageData(tree, 16).names
-    assert "a/linked/0.JPEG" in names and not any("loop" in name for name in names)
+    assert "a/linked/0.JPEG" in ImageData(tree, 16).names
     scandir = os.scandir
 
     def refuse(path):
@@ -250,13 +238,6 @@ def test_corrupt_file_is_one_line(tree, workers):
     traceback.clear_frames(error.tb)    # ends the worker
 
 
-def test_nothing_readable(tree):
-    for name in ImageData(tree, 16).names:
-        (tree / name).write_text("not an image")
-    with pytest.warns(UserWarning):
-        rejected(tree, "none of its 12 files", skip_corrupt=True)
-
-
 def test_disk_that_fails_is_never_skipped(tree):
     data = ImageData(tree, 16, skip_corrupt=True)
     (tree / data.names[0]).unlink()
@@ -274,19 +255,10 @@ def test_damaged_member_of_a_zip(tree, tmp_path):
     rejected(path, "a-x/0.JPEG", "CRC-32", "remove it", error=ImageError)
 
 
-def png(width, height):
-    """A PNG that declares this size and has no pixels."""
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"")), chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
-
-
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%Page: 1 1\nshowpage\n%%EOF\n"
 
 
-def test_bombs_and_postscript_are_not_decoded(tmp_path, monkeypatch):
+def test_postscript_is_not_run(tmp_path, monkeypatch):
     """Pillow hands .eps to Ghostscript, an interpreter, whatever the file's ending is."""
     called = []
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript",
@@ -295,24 +267,18 @@ def test_bombs_and_postscript_are_not_decoded(tmp_path, monkeypatch):
     assert called  # the file is one that Pillow alone would have run
     called.clear()
     (tmp_path / "c").mkdir()
-    for content in (POSTSCRIPT, png(1 << 20, 1 << 20)):
-        (tmp_path / "c" / "x.png").write_bytes(content)
-        rejected(tmp_path, "c/x.png", "not a readable image", error=ImageError)
+    (tmp_path / "c" / "x.png").write_bytes(POSTSCRIPT)
+    rejected(tmp_path, "c/x.png", "not a readable image", error=ImageError)
     assert not called
 
 
-@pytest.mark.parametrize("ending, mode",
-                         [("png", "I;16"), ("pgm", "I;16"), ("tif", "I;16"), ("tif", "I;16B")])
+@pytest.mark.parametrize("ending, mode", [("png", "I;16"), ("tif", "I;16"), ("tif", "I;16B")])
 def test_16_bit_images_are_scaled(tmp_path, ending, mode):
     """Pillow alone clips them to 255: white."""
     (tmp_path / "d" / "c").mkdir(parents=True)
     wide = np.random.default_rng(0).integers(0, 65536, (8, 8), dtype=np.uint16)
     data = wide.astype(">u2" if mode == "I;16B" else "<u2").tobytes()
-    path = tmp_path / "d" / "c" / f"x.{ending}"
-    if ending == "pgm":  # before 11.0 Pillow only reads them
-        path.write_bytes(b"P5 8 8 65535\n" + wide.astype(">u2").tobytes())
-    else:
-        Image.frombytes(mode, (8, 8), data).save(path)
+    Image.frombytes(mode, (8, 8), data).save(tmp_path / "d" / "c" / f"x.{ending}")
     found = ImageData(tmp_path / "d", 8)[0][0]
     assert np.array_equal(found.permute(1, 2, 0), np.repeat(wide[..., None] >> 8, 3, 2))
     Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "d" / "c" / "a.tif")
@@ -330,7 +296,7 @@ def test_large_text_and_profiles_of_a_png(tmp_path):
 
 # ---------------------------------------------------------------- EDM2's layout
 
-def edm2(tree, path, packed=False, prefix="", change=lambda pairs: pairs, **more):
+def edm2(tree, path, packed=False, prefix="", change=lambda pairs: pairs):
     """The images of the tree under EDM2's names, in an order that is not the classes', with their labels."""
     data = ImageData(tree, 8)
     order = np.random.default_rng(0).permutation(len(data))
@@ -339,45 +305,36 @@ def edm2(tree, path, packed=False, prefix="", change=lambda pairs: pairs, **more
         (path / prefix / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(tree / data.names[i], path / prefix / name)
     pairs = change([[name, int(data.labels[i])] for name, i in zip(names, order)])
-    (path / prefix / "dataset.json").write_text(json.dumps({"labels": pairs} | more))
+    (path / prefix / "dataset.json").write_text(json.dumps({"labels": pairs}))
     return (pack(path, path.with_suffix(".zip")) if packed else path), order
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("prefix", ["", "imagenet"])
+@pytest.mark.parametrize("packed, prefix", [(False, ""), (True, "imagenet")])
 def test_edm2_layout(tree, tmp_path, packed, prefix):
     plain = ImageData(tree, 16)
     path, order = edm2(tree, tmp_path / "edm2", packed, prefix)
     data = ImageData(path, 16)
     assert data.labels.tolist() == plain.labels[order].tolist() and data.classes == ["0", "1", "2"]
     assert all(torch.equal(data[k][0], plain[int(i)][0]) for k, i in enumerate(order))
-    path, _ = edm2(tree, tmp_path / "named", packed, prefix, classes=["a", "a-x", "b", "never seen"])
-    assert ImageData(path, 16).classes == ["a", "a-x", "b", "never seen"]
     path, _ = edm2(tree, tmp_path / "unlabelled", packed, prefix, lambda pairs: None)
     assert ImageData(path, 16).num_classes == 1
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda pairs: pairs[1:], "00000/img00000000.jpg has no label"),
-    (lambda pairs: [*pairs, [pairs[0][0], 1 - pairs[0][1] % 2]], "has two labels"),
-    (lambda pairs: [*pairs, ["00000/gone.png", 1]], "00000/gone.png has a label, but"),
-    (lambda pairs: [[n, -1] for n, _ in pairs], "label -1"),
-    (lambda pairs: [[n, True] for n, _ in pairs], "label True"),
-    (lambda pairs: [[n, 10 ** 9] for n, _ in pairs], "label 1000000000"),
-    (lambda pairs: [[n, [0.5, 0.5]] for n, _ in pairs], "label [0.5, 0.5]"),
+    (lambda pairs: pairs[1:], "img00000000.jpg"),
+    (lambda pairs: [*pairs, [pairs[0][0], 1 - pairs[0][1] % 2]], "13 labels for 12 images"),
+    (lambda pairs: [*pairs, ["00000/gone.png", 1]], "13 labels for 12 images"),
+    (lambda pairs: [[n, -1] for n, _ in pairs], "whole number"),
+    (lambda pairs: [[n, 10 ** 9] for n, _ in pairs], "whole number"),
+    (lambda pairs: [[n, 0.5] for n, _ in pairs], "whole number"),
+    (lambda pairs: [[n, [0, 1]] for n, _ in pairs], "EDM2's layout"),
     (lambda pairs: 7, "EDM2's layout"),
-    (lambda pairs: [3], "EDM2's layout"),
 ])
 def test_edm2_labels_that_do_not_fit(tree, tmp_path, change, words):
     path, _ = edm2(tree, tmp_path / "edm2", change=change)
     rejected(path, "dataset.json", words)
-
-
-def test_edm2_odd_json(tree, tmp_path):
-    path, _ = edm2(tree, tmp_path / "edm2")
-    for text in ("{", "[]", '{"other": 1}', '{"labels": [], "classes": 3}', "[" * 100_000):
-        (path / "dataset.json").write_text(text)
-        rejected(path, "dataset.json", "EDM2's layout")
+    (path / "dataset.json").write_text('{"other": 1}')
+    rejected(path, "dataset.json", "EDM2's layout")
 
 
 # ---------------------------------------------------------------- .npz
@@ -386,7 +343,7 @@ def pixels(count=6, size=8):
     return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("kind", ["plain", "compressed", "ours", "fortran"])
+@pytest.mark.parametrize("kind", ["compressed", "ours", "fortran"])
 def test_npz(tmp_path, kind):
     path, rows, labels = str(tmp_path / "x.npz"), pixels(), np.array([2, 0, 1, 2, 0, 1])
     arrays = dict(arr_1=labels, mu=np.arange(3.0), protocol=json.dumps({"mode": "sde"}))
@@ -395,7 +352,7 @@ def test_npz(tmp_path, kind):
     elif kind == "fortran":
         np.savez(path, arr_0=np.asfortranarray(rows), **arrays)
     else:
-        {"plain": np.savez, "compressed": np.savez_compressed}[kind](path, rows, **arrays)
+        np.savez_compressed(path, rows, **arrays)
     data = open_images(path, 8, hflip=True, seed=1)
     assert isinstance(data.images, np.memmap) == (kind != "compressed")
     assert data.labels.tolist() == labels.tolist() and data.classes == ["0", "1", "2"] and data.size == (8, 8)
@@ -423,14 +380,14 @@ def test_npz_on_a_volume_without_mmap(tmp_path, monkeypatch):
 
 def test_npz_without_labels_or_images(tmp_path):
     path = tmp_path / "x.npz"
-    np.savez(path, pixels(), arr_1=np.arange(3), protocol="[" * 100_000)
+    np.savez(path, pixels(), arr_1=np.arange(3), protocol="of another tool")
     rejected(path, "x.npz: has no labels (arr_1, 6 integers from 0 on)")
     data = open_images(path, labelled=False)
     assert data.labels.tolist() == [0] * 6 and data.num_classes == 1 and data.protocol == {}
     np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
     assert len(open_images(path, labelled=False)) == 0
     np.savez(path, images=pixels())
-    rejected(path, "no arr_0, only images")
+    rejected(path, "x.npz", "arr_0")
 
 
 def header(shape, descr="|u1"):
@@ -441,17 +398,13 @@ def header(shape, descr="|u1"):
 
 @pytest.mark.parametrize("member, message", [
     (header((9, 8, 8, 3)) + bytes(8 * 192), "ends early"),
-    (header((1 << 40, 8, 8, 3)), "ends early"),
-    (header((-1, -8, 8, 3)) + bytes(192), "write it again"),
     (header((4, 8, 8, 3), "|O") + b"cos\nsystem\n", "arr_0 is object"),
     (b"\x93NUMPY\1\0\4\0((((", "write it again"),
-    (b"", "write it again"),
     (header((4, 3, 8, 8)) + bytes(768), "arr_0 is uint8 [4, 3, 8, 8], not uint8 [N, H, W, 3]"),
     (header((4, 8, 8, 3), "<f4") + bytes(3072), "arr_0 is float32"),
 ])
-@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_hostile_npz(tmp_path, member, message, method):
-    with zipfile.ZipFile(tmp_path / "x.npz", "w", method) as archive:
+def test_hostile_npz(tmp_path, member, message):
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
         archive.writestr("arr_0.npy", member)
     rejected(tmp_path / "x.npz", "x.npz", message, labelled=False)
 
@@ -461,8 +414,6 @@ def test_damaged_npz(tmp_path):
     np.savez(path, pixels(), mu=np.zeros(1000))
     whole = bytearray(path.read_bytes())
     path.write_bytes(whole[:len(whole) // 2])
-    rejected(path, "x.npz: truncated, or not a .npz", labelled=False)
-    path.write_bytes(b"")
     rejected(path, "x.npz: truncated, or not a .npz", labelled=False)
     whole[whole.index(b"mu.npy") + 1000] ^= 1
     path.write_bytes(whole)
@@ -477,27 +428,10 @@ def test_identity(tree, tmp_path):
     assert folder == again == json.loads(json.dumps(folder))
     assert folder["classes"] == ["a", "a-x", "b"] and folder["images"] == 12
     assert identity(ImageData(pack(tree, tmp_path / "x.zip"), 16)) == folder  # packing changes nothing
-    assert check_same_data(folder, again, "run") == ""
     assert identity(ShapesData(100, 16, seed=0)) != identity(ShapesData(100, 16, seed=1))
     old = identity(ShapesData(100, 16, seed=0))     # as checkpoints contain it
     assert (old["labels"][:12], old["files"][:12]) == ("a1a25ef3c369", "8adb1a3e7a6e")
     assert evenly_spaced(10, 4).tolist() == [0, 3, 6, 9] and evenly_spaced(3, 8).tolist() == [0, 1, 2]
-
-
-def test_data_that_changed_on_resume(tree):
-    before = identity(ImageData(tree, 16))
-    content = (tree / "a" / "0.JPEG").read_bytes()
-    (tree / "a" / "0.JPEG").write_bytes((tree / "b" / "0.JPEG").read_bytes())
-    assert "other files" in check_same_data(before, identity(ImageData(tree, 16)), "run")
-    (tree / "a" / "0.JPEG").write_bytes(content)
-    (tree / "a" / "1.jpg").unlink()
-    assert "11 images, 12 before" in check_same_data(before, identity(ImageData(tree, 16)), "run")
-    images(tree, "c/0.png")
-    with pytest.raises(ValueError, match="class 3 was None and is now c;"):
-        check_same_data(before, identity(ImageData(tree, 16)), "run")
-    shutil.rmtree(tree / "a-x")
-    with pytest.raises(ValueError, match="exps/run: .* class 1 was a-x and is now b; .*another --exp-name"):
-        check_same_data(before, identity(ImageData(tree, 16)), "exps/run")
 
 
 # ---------------------------------------------------------------- flips and shapes
@@ -553,17 +487,15 @@ def test_every_image_once_per_epoch():
     assert len(take(2, length=3, batch=8)[0]) == 8  # a batch may be larger than the data
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_processes_share_the_same_global_batches(world):
-    shares = [take(20, rank=rank, world_size=world) for rank in range(world)]
+def test_processes_share_the_same_global_batches():
+    shares = [take(20, rank=rank, world_size=2) for rank in range(2)]
     assert [sum(parts, []) for parts in zip(*shares)] == take(20)
 
 
-@pytest.mark.parametrize("start", [1, 2, 3, 17])
-def test_resume(start):
-    for rank in range(2):
-        whole = take(5 + start, rank=rank, world_size=2)
-        assert take(5, rank=rank, world_size=2, start_step=start) == whole[start:]
+def test_resume():
+    for start in (1, 17):
+        whole = take(5 + start, rank=1, world_size=2)
+        assert take(5, rank=1, world_size=2, start_step=start) == whole[start:]
     assert len(take(2, length=1_300_000, batch=256, start_step=400_000)[1]) == 256  # without walking there
 
 
@@ -590,25 +522,3 @@ class Threads(torch.utils.data.Dataset):
 
 def test_workers_use_one_thread_each():
     assert next(iter(make_loader(Threads(), range(4), 4, num_workers=1))).tolist() == [1] * 4
-
-
-SIGNALLED = """
-import os, signal, sys
-from models.runtime.data import EndlessSampler, ShapesData, make_loader
-for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-    signal.signal(number, lambda *_: None)      # as log.watch does: asked to save and stop
-batches = iter(make_loader(ShapesData(64, 16), EndlessSampler(64, 8), 8, num_workers=2))
-for step in range(60):
-    next(batches)
-    if step % 20 == 5:
-        os.killpg(0, [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT][step // 20])
-print("all batches")
-"""
-
-
-def test_workers_survive_signals_to_the_group():
-    """torchrun, timeout and Slurm signal all processes of a group; the run must still be able to save."""
-    root = Path(data_module.__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", SIGNALLED], cwd=root, start_new_session=True, timeout=120,
-                          capture_output=True, text=True)
-    assert done.stdout == "all batches\n", done.stderr

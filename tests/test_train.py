@@ -2,10 +2,8 @@
 import ast
 import json
 import os
+import shutil
 import signal
-import socket
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import processes
@@ -48,6 +46,23 @@ def tiny_batch(nets, args, step=1):
 def run(folder, *flags):
     train.main([*TINY, "--output-dir", str(folder), *flags])
     return folder / "demo"
+
+
+@pytest.fixture(scope="module")
+def four_steps(tmp_path_factory):
+    """The folder of a run of four steps, with checkpoints 2 and 4 and the pictures of step 4."""
+    torch.set_num_threads(1)
+    return run(tmp_path_factory.mktemp("run"), *FOUR)
+
+
+FOUR = ["--hflip", "--num-workers", "1", "--max-train-steps", "4", "--sampling-steps", "4"]
+
+
+@pytest.fixture
+def resumed(four_steps, tmp_path):
+    """Function of flags that resumes a copy of that run; its folder is tmp_path / "demo"."""
+    shutil.copytree(four_steps, tmp_path / "demo")
+    return lambda *flags: run(tmp_path, *FOUR[:3], *flags)
 
 
 def metrics(folder):
@@ -188,20 +203,13 @@ def test_decoder_noise_has_the_latents_scale_and_is_seen_by_the_decoder_alone():
     torch.testing.assert_close(ratio, torch.full_like(ratio, 0.3), rtol=0.2, atol=0)
 
 
-def test_two_nodes_and_then_one_process_equal_one(tmp_path):
-    """Two nodes of a process each, by rendezvous, take two steps; one process takes the third."""
+def test_two_processes_and_then_one_equal_one(tmp_path):
+    """Two processes take two steps, one takes the third."""
     rates = ("--learning-rate", "1e-4", "--vae-learning-rate", "1e-4", "--disc-learning-rate", "1e-4")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        end = f"127.0.0.1:{s.getsockname()[1]}"
-    command = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", end,
-               "--rdzv-id", "test", ROOT / "train_repae_e.py", *TINY, "--output-dir", tmp_path / "two",
-               *rates]
-    nodes = [processes.start("torch.distributed.run", [*command, "--max-train-steps", "2"], tmp_path / "log",
-                             OMP_NUM_THREADS="1") for _ in range(2)]
     torch.set_num_threads(1)
-    one = run(tmp_path / "one", *rates, "--max-train-steps", "3")  # meanwhile
-    processes.wait_for(lambda: all(node.exitcode == 0 for node in nodes), nodes, tmp_path / "log")
+    one = run(tmp_path / "one", *rates, "--max-train-steps", "3")
+    processes.run_two("train_repae_e", [*TINY, "--output-dir", tmp_path / "two", *rates, "--max-train-steps",
+                                        "2"], tmp_path / "log")
     two = run(tmp_path / "two", *rates, "--max-train-steps", "3")
     a, b = metrics(one), metrics(two)
     assert [m["step"] for m in a] == [m["step"] for m in b] == [1, 2, 3]
@@ -211,34 +219,28 @@ def test_two_nodes_and_then_one_process_equal_one(tmp_path):
                 assert y[name] == pytest.approx(x[name], abs=1e-5), (x["step"], name)
 
 
-def test_killed_and_resumed_gives_the_same_bits(tmp_path):
-    """Killed while a checkpoint is being written, or a little later."""
-    flags = ("--max-train-steps", "5", "--hflip", "--num-workers", "1", "--keep-checkpoints", "2")
+def test_a_resumed_run_gives_the_same_bits(tmp_path, resumed):
+    """tests/faults.py kills it, too."""
     torch.set_num_threads(1)
-    whole = final_state(run(tmp_path / "whole", *flags), 5)
-    process = processes.start("train_repae_e", [*TINY, "--output-dir", tmp_path / "killed", *flags],
-                              tmp_path / "log")
-    folder = tmp_path / "killed" / "demo"
-    processes.wait_for((folder / "checkpoints" / "0000002.pt").exists, [process], tmp_path / "log")
-    processes.kill(process)
-    assert not (folder / "checkpoints" / "0000005.pt").exists()
-    resumed = final_state(run(tmp_path / "killed", *flags), 5)
-    whole["args"].pop("output_dir"), resumed["args"].pop("output_dir")
-    assert_same(whole, resumed)
-    assert [m["step"] for m in metrics(folder)] == [1, 2, 3, 4, 5]  # no line twice
+    whole = final_state(run(tmp_path / "whole", *FOUR[:3], "--max-train-steps", "5"), 5)
+    folder = resumed("--max-train-steps", "5", "--keep-checkpoints", "2")
+    state = final_state(folder, 5)
+    state["args"] = whole["args"]
+    assert_same(whole, state)
+    assert [m["step"] for m in metrics(folder)] == [1, 2, 3, 4, 5]
     assert sorted(os.listdir(folder / "checkpoints")) == ["0000004.pt", "0000005.pt"]
 
 
 def test_a_signal_to_one_of_two_processes_saves_and_ends_both(tmp_path):
-    """As a cluster sends it; exit code 0 within seconds, and the same command resumes."""
+    """As a cluster sends it, to data workers as well; exit code 0, and the same command resumes."""
     output, folder = tmp_path / "log", tmp_path / "demo"
-    arguments = [*TINY, "--checkpointing-steps", "100000", "--max-train-steps", "100000", "--output-dir",
-                 tmp_path]
+    arguments = [*TINY, "--checkpointing-steps", "100000", "--max-train-steps", "100000", "--num-workers", "1",
+                 "--output-dir", tmp_path]
     both = processes.start_two("train_repae_e", arguments, output)
     try:
         processes.wait_for(lambda: (folder / "metrics.jsonl").exists() and len(metrics(folder)) > 2, both,
                            output)
-        os.kill(both[1].pid, signal.SIGTERM)
+        os.killpg(both[1].pid, signal.SIGTERM)
         processes.wait_for(lambda: all(p.exitcode == 0 for p in both), both, output, seconds=60)
     finally:
         for process in both:
@@ -251,43 +253,15 @@ def test_a_signal_to_one_of_two_processes_saves_and_ends_both(tmp_path):
     assert metrics(folder)[-1]["step"] == step + 1
 
 
-def test_sigterm_to_the_whole_process_group_saves_under_torchrun(tmp_path):
-    """As `timeout`, scancel and systemd send it: torchrun, the processes and their data workers get it."""
-    folder = tmp_path / "demo"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
-               ROOT / "train_repae_e.py", *TINY, "--num-workers", "2", "--checkpointing-steps", "100000",
-               "--max-train-steps", "100000", "--output-dir", tmp_path]
-    with open(tmp_path / "log", "w") as output:
-        group = subprocess.Popen([str(word) for word in command], stdout=output, stderr=output,
-                                 start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    wrapped = SimpleNamespace(exitcode=None)
-    try:
-        processes.wait_for(lambda: (folder / "metrics.jsonl").exists() and len(metrics(folder)) > 2,
-                           [wrapped], tmp_path / "log")
-        os.killpg(group.pid, signal.SIGTERM)
-        group.wait(60)
-    finally:
-        if group.poll() is None:
-            os.killpg(group.pid, signal.SIGKILL)
-    saved, = (folder / "checkpoints").iterdir()
-    text = (tmp_path / "log").read_text()
-    assert f"stopped by SIGTERM: saved {saved}" in text and "DataLoader worker" not in text
-
-
 @pytest.mark.parametrize("other, words", [
     (["--learning-rate", "5e-4"], "--learning-rate differs between processes: 0.001 in rank 0, 0.0005 in"),
-    (["--data-dir", "photos"], "data differs between processes"),
     (["--data-dir", "nowhere"], "nowhere: "),
 ])
-def test_processes_that_were_started_differently_end_before_the_first_step(tmp_path, monkeypatch, photos,
-                                                                           other, words):
+def test_processes_that_were_started_differently_end_before_the_first_step(tmp_path, other, words):
     """The one that finds the mistake names it; a process whose peer has died says so in one line."""
-    monkeypatch.chdir(tmp_path)
-    both = []
-    for rank, more in enumerate(processes.rendezvous()):
-        flags = [flag.replace("photos", str(photos)) for flag in other] if rank else []
-        both.append(processes.start("train_repae_e", [*TINY, "--output-dir", tmp_path / "out", *flags],
-                                    tmp_path / f"log{rank}", **more))
+    both = [processes.start("train_repae_e", [*TINY, "--output-dir", tmp_path / "out", *flags],
+                            tmp_path / f"log{rank}", **more)
+            for rank, (flags, more) in enumerate(zip(([], other), processes.rendezvous()))]
     for process in both:
         process.join(60)
     assert all(process.exitcode in (1, 2) for process in both), [p.exitcode for p in both]
@@ -296,75 +270,60 @@ def test_processes_that_were_started_differently_end_before_the_first_step(tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_checkpoints_that_differ_between_processes_are_named(monkeypatch):
-    nets, args = tiny_nets()
-    seen = []
+def test_checkpoints_that_differ_between_processes_are_named(four_steps, monkeypatch):
+    seen, state = [], final_state(four_steps, 4)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "check_same", seen.append)
-    sources = {"data": {"classes": ["a"]}, "vae_digest": "1"}
     for change in (0, 1):
-        nets.ema.bn.running_mean.add_(change)
-        trainer.check_same(args, sources, trainer.checkpoint_state(nets, args, 3))
+        state["ema"]["bn.running_mean"] = state["ema"]["bn.running_mean"] + change
+        trainer.check_same(settings(), {"data": {"classes": ["a"]}, "vae_digest": "1"}, state)
     assert {name for name in seen[0] if seen[0][name] != seen[1][name]} == {"the checkpoint"}
-    assert seen[0]["the checkpoint"][0] == 3 and "--vae-ckpt" not in seen[0]
+    assert seen[0]["the checkpoint"][0] == 4 and "--vae-ckpt" not in seen[0]
 
 
 # ----------------------------------------------------------------------------------------------- run folders
 
-def test_resume_passes_over_a_broken_checkpoint(tmp_path, capsys):
+def test_resume_passes_over_a_broken_checkpoint(resumed, tmp_path, capsys):
     """And it is never replaced by a worse one: with one checkpoint kept, the sound one stays."""
-    folder = run(tmp_path, "--max-train-steps", "4")
-    (folder / "checkpoints" / "0000006.pt").write_bytes(b"PK\x03\x04 cut off")
-    (folder / "checkpoints" / "0000004.pt").write_bytes(b"PK\x03\x04 cut off")
-    run(tmp_path, "--max-train-steps", "5", "--keep-checkpoints", "1")
+    checkpoints = tmp_path / "demo" / "checkpoints"
+    for name in ("0000004.pt", "0000006.pt"):
+        (checkpoints / name).write_bytes(b"PK\x03\x04 cut off")
+    resumed("--max-train-steps", "5", "--keep-checkpoints", "1")
     out = capsys.readouterr().out
     assert out.count("passed over") == 2 and "from step 2 of" in out
-    assert final_state(folder, 5)["steps"] == 5 and (folder / "checkpoints" / "0000006.pt").exists()
+    assert sorted(os.listdir(checkpoints)) == ["0000005.pt", "0000006.pt"]
 
 
-def test_a_checkpoint_with_nan_is_neither_written_nor_resumed(tmp_path, capsys):
-    folder = run(tmp_path, "--max-train-steps", "2")
-    state = final_state(folder, 2)
-    state["ema"]["bn.running_var"][0] = float("nan")
-    with pytest.raises(files.NotFinite, match="ema.bn.running_var"):
-        files.save(state, folder / "checkpoints" / "0000002.pt")
-    torch.save(state, folder / "checkpoints" / "0000003.pt")
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path, "--max-train-steps", "4")
-    assert stop.value.code == 2 and "ema.bn.running_var is not finite" in capsys.readouterr().err
-
-
-def test_run_folder_and_checkpoint_layout(tmp_path):
-    folder = run(tmp_path, "--max-train-steps", "2", "--sampling-steps", "2")
-    assert sorted(p.name for p in folder.iterdir()) == [".lock", "args.json", "checkpoints", "log.txt",
-                                                        "metrics.jsonl", "reconstructions", "samples"]
+def test_run_folder_and_checkpoint_layout(four_steps):
+    assert sorted(p.name for p in four_steps.iterdir()) == [".lock", "args.json", "checkpoints", "log.txt",
+                                                            "metrics.jsonl", "reconstructions", "samples"]
     for kind in ("samples", "reconstructions"):
-        with Image.open(folder / kind / "0000002.png") as image:
+        with Image.open(four_steps / kind / "0000004.png") as image:
             assert image.format == "PNG" and min(image.size) >= 64
-    line = metrics(folder)[-1]
+    line = metrics(four_steps)[-1]
     names = ("reconstruction_loss kl_loss weighted_gan_loss gan_loss vae_align_loss vae_loss grad_norm_vae "
              "d_loss logits_real logits_fake grad_norm_disc denoising_loss proj_loss sit_loss grad_norm_sit "
              "step images_per_s peak_memory_gib seconds_per_step skipped_steps")
-    assert set(names.split()) == set(line) and line["step"] == 2
-    state = final_state(folder, 2)
+    assert set(names.split()) == set(line) and line["step"] == 4
+    state = final_state(four_steps, 4)
     assert list(state) == ["model", "ema", "opt", "vae", "opt_vae", "discriminator", "opt_disc", "data",
                            "encoder_digests", "loss_scale", "args", "steps"]
-    assert state["args"]["model"] == "SiT-Ti/4"
-    assert json.loads((folder / "args.json").read_text()) == state["args"]
+    assert json.loads((four_steps / "args.json").read_text()) == state["args"]
     assert not torch.equal(state["model"]["final_layer.linear.weight"],
                            state["ema"]["final_layer.linear.weight"])
 
 
-def test_a_checkpoint_comes_before_pictures_that_fail(tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_comes_before_pictures_that_fail(resumed, monkeypatch, capsys):
     """The step is not lost, and the same command does not fail there again."""
     def fail(*_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(train.pictures, "save_grids", fail)
+    flags = "--max-train-steps", "6", "--sampling-steps", "5", "--checkpointing-steps", "5"
     with pytest.raises(SystemExit) as stop:
-        run(tmp_path, "--max-train-steps", "3", "--sampling-steps", "2")
+        resumed(*flags)
     assert stop.value.code == 2 and "No space left" in capsys.readouterr().err
-    run(tmp_path, "--max-train-steps", "3", "--sampling-steps", "2")
-    assert "from step 2" in capsys.readouterr().out
+    resumed(*flags)
+    assert "from step 5" in capsys.readouterr().out
 
 
 def test_frozen_vae_run(tmp_path, capsys):
@@ -386,13 +345,18 @@ def test_frozen_vae_run(tmp_path, capsys):
     assert stop.value.code == 2 and "was trained on another VAE" in capsys.readouterr().err
 
 
-def test_other_weights_of_the_encoder_are_rejected_on_resume():
-    args = settings()
-    sources = {"data": {"classes": []}, "encoder_digests": {"dino": "1", "clip": "2"}}
-    trainer.check_sources(args, "x.pt", {"encoder_digests": {"dino": "1"}}, sources)
-    trainer.check_sources(args, "x.pt", {}, sources)    # of an older version
-    with pytest.raises(ValueError, match="other weights of encoder clip"):
-        trainer.check_sources(args, "x.pt", {"encoder_digests": {"dino": "1", "clip": "3"}}, sources)
+def test_other_data_and_encoders_than_before(capsys):
+    sources = {"data": {"classes": ["a", "b"], "images": 9}, "encoder_digests": {"dino": "1", "clip": "2"}}
+    trainer.check_sources(settings(), "x.pt", {"encoder_digests": {"dino": "1"}}, sources)
+    trainer.check_sources(settings(), "x.pt", {}, sources)      # of an older version
+    assert capsys.readouterr().out == ""
+    trainer.check_sources(settings(), "x.pt", {"data": {"classes": ["a", "b"], "images": 8}}, sources)
+    assert "other files or labels, 9 images, before 8" in capsys.readouterr().out
+    for before, words in (({"encoder_digests": {"dino": "1", "clip": "3"}}, "other weights of encoder clip"),
+                          ({"data": {"classes": ["a", "c"]}}, "class 1 was c and is now b;"),
+                          ({"data": {"classes": ["a"]}}, "class 1 was None and is now b;")):
+        with pytest.raises(ValueError, match=words):
+            trainer.check_sources(settings(), "x.pt", before, sources)
 
 
 # ------------------------------------------------------------------------------------------------- robustness
@@ -452,31 +416,25 @@ def test_the_first_step_is_left_out_of_the_rate(tmp_path, monkeypatch):
     assert [line["seconds_per_step"] for line in metrics(tmp_path)] == [2.0, 1.0]
 
 
-def test_progress_prints_now_and_then_and_rewrites_a_terminals_line(monkeypatch, capsys):
-    clock = [0.0]
+def test_progress_prints_now_and_then(monkeypatch, capsys):
+    clock = [1.0]
     monkeypatch.setattr(log.time, "monotonic", lambda: clock[0])
-    for terminal, expected in ((False, "images encoded: 50 of 100, 1/s, 50s left\n"),
-                               (True, "\rimages encoded: 50 of 100, 1/s, 50s left\033[K"
-                                      "\rimages encoded: 100 of 100, 1/s, 0s left\033[K\n")):
-        clock[0] = 1.0
-        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
-        update = log.progress("images encoded", 100)
-        for clock[0], done in ((1.1, 10), (41.1, 50), (91.1 if terminal else 51.1, 100)):
-            update(done)
-        assert capsys.readouterr().err == expected
+    update = log.progress("images encoded", 100)
+    for clock[0], done in ((1.1, 10), (41.1, 50), (50.0, 60)):
+        update(done)
+    assert capsys.readouterr().err == "images encoded: 50 of 100, 1/s, 0:00:50 left\n"
 
 
 @pytest.mark.parametrize("error, code, words", [
-    (OSError(28, "No space left on device"), 2, "No space left"),
     (files.NotFinite("x.pt: not written, because model.a contains NaN"), 1, "stopped: x.pt"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ..."), 1,
      "Tried to allocate 2.00 GiB")])
-def test_what_ends_a_run_badly_is_one_line(tmp_path, monkeypatch, capsys, error, code, words):
+def test_what_ends_a_run_badly_is_one_line(resumed, monkeypatch, capsys, error, code, words):
     def fail(*_):
         raise error
     monkeypatch.setattr(files, "save", fail)
     with pytest.raises(SystemExit) as stop:
-        run(tmp_path, "--max-train-steps", "3")
+        resumed("--max-train-steps", "5")
     shown = capsys.readouterr()
     assert stop.value.code == code and words in shown.err + shown.out and shown.err.count("\n") <= 1
     if isinstance(error, torch.OutOfMemoryError):
@@ -504,17 +462,6 @@ def test_losses_are_float32_under_autocast(dtype):
         results = [*losses.values(), denoising_loss(velocity, target), train.proj_loss(batch.zs, zs_tilde), z,
                    train.proj_loss(batch.zs, [torch.zeros_like(v) for v in zs_tilde])]
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in results)
-
-
-def test_bf16_step_stays_close_to_float32():
-    reference = None
-    for precision in ("no", "bf16"):
-        nets, args = tiny_nets("--mixed-precision", precision)
-        values, skip = train.train_step(nets, args, tiny_batch(nets, args))
-        reference = reference or values
-        assert skip == 0
-        for name in ("reconstruction_loss", "vae_align_loss", "denoising_loss", "proj_loss", "d_loss"):
-            assert values[name].item() == pytest.approx(reference[name].item(), rel=0.03, abs=0.01), name
 
 
 def test_without_a_c_compiler_a_gpu_run_is_not_compiled_and_says_so(monkeypatch, capsys):
@@ -574,15 +521,6 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
-def test_a_corrupt_image_is_named_or_skipped(tmp_path, photos, capsys):
-    (photos / "class0" / "broken.jpg").write_text("this is not an image")
-    flags = ["--data-dir", str(photos), "--max-train-steps", "3", "--num-workers", "1"]
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path, *flags)
-    assert stop.value.code == 2 and "class0/broken.jpg" in capsys.readouterr().err
-    assert metrics(run(tmp_path, *flags, "--skip-corrupt"))[-1]["step"] == 3
-
-
 @pytest.mark.parametrize("flags, words", [
     (["--data-dir", "{tmp}/nowhere"], "nowhere"),
     (["--data-dir", "{tmp}/empty"], "empty"),
@@ -612,52 +550,43 @@ def test_a_corrupt_image_is_named_or_skipped(tmp_path, photos, capsys):
     (["--output-dir", __file__], "test_train.py"),
 ])
 def test_user_errors_are_one_line_and_exit_code_2(tmp_path, photos, capsys, monkeypatch, flags, words):
-    """With --dry-run as without; nothing is written."""
+    """Nothing is written."""
     (tmp_path / "empty").mkdir()
     files.save({"decoder.conv_in.weight": torch.zeros(4, 4, 3, 3)}, tmp_path / "other.pt")
     files.save({k: torch.ones(1, 16, 1, 1) for k in ("latents_scale", "latents_bias")}, tmp_path / "stats.pt")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     monkeypatch.setattr(files.requests, "Session", no_network)
-    for dry_run in (["--dry-run"], []):
-        with pytest.raises(SystemExit) as stop:
-            run(tmp_path / "out", "--max-train-steps", "1", *[f.format(tmp=tmp_path, photos=photos)
-                                                              for f in flags], *dry_run)
-        error = capsys.readouterr().err
-        assert stop.value.code == 2
-        assert words in error and error.startswith("error: ") and error.count("\n") == 1, error
-        assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "out", *[f.format(tmp=tmp_path, photos=photos) for f in flags])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert words in error and error.startswith("error: ") and error.count("\n") == 1, error
+    assert not (tmp_path / "out").exists()
 
 
 def no_network(*args, **kwargs):
     raise OSError("no network")
 
 
-def test_an_old_run_is_neither_mixed_nor_overwritten(tmp_path, capsys):
-    folder = run(tmp_path, "--max-train-steps", "2")
-    for flags, words in ((["--resume", "none"], "step 2"), (["--proj-coeff", "0.1"], "--proj-coeff 0.5"),
+def test_an_old_run_is_neither_mixed_nor_overwritten(resumed, capsys):
+    for flags, words in ((["--resume", "none"], "step 4"), (["--proj-coeff", "0.1"], "--proj-coeff 0.5"),
                          (["--path-type", "cosine"], "--path-type linear"),
                          (["--model", "SiT-Ti/2"], "SiT-Ti/4"),
                          (["--max-train-steps", "1"], "beyond --max-train-steps 1")):
         with pytest.raises(SystemExit) as stop:
-            run(tmp_path, "--max-train-steps", "3", *flags)
+            resumed("--max-train-steps", "5", *flags)
         assert stop.value.code == 2 and words in capsys.readouterr().err
-    lock = files.lock(folder)   # of this very process, so a second one is asked
-    process = processes.start("train_repae_e", [*TINY, "--output-dir", tmp_path], tmp_path / "log")
-    process.join(60)
-    assert process.exitcode == 2 and "another run is at work" in (tmp_path / "log").read_text()
-    lock.close()
-    run(tmp_path, "--max-train-steps", "3", "--learning-rate", "5e-5")
+    folder = resumed("--max-train-steps", "5", "--learning-rate", "5e-5")
     assert "changed since" in capsys.readouterr().out
-    state = final_state(folder, 3)
+    state = final_state(folder, 5)
     assert state["opt"]["param_groups"][0]["lr"] == 5e-5 and state["args"]["vae_ckpt"] == "none"
 
 
-def test_a_dry_run_writes_nothing(tmp_path, capsys):
+def test_a_dry_run_writes_nothing(tmp_path, resumed, capsys):
     run(tmp_path / "out", "--dry-run")
     assert capsys.readouterr().out.endswith("settings are sound\n") and not (tmp_path / "out").exists()
-    run(tmp_path / "out", "--max-train-steps", "1")
-    run(tmp_path / "out", "--max-train-steps", "1", "--dry-run")
+    resumed("--dry-run")
     assert capsys.readouterr().out.endswith("settings are sound\n")
 
 

@@ -18,11 +18,11 @@ import shutil
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset
 
 from models.metrics import float32_exactly
 from models.runtime import distributed, files
-from models.runtime.data import flips, start_worker
+from models.runtime.data import flips, make_loader
 from models.runtime.log import progress
 
 BLOCK = 16      # images in one pass of the network, always the same ones: the numbers depend on it
@@ -122,15 +122,11 @@ def fill(table, blocks, vae, device, workers):
     """Compute this process's share of the blocks that `table` lacks."""
     mine = range(distributed.rank(), len(blocks), distributed.world_size())
     missing = [k for k in mine if not table["std"][k * BLOCK:(k + 1) * BLOCK, -1, -1, -1].all()]
-    pool = {"multiprocessing_context": "fork", "worker_init_fn": start_worker} if workers else {}
-    loader = DataLoader(Subset(blocks, missing), batch_size=None, num_workers=workers, **pool)
+    loader = make_loader(blocks, missing, None, workers)    # an item is a batch already
     update = progress("blocks of 16 images encoded", len(mine))
     with float32_exactly():
         for done, (k, images, labels) in enumerate(loader, len(mine) - len(missing) + 1):
             posterior = vae.encode(images.to(device).float() / 127.5 - 1)
-            if not posterior.std.isfinite().all() or not posterior.mean.isfinite().all():
-                raise ValueError(f"latents of images {k * BLOCK} to {k * BLOCK + len(labels) - 1} are not "
-                                 "finite: the VAE is broken; name another with --vae-ckpt")
             records = table[k * BLOCK:k * BLOCK + len(labels)]
             records["label"], records["mean"] = labels.numpy(), posterior.mean.cpu().numpy()
             records["std"] = posterior.std.cpu().numpy()    # last: it says that the record is there

@@ -73,7 +73,7 @@ def fail(error, code=2):
     them. One that is still there a while later has a mistake of its own to report.
     """
     if int(os.environ.get("RANK", 0)):
-        time.sleep(10)
+        time.sleep(3)
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     sys.exit(code)
 

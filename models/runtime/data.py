@@ -13,7 +13,6 @@ a path on the disk.
 import contextlib
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -109,10 +108,6 @@ def _walk(path):
 
     for root, folders, files in os.walk(path, followlinks=True, onerror=fail):
         prefix = "" if root == path else os.path.relpath(root, path) + "/"
-        # Not a link that leads back to a folder above it, which `ln -s`, called twice, leaves behind.
-        parents = [os.path.join(path, *prefix.split("/")[:k]) for k in range(prefix.count("/") + 1)]
-        above = set(map(os.path.realpath, parents))
-        folders[:] = [name for name in folders if os.path.realpath(os.path.join(root, name)) not in above]
         yield from (prefix + name for name in files)
         yield from (f"{prefix}{name}/" for name in folders)
 
@@ -142,17 +137,11 @@ def _check_classes(path, names, folders, classes, shared):
     for empty in sorted(tops - {"", *classes}):
         raise ValueError(f"{path}: class folder {shared}{empty} has no images; leaving it out would shift "
                          "the labels of the classes after it: fill it, or remove it if it is not a class")
-    # Splits: folders without images of their own that contain the same class folders.
-    below = {name: set() for name in classes}
-    for folder in {os.path.dirname(name) for name in names}:
-        top, *rest = folder.removeprefix(shared).split("/")
-        below[top].add(rest[0] if rest else None)
-    named = [name for name in classes if name.lower().startswith(SPLITS)]
-    pairs = [(a, b) for a in named for b in classes if a != b and None not in below[a] | below[b]]
-    splits = next((pair for pair in pairs if len(below[pair[0]] & below[pair[1]]) > 1), ())
-    if len(named) == len(classes) > 1:
-        splits = classes
-    if splits:
+    splits = [name for name in classes if name.lower().startswith(SPLITS)]
+    if len(splits) < len(classes):  # next to others: "valley" with images of its own is a class
+        own = {os.path.dirname(name).removeprefix(shared) for name in names}
+        splits = [name for name in splits if name not in own]
+    if len(splits) > 1:
         train = next((name for name in splits if name.lower().startswith("train")), splits[0])
         raise ValueError(f"{path}: {' and '.join(splits)} look like splits of a data set, not like classes; "
                          f"pass --data-dir {os.path.join(path, shared, train)}")
@@ -161,27 +150,20 @@ def _check_classes(path, names, folders, classes, shared):
 def _json_labels(content, names, shared, where):
     """(class names, int64 labels of `names`) from the text of EDM2's dataset.json in the folder `shared`.
 
-    {"labels": [["00000/img00000000.png", 6], ...]}, or null for a set without labels: one class. Classes are
-    called by their number unless there is {"classes": ["n01440764", ...]} too.
+    {"labels": [["00000/img00000000.png", 6], ...]}, or null for a set without labels: one class. Raises a
+    one-line ValueError unless each image has one label.
     """
-    with damaged(f"{where}: not a dataset.json of EDM2's layout"):
-        content = json.loads(content)
-        pairs = [(shared + name, label) for name, label in content["labels"] or []]
-        classes = list(content.get("classes") or [])
-    if content["labels"] is None:
-        return ["images"], np.zeros(len(names), np.int64)
-    label_of = dict(pairs)
-    for name, label in pairs:
-        if type(label) is not int or not 0 <= label < 10 ** 6:
-            raise ValueError(f"{where}: label {label} of {name} is not a whole number from 0 to 999999")
-        if label != label_of[name]:
-            raise ValueError(f"{where}: {name} has two labels, {label} and {label_of[name]}")
-    if odd := set(label_of) ^ set(names):
-        there = "no label" if min(odd) in names else "a label, but there is no such image"
-        raise ValueError(f"{where}: {min(odd)} has {there}")
-    labels = np.array([label_of[name] for name in names], np.int64)
-    classes += [str(k) for k in range(len(classes), labels.max() + 1)]
-    return classes, labels
+    with damaged(f"{where}: not the labels of these images in EDM2's layout"):
+        pairs = json.loads(content)["labels"]
+        if pairs is None:
+            return ["images"], np.zeros(len(names), np.int64)
+        label_of = {shared + name: label for name, label in pairs}
+        labels = np.array([label_of[name] for name in names])
+        if labels.shape != (len(pairs),):
+            raise ValueError(f"{len(pairs)} labels for {len(names)} images")
+        if labels.dtype.kind != "i" or labels.min() < 0 or labels.max() >= 10 ** 6:
+            raise ValueError("a label is not a whole number from 0 to 999999")
+    return [str(k) for k in range(labels.max() + 1)], labels
 
 
 class ImageData(Dataset):
@@ -249,8 +231,8 @@ class ImageData(Dataset):
         return self.zip.read(name)
 
     def content(self, index):
-        """The bytes of the image's file, b"" if it is missing or damaged in the .zip."""
-        with contextlib.suppress(ImageError, FileNotFoundError), damaged(""):
+        """The bytes of the image's file, b"" if it is damaged in the .zip."""
+        with contextlib.suppress(ImageError), damaged(""):
             return self.read(self.names[index])
         return b""
 
@@ -294,9 +276,8 @@ class NpzData(Dataset):
         self.path, self.resolution, self.hflip, self.seed = str(path), resolution, hflip, seed
         with damaged(f"{path}: truncated, or not a .npz of images; write it again"):
             self.arrays = np.load(self.path)
-            if not {"arr_0", "mu"} & set(self.arrays.files):
-                raise ValueError(f"no arr_0, only {', '.join(self.arrays.files)}")
-            self.images = self._images() if "arr_0" in self.arrays.files else np.empty((0, 0, 0, 3), np.uint8)
+            statistics = "mu" in self.arrays.files and "arr_0" not in self.arrays.files
+            self.images = np.empty((0, 0, 0, 3), np.uint8) if statistics else self._images()
         labels = self.array("arr_1")
         fit = labels is not None and labels.shape == (len(self),) and labels.dtype.kind in "iu" \
             and labels.min(initial=0) >= 0
@@ -315,8 +296,7 @@ class NpzData(Dataset):
     def _images(self):
         info = self.arrays.zip.getinfo("arr_0.npy")
         with self.arrays.zip.open(info) as member:
-            if np.lib.format.read_magic(member) != (1, 0):
-                raise ValueError("arr_0 has a header of another version than 1.0")
+            np.lib.format.read_magic(member)
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
             begin = member.tell()
         if dtype != np.uint8 or shape[3:] != (3,):
@@ -458,19 +438,6 @@ def identity(data, probes=64):
     labels = hashlib.sha256(data.labels.astype("<i8").tobytes())
     return {"classes": list(data.classes), "images": len(data), "labels": labels.hexdigest(),
             "files": files.hexdigest()}
-
-
-def check_same_data(before, now, where):
-    """Raise a one-line ValueError if two identities differ in their classes: labels would change meaning.
-
-    Returns a line for the log if only their files differ, "" if nothing does. `where` begins the message.
-    """
-    for k, (was, found) in enumerate(itertools.zip_longest(before["classes"], now["classes"])):
-        if was != found:
-            raise ValueError(f"{where}: the classes of the data have changed, class {k} was {was} and is now "
-                             f"{found}; restore them, or start a new run with another --exp-name")
-    return "" if before == now else (f"the data has changed: other files or labels, {now['images']} images, "
-                                     f"{before['images']} before")
 
 
 # ---------------------------------------------------------------- order and loading

@@ -1,5 +1,6 @@
 """What a run tells: its log, the watch on a collapse, the progress line; and signals that ask it to stop."""
 import contextlib
+import datetime
 import itertools
 import json
 import math
@@ -18,27 +19,22 @@ from models.runtime import distributed, files
 # ---------------------------------------------------------------- progress and signals
 
 def progress(what, total):
-    """Function update(done) that shows how far a long loop is, on stderr of the main process.
+    """Function update(done) that prints how far a long loop is, on stderr of the main process.
 
-    what: such as "images encoded"; the line is "images encoded: 12,000 of 50,000, 410/s, 1m33s left". It is
-    rewritten in place on a terminal, and printed every 30 seconds elsewhere.
+    what: such as "images encoded"; the line is "images encoded: 12,000 of 50,000, 410/s, 0:01:33 left". It is
+    printed every ten seconds.
     """
-    terminal, interval = sys.stderr.isatty(), 0.5 if sys.stderr.isatty() else 30.0
     last, began = time.monotonic(), None
 
     def update(done):
         nonlocal last, began
         now = time.monotonic()
         began = began or (now, done)    # a resumed loop starts in the middle
-        end = terminal and done >= total
-        if not distributed.is_main() or (now - last < interval and not end):
-            return
-        last = now
-        rate = (done - began[1]) / max(now - began[0], 1e-9)
-        left = f", {rate:.3g}/s, {time_text((total - done) / rate)} left" if rate > 0 else ""
-        line = f"{what}: {done:,} of {total:,}{left}"
-        print(f"\r{line}\033[K" if terminal else line, end="" if terminal and not end else "\n",
-              file=sys.stderr, flush=True)
+        if distributed.is_main() and now - last >= 10:
+            last = now
+            rate = max(done - began[1], 1) / max(now - began[0], 1e-9)
+            print(f"{what}: {done:,} of {total:,}, {rate:.3g}/s, {time_text((total - done) / rate)} left",
+                  file=sys.stderr, flush=True)
     return update
 
 
@@ -128,13 +124,12 @@ class RunLog:
 
         Returns it, a dict. Raises Collapse if learning stopped.
         """
-        sums, longest, first_bad = {}, 0, None
+        sums, first_bad = {}, None
         device = self.steps[0][1].device
         numbers = iter(torch.cat([values for _, values in self.steps]).tolist())
         for names, _ in self.steps:
             values, skip = list(itertools.islice(numbers, len(names))), next(numbers)
             self.in_a_row = self.in_a_row + 1 if skip else 0
-            longest = max(longest, self.in_a_row)
             for name, value in zip(names, values):
                 total, good = sums.get(name, (0.0, 0))
                 sums[name] = (total, good) if skip else (total + value, good + 1)
@@ -154,7 +149,7 @@ class RunLog:
         self.steps, self.timed, self.last = [], 0, now
         if self.main:
             self.publish(step, line, means)
-        self.watch(step, longest, good, means, first_bad)
+        self.watch(step, good, means, first_bad)
         return line
 
     def publish(self, step, line, means):
@@ -175,14 +170,14 @@ class RunLog:
                  f"{line['seconds_per_step']:.3g} s/step  {line['peak_memory_gib']:.2f} GiB  "
                  f"{left} left{skipped}  {losses}")
 
-    def watch(self, step, longest, good, means, first_bad):
-        """Raise Collapse after 50 skipped steps in a row, or when the SiT's or VAE's gradient vanishes.
+    def watch(self, step, good, means, first_bad):
+        """Raise Collapse if the last 50 steps were skipped, or if the SiT's or VAE's gradient vanishes.
 
         That is a norm of 0, or of 1e-4 of the largest logged. (The discriminator's may well be 0: the hinge
         loss is, where it is sure.)
         """
-        if longest >= 50:
-            raise Collapse(f"step {step}: {longest} steps in a row had non-finite losses or gradients, "
+        if self.in_a_row >= 50:
+            raise Collapse(f"step {step}: {self.in_a_row} steps in a row had non-finite losses or gradients, "
                            f"{first_bad} first")
         for name in ("grad_norm_sit", "grad_norm_vae"):
             if good and name in means:
@@ -232,9 +227,5 @@ def peak_memory_gib(device):
 
 
 def time_text(seconds):
-    """12.3 s as "12s", hours as "3h05m", days as "2d04h"."""
-    seconds = int(seconds)
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
-    hours, minutes = divmod(seconds // 60, 60)
-    return f"{hours // 24}d{hours % 24:02d}h" if hours >= 24 else f"{hours}h{minutes:02d}m"
+    """12.3 s as "0:00:12", days as "2 days, 4:00:00"."""
+    return str(datetime.timedelta(seconds=int(seconds)))

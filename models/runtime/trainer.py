@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models.metrics import latent_moments
 from models.runtime import cli, distributed, files
-from models.runtime.data import EndlessSampler, check_same_data, make_loader
+from models.runtime.data import EndlessSampler, make_loader
 from models.vae import AttnBlock, Posterior, ResnetBlock
 
 MEMORY_REMEDY = "lower --batch-size, raise --gradient-accumulation-steps, or pass --grad-checkpoint"
@@ -327,7 +327,10 @@ def update(nets, args, metrics, before):
     """
     for name in nets.trained:
         parameters = [p for p in getattr(nets, name).parameters() if p.requires_grad]
-        metrics[f"grad_norm_{name}"] = clip_gradients(parameters, args.max_grad_norm, nets.loss_scale)
+        if nets.loss_scale.enabled:     # undo it
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            torch._foreach_mul_(gradients, 1.0 / nets.loss_scale.value)
+        metrics[f"grad_norm_{name}"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm, foreach=True)
     finite = torch.stack([value.double() for value in metrics.values()]).isfinite().all()
     skip = distributed.all_reduce_sum((~finite).float()).clamp(max=1)
     guarded_updates(nets.opts.values(), skip)
@@ -336,13 +339,6 @@ def update(nets, args, metrics, before):
     nets.loss_scale.update(skip)
     update_ema(nets.ema, getattr(nets, nets.averaged), args.ema_decay)
     return skip
-
-
-def clip_gradients(parameters, max_norm, loss_scale):
-    """Undo the LossScale, clip to total L2 norm max_norm; returns the norm before (a scalar tensor)."""
-    if loss_scale.enabled:
-        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1.0 / loss_scale.value)
-    return nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
 
 
 def guarded_updates(optimizers, skip):
@@ -379,8 +375,8 @@ AVERAGES = {"sit": "ema", "vae": "vae_ema"}
 def claim_folder(folder, dry_run=False):
     """Lock the run folder for this process and remove what killed runs left half-written; returns the lock.
 
-    In the main process; raises OSError if another run works there, or where nothing can be written. A dry run
-    only looks.
+    In the main process; raises OSError if another run works there, or where nothing can be written, which is
+    all that a dry run looks at.
     """
     if not distributed.is_main():
         return None
@@ -388,7 +384,7 @@ def claim_folder(folder, dry_run=False):
     for place in (folder, *places):
         files.check_writable(os.path.join(place, "file"))
     if dry_run:
-        return files.lock(folder).close() if os.path.exists(os.path.join(folder, ".lock")) else None
+        return None
     lock = files.lock(folder)
     files.remove_temporaries(folder, *places)
     return lock
@@ -446,8 +442,7 @@ def check_resume(args, path, state, fixed):
     if state["steps"] > args.max_train_steps:
         raise ValueError(f"{path}: is of step {state['steps']}, beyond --max-train-steps "
                          f"{args.max_train_steps}; raise that to resume")
-    # settings that are stored but no longer exist are left alone
-    old = {name: state["args"][name] for name in vars(args) if name in state["args"]}
+    old = state["args"]
     changed = {name: value for name, value in vars(args).items() if old.get(name, value) != value}
     wrong = [f"--{name.replace('_', '-')} {old[name]}, not {changed[name]}"
              for name in fixed if name in changed]
@@ -467,8 +462,14 @@ def check_sources(args, path, state, sources):
     "vae_digest", of the alignment encoders "encoder_digests" ({name: digest}). Other images of the same
     classes are allowed, and printed.
     """
-    if "data" in state and (text := check_same_data(state["data"], sources["data"], args.data_dir)):
-        note(text)
+    before, now = state.get("data", sources["data"]), sources["data"]
+    for k, (was, found) in enumerate(itertools.zip_longest(before["classes"], now["classes"])):
+        if was != found:    # labels would change their meaning
+            raise ValueError(f"{path}: the classes of {args.data_dir} have changed, class {k} was {was} and "
+                             f"is now {found}; restore them, or start a new run with another --exp-name")
+    if before != now:
+        note(f"the data has changed: other files or labels, {now['images']} images, before "
+             f"{before['images']}")
     if state.get("vae_digest", sources.get("vae_digest")) != sources.get("vae_digest"):
         raise ValueError(f"{path}: was trained on another VAE than {args.vae_ckpt} now is; name that one")
     for name, digest in sources.get("encoder_digests", {}).items():
@@ -477,31 +478,29 @@ def check_sources(args, path, state, sources):
                              "--encoder-ckpt")
 
 
-def checkpoint_state(nets, args, step, **more):
-    """Content of a checkpoint: weights, their average, optimisers, loss scale, settings (a dict), step."""
+def save_checkpoint(nets, args, step, folder, **more):
+    """Write <folder>/checkpoints/NNNNNNN.pt atomically, then remove those beyond --keep-checkpoints.
+
+    It contains weights, their average, optimisers, `more`, loss scale, settings (a dict) and step. In the
+    main process; returns the path in all. Only what this step supersedes is removed: a file of a later step
+    was passed over as damaged, and must not push a sound one out. Raises NotFinite, or OSError for a full
+    disk.
+    """
+    checkpoints = os.path.join(folder, "checkpoints")
+    path = os.path.join(checkpoints, f"{step:07d}.pt")
+    if not distributed.is_main():
+        return path
     state = {}
     for name in nets.trained:
         state[WEIGHTS[name]] = getattr(nets, name).state_dict()
         if name == nets.averaged:
             state[AVERAGES[name]] = nets.ema.state_dict()
         state[OPTIMISERS[name]] = nets.opts[name].state_dict()
-    return state | more | {"loss_scale": nets.loss_scale.state_dict(), "args": vars(args), "steps": step}
-
-
-def save_checkpoint(nets, args, step, folder, **more):
-    """Write <folder>/checkpoints/NNNNNNN.pt atomically, then remove those beyond --keep-checkpoints.
-
-    In the main process; returns the path in all. Only what this step supersedes is removed: a file of a later
-    step was passed over as damaged, and must not push a sound one out. Raises NotFinite, or OSError for a
-    full disk.
-    """
-    checkpoints = os.path.join(folder, "checkpoints")
-    path = os.path.join(checkpoints, f"{step:07d}.pt")
-    if distributed.is_main():
-        files.save(checkpoint_state(nets, args, step, **more), path)
-        steps = [s for s in files.checkpoint_steps(checkpoints) if s <= step]
-        for old in steps[:-args.keep_checkpoints] if args.keep_checkpoints else []:
-            os.remove(os.path.join(checkpoints, f"{old:07d}.pt"))
+    state |= more | {"loss_scale": nets.loss_scale.state_dict(), "args": vars(args), "steps": step}
+    files.save(state, path)
+    steps = [s for s in files.checkpoint_steps(checkpoints) if s <= step]
+    for old in steps[:-args.keep_checkpoints] if args.keep_checkpoints else []:
+        os.remove(os.path.join(checkpoints, f"{old:07d}.pt"))
     return path
 
 
@@ -510,10 +509,7 @@ def restore(nets, path, state):
     named = {AVERAGES[nets.averaged]: nets.ema}
     named |= {WEIGHTS[name]: getattr(nets, name) for name in nets.trained}
     for key, net in named.items():
-        if key not in state:
-            hint = "; pass --freeze-vae as its run did, or use --init-from" if key == "vae" else ""
-            raise ValueError(f"{path}: has no {key}, it is not a checkpoint of this kind of run{hint}")
-        files.load_weights(net, state[key], f"{path} ({key})")
+        files.load_weights(net, state.get(key), f"{path} ({key})")
     for name, optimizer in nets.opts.items():
         load_optimizer(optimizer, state.get(OPTIMISERS[name]), f"{path} ({OPTIMISERS[name]})")
     if "loss_scale" in state:
@@ -526,16 +522,11 @@ def load_optimizer(optimizer, state, path):
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        for p, values in optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                # The fused kernels pair a weight with its moments by their places in memory.
+                values[name] = torch.empty_like(p).copy_(values[name])
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: is not an optimiser state of these networks ({error})") from error
     for group, own in zip(optimizer.param_groups, settings):
         group.update(own)
-    for p, values in optimizer.state.items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            value = values.get(name)
-            # load_state_dict does not look, and the fused kernels would read past the end
-            if not torch.is_tensor(value) or value.shape != p.shape:
-                raise ValueError(f"{path}: {name} of a weight {list(p.shape)} has another shape")
-            if value.stride() != p.stride():
-                # fused kernels pair a weight with its moments by their places in memory
-                values[name] = torch.empty_like(p).copy_(value)
