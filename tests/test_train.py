@@ -556,7 +556,7 @@ def test_user_errors_are_one_line_and_exit_code_2(tmp_path, photos, capsys, monk
     files.save({k: torch.ones(1, 16, 1, 1) for k in ("latents_scale", "latents_bias")}, tmp_path / "stats.pt")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    monkeypatch.setattr(files.requests, "Session", no_network)
+    monkeypatch.setattr(files, "download", no_network)
     with pytest.raises(SystemExit) as stop:
         run(tmp_path / "out", *[f.format(tmp=tmp_path, photos=photos) for f in flags])
     error = capsys.readouterr().err
