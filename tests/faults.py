@@ -12,12 +12,10 @@ import argparse
 import contextlib
 import importlib
 import os
-import pickle
 import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,7 +35,9 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 import processes
 
+from models.discriminator import Discriminator
 from models.runtime import files
+from models.vae import AutoencoderKL
 
 SECONDS = 120   # that a process may take
 
@@ -64,13 +64,8 @@ WRITERS = {
     "sample": ("sample_ddp", SAMPLE),
     "cache": ("train_repae_e", FROZEN),
     "refine": ("finetune_vae", REFINE),
-    "train from files": ("train_repae_e", TRAIN + "--data-dir ../have/photos --hflip --num-workers 1 "
-                                                  "--keep-checkpoints 1".split()),
-    "refine all": ("finetune_vae", [*REFINE, "--train-encoder"]),
-    "export": ("finetune_vae", EXPORT),
-    "export to diffusers": ("finetune_vae", "--ckpt ../have/wide.pt --export e --format diffusers".split()),
 }
-# What shows that these four are at work, and a function of theirs that is made slow.
+# What shows that they are at work, and a function of theirs that is made slow.
 SIGNS = {"train": ("exps/run/metrics.jsonl", "train_repae_e", "train_step"),
          "refine": ("exps/run/metrics.jsonl", "finetune_vae", "train_step"),
          "sample": ("out.shards/0*", "models.samplers", "decode"),
@@ -87,64 +82,48 @@ def case(group, name, quick, function, *arguments):
 
 # ---------------------------------------------------------------- processes
 
-def start(script, flags, tmp, *hooks, **environment):
-    """A script's main in a forked process in the folder tmp; hooks: (function, *arguments), called before it.
+def start(script, flags, tmp, *hooks):
+    """A script's main in a process in the folder tmp; hooks: (function, *arguments), called before it.
 
     Its output lies next to the folder, which gets what the script writes and nothing else.
     """
-    log = f"{tmp}.{time.monotonic_ns()}"
-    process = processes.context.Process(target=_child, args=(
-        script, [str(f) for f in flags], str(tmp), log, hooks, environment))
-    process.start()
-    return SimpleNamespace(process=process, pid=process.pid, log=log, deadline=time.monotonic() + SECONDS)
-
-
-def _child(script, flags, folder, log, hooks, environment):
-    os.setpgid(0, 0)    # so that a kill reaches its data workers too
-    for number, end in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{log}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    os.chdir(folder)
-    os.environ.update({"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": "hub",
-                       "TORCH_HOME": "torch"} | environment)
-    from huggingface_hub import constants   # it has read the environment already
-    constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = os.path.abspath("hub"), True
-    torch.set_num_threads(1)
-    small_networks()
-    for hook, *arguments in hooks:
-        hook(*arguments)
-    importlib.import_module(script).main(flags)
+    log = Path(f"{tmp}.{time.monotonic_ns()}")
+    hooks = (offline,), (small_networks,), *hooks
+    return SimpleNamespace(log=log, process=processes.start(script, flags, log, folder=tmp, hooks=hooks))
 
 
 def finish(run):
-    """Wait for the process: namespace(code, err, text of both streams)."""
-    while (late := run.process.is_alive()) and time.monotonic() < run.deadline:
-        time.sleep(0.01)
+    """Wait for the process: namespace(code, text of its output)."""
+    run.process.join(SECONDS)
+    late = run.process.is_alive()
     processes.kill(run.process)
-    out, err = (Path(f"{run.log}.{end}").read_text(errors="replace") for end in ("out", "err"))
-    assert not late, f"still running after {SECONDS} s\n{out}{err}"
-    return SimpleNamespace(code=run.process.exitcode, err=err, text=(out + err)[-4000:])
+    text = run.log.read_text(errors="replace")
+    assert not late, f"still running after {SECONDS} s\n{text}"
+    return SimpleNamespace(code=run.process.exitcode, text=text)
 
 
-def execute(*arguments, **environment):
-    return finish(start(*arguments, **environment))
+def execute(*arguments):
+    return finish(start(*arguments))
 
 
-def wait(run, tmp, pattern):
-    """Until there is a file; the process must still run then."""
-    while not any(tmp.glob(pattern)):
-        assert run.process.is_alive() and time.monotonic() < run.deadline, finish(run).text
-        time.sleep(0.005)
+def offline():
+    """Hook: empty caches in the folder, and no network."""
+    from huggingface_hub import constants   # it has read its environment already
+    constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = os.path.abspath("hub"), True
+    os.environ["TORCH_HOME"] = "torch"
+
+
+small_vae = partial(AutoencoderKL, 4, base=8, multipliers=(1, 1, 2), blocks=1)
 
 
 def small_networks():
     """Networks of a few hundred kB under the names of the smallest, and statistics of few images."""
     import finetune_vae
     from models.sit import SiT, SiT_models
-    from models.vae import AutoencoderKL, VAE_models
+    from models.vae import VAE_models
     SiT_models["SiT-Ti/4"] = partial(SiT, depth=2, hidden_size=32, num_heads=2, patch_size=4,
                                      projector_dim=16)
-    VAE_models["f4d4"] = partial(AutoencoderKL, 4, base=8, multipliers=(1, 1, 2), blocks=1)
-    VAE_models["f8d4"] = partial(AutoencoderKL, 4, base=128, multipliers=(1, 1, 1, 1), blocks=1)
+    VAE_models["f4d4"] = small_vae
     finetune_vae.STATS_IMAGES = 4
 
 
@@ -155,19 +134,17 @@ def slow(module, name, seconds):
             lambda *arguments, **more: (time.sleep(seconds), function(*arguments, **more))[1])
 
 
-def limit_files(size, after=0):
-    """Hook: once `after` checkpoints are written, no file can grow beyond `size` bytes, as on a full disk."""
+def fill_disk(after):
+    """Hook: once `after` checkpoints are written, no file can grow beyond 5 kB, as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     save, saved = files.save, []
 
     def limited(*arguments):
         saved.append(arguments)
         if len(saved) > after:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))
         return save(*arguments)
     files.save = limited
-    if not after:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 # ---------------------------------------------------------------- what must be true afterwards
@@ -178,16 +155,16 @@ def assert_done(done, *words):
 
 
 def assert_rejected(done, *words, codes=(2,)):
-    """One line on stderr with all the words, and that exit code."""
-    lines = [line for line in done.err.splitlines() if not line.startswith("note: ")]
+    """One line with all the words, and that exit code."""
+    lines = [line for line in done.text.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in done.text and done.code in codes, f"exit code {done.code}\n{done.text}"
-    assert len(lines) == 1 and lines[0].startswith("error: "), f"not one line:\n{done.text}"
+    assert len(lines) == 1, f"not one line:\n{done.text}"
     assert all(word in lines[0] for word in words), f"{words} expected in: {lines[0]}"
 
 
 def whole(writer, tmp):
     """The folder of what this writer makes when nothing disturbs it; made when it is first asked for."""
-    folder = tmp.parent / f"whole-{writer.replace(' ', '-')}"
+    folder = tmp.parent / f"whole-{writer}"
     if not folder.exists():
         folder.mkdir()
         assert_done(execute(*WRITERS[writer], folder))
@@ -245,25 +222,15 @@ def world():
         pack(have / "photos", have / "photos.zip")
         np.savez(have / "r.npz", pictures(12, 1))
         np.savez(have / "s.npz", pictures(8))
-        process = processes.context.Process(target=make_weights, args=(str(have),))
-        process.start()
-        process.join()
+        torch.manual_seed(7)
+        torch.save(small_vae().state_dict(), have / "vae.pt")
+        torch.save({"latents_scale": torch.tensor([0.5, 1.0, 2.0, 4.0]).view(1, 4, 1, 1),
+                    "latents_bias": torch.tensor([0.1, 0.2, 0.3, -0.4]).view(1, 4, 1, 1)},
+                   have / "vae-latents-stats.pt")
+        torch.save(Discriminator().state_dict(), have / "disc.pt")
         for writer in ("train", "refine"):  # whose checkpoints are inputs of others
             whole(writer, have)
         yield base
-
-
-def make_weights(have):
-    small_networks()
-    from models.discriminator import Discriminator
-    from models.vae import VAE_models
-    torch.manual_seed(7)
-    stats = {"latents_scale": torch.tensor([0.5, 1.0, 2.0, 4.0]).view(1, 4, 1, 1),
-             "latents_bias": torch.tensor([0.1, 0.2, 0.3, -0.4]).view(1, 4, 1, 1)}
-    for name, state in (("vae", VAE_models["f4d4"]().state_dict()), ("vae-latents-stats", stats),
-                        ("wide", VAE_models["f8d4"]().state_dict()), ("wide-latents-stats", stats),
-                        ("disc", Discriminator().state_dict())):
-        torch.save(state, f"{have}/{name}.pt")
 
 
 def pictures(n, seed=0, size=32):
@@ -287,8 +254,8 @@ def copy_run(tmp, writer="train"):
     return max(tmp.glob("exps/run/checkpoints/*.pt"))
 
 
-def cut(path, share=0.5):
-    Path(path).write_bytes(Path(path).read_bytes()[:int(share * os.path.getsize(path))])
+def cut(path):
+    Path(path).write_bytes(Path(path).read_bytes()[:os.path.getsize(path) // 2])
 
 
 def flip(path):
@@ -313,16 +280,12 @@ def killed(tmp, writer):
     if not run.process.is_alive():      # too late: earlier next time
         TAKES[writer] = 0.8 * (time.monotonic() - begun)
     processes.kill(run.process)
-    if (tmp / "e").exists():    # an export that was complete is not made twice
-        assert "e: " in execute(*WRITERS[writer], tmp).err
-        shutil.rmtree(tmp / "e")
     assert_whole(writer, tmp)
-    if "export" not in writer:
-        assert_whole(writer, tmp)   # now there is nothing to do but to tidy up
+    assert_whole(writer, tmp)   # now there is nothing to do but to tidy up
 
 
 for writer in WRITERS:
-    case("kills", writer, writer in ("train", "cache", "sample"), killed, writer)
+    case("kills", writer, writer == "train", killed, writer)
 
 
 # ---------------------------------------------------------------- signals: it saves, and the same bits follow
@@ -330,39 +293,15 @@ for writer in WRITERS:
 def signalled(tmp, writer, number):
     sign, *function = SIGNS[writer]
     run = start(*WRITERS[writer], tmp, (slow, *function, 0.3))
-    wait(run, tmp, sign)
-    os.kill(run.pid, number)
+    processes.wait_for(lambda: any(tmp.glob(sign)), [run.process], run.log)
+    os.kill(run.process.pid, number)
     assert_done(finish(run), f"stopped by {number.name}")
     assert_whole(writer, tmp)
 
 
-def group_signalled(tmp, writer):
-    """As torchrun, timeout and Slurm do: the whole process group, with two data workers."""
-    script, flags = WRITERS[writer]
-    workers = [] if writer == "sample" else "--num-workers 2 --checkpointing-steps 99".split()
-    command = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2".split(), __file__,
-               "--child", writer, *flags, *workers]
-    with open(f"{tmp}.torchrun", "w+") as log:
-        run = subprocess.Popen(command, cwd=tmp, stdout=log, stderr=log, start_new_session=True)
-        try:
-            deadline = time.monotonic() + SECONDS
-            while not any(tmp.glob(SIGNS[writer][0])) and run.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.01)
-            os.killpg(run.pid, signal.SIGTERM)
-            run.wait(SECONDS)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(run.pid, signal.SIGKILL)
-    text = Path(f"{tmp}.torchrun").read_text()
-    assert "stopped by SIGTERM" in text and "error: " not in text, text[-4000:]
-    assert writer == "sample" or len(list(tmp.glob("exps/run/checkpoints/*.pt"))) == 1, text[-4000:]
-    assert_done(execute(script, [*flags, *workers], tmp))
-
-
-for writer in SIGNS:
-    case("signals", f"{writer}: SIGTERM to torchrun's process group", False, group_signalled, writer)
+for writer in ("train", "refine", "cache"):     # sampling is killed: its shards are all that it would save
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        quick = (writer, number) in [("refine", signal.SIGTERM), ("sample", signal.SIGINT)]
+        quick = (writer, number) == ("refine", signal.SIGTERM)
         case("signals", f"{writer}: {number.name}", quick, signalled, writer, number)
 
 
@@ -372,7 +311,7 @@ def second_run(tmp, writer):
     sign, *function = SIGNS[writer]
     run = start(*WRITERS[writer], tmp, (slow, *function, 1))
     try:
-        wait(run, tmp, sign)
+        processes.wait_for(lambda: any(tmp.glob(sign)), [run.process], run.log)
         assert_rejected(execute(*WRITERS[writer], tmp), "another run is at work")
         assert run.process.is_alive(), finish(run).text
     finally:
@@ -386,17 +325,10 @@ for writer in SIGNS:
 
 # ---------------------------------------------------------------- full disks
 
-def no_room(tmp, writer, size):
-    done = execute(*WRITERS[writer], tmp, (limit_files, size))
-    assert_rejected(done, codes=(1, 2))
-    assert not list(tmp.rglob("*.tmp")), list(tmp.rglob("*.tmp"))
-    assert_whole(writer, tmp)
-
-
 def no_more_room(tmp, writer):
     """Full at the third checkpoint: the second stays, also where only one is to be kept."""
     script, flags = WRITERS[writer]
-    done = execute(script, [*flags, "--keep-checkpoints", "1"], tmp, (limit_files, 5_000, 2))
+    done = execute(script, [*flags, "--keep-checkpoints", "1"], tmp, (fill_disk, 2))
     assert_rejected(done, "0000003.pt", codes=(1, 2))
     assert [p.name for p in tmp.glob("exps/run/checkpoints/*")] == ["0000002.pt"]
     assert_done(execute(script, flags, tmp), "from step 2")
@@ -404,17 +336,13 @@ def no_more_room(tmp, writer):
     assert same(content(tmp / last), content(whole(writer, tmp) / last))
 
 
-for writer in WRITERS:
-    for size in (1_000, 20_000):
-        case("disks", f"{writer}: no file beyond {size} bytes", False, no_room, writer, size)
 for writer in ("train", "refine"):
     case("disks", f"{writer}: full at the third checkpoint", writer == "train", no_more_room, writer)
 
 
 # ---------------------------------------------------------------- damaged files
 
-DAMAGE = {"half of it": cut, "a flipped bit": flip, "empty": lambda path: path.write_bytes(b""),
-          "text": lambda path: path.write_text("hello"), "without its last bytes": partial(cut, share=0.999)}
+DAMAGE = {"half of it": cut, "a flipped bit": flip, "text": lambda path: path.write_text("hello")}
 
 
 def damaged_newest(tmp, damage):
@@ -450,8 +378,8 @@ def poisoned(tmp, key):
     assert same(state["opt"], content(newest)["opt"])
 
 
-def diverged(tmp, rate):
-    done = execute("train_repae_e", [*TRAIN, "--learning-rate", rate, "--max-train-steps", "6"], tmp)
+def diverged(tmp):
+    done = execute("train_repae_e", [*TRAIN, "--learning-rate", "1e30", "--max-train-steps", "6"], tmp)
     assert done.code in (0, 1) and "Traceback" not in done.text, done.text
     for path in tmp.rglob("*.pt"):
         assert files.first_non_finite(content(path)) is None, path
@@ -481,8 +409,7 @@ for name, damage in DAMAGE.items():
              damage, *reader)
 for key in ("model", "ema", "vae", "discriminator"):
     case("damage", f"NaN in the checkpoint: {key}", key == "ema", poisoned, key)
-for rate in ("1e30", "1e38"):
-    case("damage", f"--learning-rate {rate}: no NaN in a checkpoint", False, diverged, rate)
+case("damage", "a learning rate of 1e30: no NaN in a checkpoint", False, diverged)
 
 
 # ---------------------------------------------------------------- malicious files
@@ -492,19 +419,11 @@ class Evil:
         return os.system, ("touch RAN",)
 
 
-class EvilToo:
-    def __reduce__(self):
-        return eval, ("open('RAN', 'w')",)
-
-
 def evil(path, kind="alone", sound=None):
-    """A file with code in its pickle: "alone", "within" the content of a sound file, or in older layouts."""
-    state = {"ema": Evil(), "state_dict": {"x": EvilToo()}}
-    if kind == "plain":
-        path.write_bytes(pickle.dumps(state, protocol=2))
-    else:
-        state = state if kind != "within" else {**torch.load(sound, weights_only=True), "callbacks": state}
-        torch.save(state, path, _use_new_zipfile_serialization=kind != "old")
+    """A file with code in its pickle: "alone", "within" the content of a sound file, or in the old layout."""
+    state = {"ema": Evil(), "state_dict": {"x": Evil()}}
+    state = state if kind != "within" else {**torch.load(sound, weights_only=True), "callbacks": state}
+    torch.save(state, path, _use_new_zipfile_serialization=kind != "old")
 
 
 def assert_nothing_ran(tmp, done, *words, may_work=False):
@@ -518,11 +437,6 @@ def evil_input(tmp, kind, script, flags, sound):
     assert_nothing_ran(tmp, execute(script, flags, tmp), "x.pt", may_work=kind == "within")
 
 
-def evil_checkpoint(tmp):
-    evil(newest := copy_run(tmp))
-    assert_nothing_ran(tmp, execute("train_repae_e", TRAIN, tmp), newest.name)
-
-
 def evil_downloads(tmp, paths, flags):
     """Files in the caches of torch and the hub."""
     for path in paths:
@@ -531,12 +445,11 @@ def evil_downloads(tmp, paths, flags):
     assert_nothing_ran(tmp, execute("train_repae_e", [*TRAIN, *flags], tmp))
 
 
-def evil_npz(tmp, member, script, flags):
-    arrays = {"arr_0": pictures(8), "mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.zeros(2023),
-              "sigma_s": np.eye(2023), "protocol": np.array("{}")}
-    np.savez(tmp / "out.npz", **arrays | {member: np.array([Evil()] * 8, object)})
-    done = execute(script, flags, tmp)
-    assert_nothing_ran(tmp, done, may_work=True)    # nobody may want that array
+def evil_npz(tmp, member):
+    arrays = {"arr_0": pictures(8), "mu": np.zeros(2048), "sigma": np.eye(2048)}
+    np.savez(tmp / "x.npz", **arrays | {member: np.array([Evil()] * 8, object)})
+    done = execute("evaluate_fid", ["--inception-weights", "gone.pth", "x.npz", "../have/s.npz"], tmp)
+    assert_nothing_ran(tmp, done)
 
 
 def evil_cache(tmp):
@@ -563,13 +476,11 @@ def escaping_member(tmp, member, images):
 
 
 ENCODED = {name: ("train_repae_e", [*TRAIN, "--encoder", name, "--encoder-ckpt", "x.pt"], "../have/vae.pt")
-           for name in ("test_vit", "clip-vit-l", "mocov3-vit-s")}
+           for name in ("test_vit", "clip-vit-l")}
 for place, reader in (READERS | ENCODED).items():
-    for kind in ("alone", "within", "plain", "old"):
-        quick = kind == "alone" and place in ("--resume", "refined", "test_vit", "--inception-weights")
+    for kind in ("alone", "within", "old"):
+        quick = kind == "alone" and place in ("--resume", "test_vit")
         case("pickles", f"{place}: {kind}", quick, evil_input, kind, *reader)
-case("pickles", "the newest checkpoint of a run", False, evil_checkpoint)
-case("pickles", "a latent cache", False, evil_cache)
 for name, paths, flags in [
     ("LPIPS", ["torch/hub/checkpoints/vgg16-397923af.pth", "torch/hub/checkpoints/lpips_vgg.pth"],
      ["--perceptual-weight", "1"]),
@@ -580,13 +491,10 @@ for name, paths, flags in [
     ("a VAE", ["hub/models--REPA-E--sdvae/refs/main", "hub/models--REPA-E--sdvae/snapshots/1/sdvae-f8d4.pt"],
      "--vae f8d4 --vae-ckpt REPA-E/sdvae".split())]:
     case("pickles", f"{name} in the caches", False, evil_downloads, paths, flags)
+case("pickles", "a latent cache", False, evil_cache)
 for member in ("arr_0", "mu", "arr_1", "protocol"):
-    case("pickles", f"a .npz of samples: {member}", member == "arr_0", evil_npz, member, "evaluate_fid",
-         [*HOG, "out.npz"])
-    case("pickles", f"a .npz as reference: {member}", False, evil_npz, member, "evaluate_fid",
-         ["--inception-weights", "gone.pth", "out.npz", "../have/s.npz"])
-case("pickles", "the .npz that is to be written", False, evil_npz, "protocol", "sample_ddp", SAMPLE)
-for member in ("../../OUT.png", f"{OUTSIDE}/OUT.png", "ant/../../../OUT.png", "C:\\OUT.png"):
+    case("pickles", f"a .npz as reference: {member}", member == "arr_0", evil_npz, member)
+for member in ("../../OUT.png", f"{OUTSIDE}/OUT.png"):
     case("archives", f".zip of images: {member}", member == "../../OUT.png", escaping_member, member, True)
 for member in ("../../OUT.npy", f"{OUTSIDE}/OUT.npy"):
     case("archives", f".npz: {member}", False, escaping_member, member, False)
@@ -608,12 +516,6 @@ def splits(tmp):
         shutil.copytree(tmp.parent / "have/photos", tmp / "photos" / split)
 
 
-def sizes(tmp):
-    (tmp / "x").mkdir()
-    for side in (32, 40, 48, 56):
-        Image.new("RGB", (side, 32)).save(tmp / f"x/{side}.png")
-
-
 BASE = {"train": ("train_repae_e", TRAIN), "sample": ("sample_ddp", SAMPLE), "hog": ("evaluate_fid", HOG),
         "refine": ("finetune_vae", REFINE), "export": ("finetune_vae", EXPORT),
         "fid": ("evaluate_fid", FID)}
@@ -621,11 +523,7 @@ OURS = "--data-dir photos "
 MISTAKES = [    # command, further flags, what the line must name, what is wrong[, what is laid before]
     ("train", "--learning-rat 1", "--learning-rat", "a flag that does not exist"),
     ("train", "--learning-rate 1e-4x", "--learning-rate", "a number that is text"),
-    ("train", "--max-train-steps=-1", "--max-train-steps", "a negative number"),
     ("sample", "--cfg-scale nan", "--cfg-scale", "NaN as a number"),
-    ("train", "--mixed-precision fp8", "--mixed-precision", "an unknown choice"),
-    ("train", "--model SiT-H/2", "--model", "an unknown model"),
-    ("train", "--preset imagenet", "imagenet", "an unknown preset"),
     ("train", "--encoder dinov9", "dinov9", "an unknown encoder"),
     ("train", "--encoder-depth 9", "depth", "a depth beyond the network"),
     ("train", "--gradient-accumulation-steps 3", "--batch-size 4", "a batch that cannot be split"),
@@ -633,20 +531,15 @@ MISTAKES = [    # command, further flags, what the line must name, what is wrong
     ("train", "--resolution 16", "--disc-weight 0", "a resolution below the discriminator's"),
     ("train", "--num-classes 3", "--num-classes 3", "too few classes"),
     ("train", "--freeze-vae", "--vae-ckpt", "a frozen VAE without weights"),
-    ("train", "--report-to wandb", "wandb", "a logger that is not installed"),
     ("train", OURS, "photos", "data that are not there"),
-    ("train", OURS, "photos", "an empty folder", lambda tmp: (tmp / "photos").mkdir()),
     ("train", OURS, "x.png", "images without a class",
      photos(lambda f: shutil.copy(f / "ant/00.png", f / "x.png"))),
     ("train", OURS, "crow", "an empty class folder", photos(lambda f: (f / "crow").mkdir())),
     ("train", OURS, "photos/train", "splits taken for classes", splits),
-    ("train", OURS + "--batch-size 36", "00.png", "a text called .png",
-     photos(lambda f: (f / "ant/00.png").write_text("x"))),
     ("train", OURS + "--batch-size 36", "00.png", "a truncated image",
      photos(lambda f: cut(f / "ant/00.png"))),
     ("train", "--data-dir x.zip", "x.zip", "half a .zip",
      lambda tmp: cut(shutil.copy(tmp.parent / "have/photos.zip", tmp / "x.zip"))),
-    ("train", OURS, "dataset.json", "labels that are not JSON", photos(write("dataset.json", "{"))),
     ("train", "--vae-ckpt vae.pt", "vae.pt", "weights that are not there"),
     ("train", "--vae f4d16 --vae-ckpt ../have/vae.pt", "vae.pt", "weights of another VAE"),
     ("train", "--disc-ckpt ../have/vae.pt", "vae.pt", "a file without a discriminator"),
@@ -655,30 +548,23 @@ MISTAKES = [    # command, further flags, what the line must name, what is wrong
     ("refine", "--ckpt x.pt", "web page", "a web page as weights", write("x.pt", "<!DOCTYPE html>")),
     ("train", "--vae f8d4 --vae-ckpt REPA-E/sdvae", "REPA-E/sdvae", "no network for a VAE"),
     ("train", "--encoder dinov2-vit-s", "dinov2-vit-s", "no network for an encoder"),
-    ("train", "--perceptual-weight 1", "--perceptual-weight 0", "no network for LPIPS"),
     ("train", "--seed 5", "--seed", "a run of other settings resumed", copy_run),
     ("train", "--max-train-steps 2", "--max-train-steps", "fewer steps than there are", copy_run),
     ("train", f"--resume {CHECKPOINT} --model SiT-Ti/2", "--model", "a checkpoint of another model"),
     ("sample", "--ckpt ../have/vae.pt", "vae.pt", "a VAE as a checkpoint"),
-    ("sample", f"--ckpt {CHECKPOINT.replace('train', 'refine')}", "0000004.pt", "a refined VAE"),
-    ("sample", "--exp-path exps/run", "--exp-path", "a checkpoint and a folder"),
     ("sample", "--classes 10", "10", "a class that does not exist"),
     ("sample", "--heun", "--mode ode", "Heun's method for the SDE"),
     ("sample", "--cfg-scale 2 --guidance-low 0.9 --guidance-high 0.1", "guidance", "an interval upside down"),
     ("sample", "--npz samples", ".npz", "a .npz without its ending"),
     ("sample", "--global-seed 5", "out.npz", "samples of other settings under one name",
      lambda tmp: shutil.copy(whole("sample", tmp) / "out.npz", tmp)),
-    ("refine", "--ckpt vae.pt", "vae.pt", "a VAE that is not there"),
-    ("refine", "--ckpt none --train-encoder", "--vae", "from scratch without a type"),
     ("export", "--ckpt none", "--ckpt", "an export of nothing"),
     ("export", "", "e", "an export over another", lambda tmp: (tmp / "e").mkdir()),
     ("hog", "gone.npz", "gone.npz", "samples that are not there"),
     ("hog", "", "--save-ref", "one input only"),
-    ("hog", "x", "32", "images of different sizes", sizes),
     ("hog", "x.npz", "uint8", "float images", lambda tmp: np.savez(tmp / "x.npz", pictures(8) / 255)),
     ("hog", "x.npz", "[N, H, W, 3]", "images as NCHW",
      lambda tmp: np.savez(tmp / "x.npz", pictures(8).transpose(0, 3, 1, 2))),
-    ("fid", "--metrics beauty", "beauty", "an unknown metric"),
     ("fid", "--inception-weights gone.pth", "gone.pth", "weights of Inception that are not there"),
     ("fid", "--json f/a.json", "f", "an output that cannot be written", write("f")),
 ]
@@ -694,7 +580,7 @@ def mistaken(tmp, command, more, words, lay=()):
 
 
 for number, (command, more, words, what, *lay) in enumerate(MISTAKES):
-    case("users", f"{command}: {what}", number % 6 == 0, mistaken, command, more, words, lay)
+    case("users", f"{command}: {what}", number % 8 == 0, mistaken, command, more, words, lay)
 
 
 # ---------------------------------------------------------------- the command
@@ -705,34 +591,21 @@ def attempt(one, base, number=0):
     tmp.mkdir()
     try:
         one.run(tmp)
-    except Exception as error:
-        return str(error) if isinstance(error, AssertionError) and str(error) else traceback.format_exc()
+    except Exception:
+        return traceback.format_exc()
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
         for path in base.glob(f"{tmp.name}.*"):
             path.unlink()
 
 
-def child(writer, *flags):
-    """One of torchrun's processes: a slow writer, on the CPU."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    small_networks()
-    slow(*SIGNS[writer][1:], 0.3)
-    importlib.import_module(WRITERS[writer][0]).main(list(flags))
-
-
 def main():
-    if sys.argv[1:2] == ["--child"]:
-        return child(*sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", nargs="*", help="groups of cases; all without one")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--quick", action="store_true", help="those of the suite")
     parser.add_argument("--kills", type=int, default=0, help="instead: so many kills, each writer in turn")
     args = parser.parse_args()
-    chosen = [c for c in CASES if (not args.groups or c.group in args.groups) and args.only in c.name
-              and c.quick >= args.quick]
+    chosen = [c for c in CASES if not args.groups or c.group in args.groups]
     if args.kills:
         kills = [c for c in chosen if c.group == "kills"]
         chosen = [kills[k % len(kills)] for k in range(args.kills)]

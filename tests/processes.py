@@ -26,24 +26,29 @@ def begin():
         forkserver.ensure_running()
 
 
-def _main(script, arguments, log, settings, environment):
+def _main(script, arguments, log, settings, folder, hooks, environment):
     os.setpgid(0, 0)  # so that a kill reaches its data workers as well
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1), os.dup2(output, 2)
     os.environ.update(environment, CUDA_VISIBLE_DEVICES="")
+    os.chdir(folder)
     torch.set_num_threads(1)
+    for hook, *given in hooks:
+        hook(*given)
     module = importlib.import_module(script)
     for name, value in settings.items():
         setattr(module, name, value)
     module.main([str(a) for a in arguments])
 
 
-def start(script, arguments, log, settings={}, **environment):
+def start(script, arguments, log, settings={}, folder=".", hooks=(), **environment):
     """main(arguments) of a script, given without .py, in a process of its own with one thread.
 
-    Its output goes to `log`; `settings` replace constants of the script.
+    It works in `folder` and its output goes to `log`; `settings` replace constants of the script, and
+    (function, *arguments) of `hooks` are called before it.
     """
-    process = context.Process(target=_main, args=(script, arguments, str(log), settings, environment))
+    process = context.Process(target=_main, args=(script, arguments, str(log), settings, str(folder), hooks,
+                                                  environment))
     process.start()
     return process
 
