@@ -1,18 +1,16 @@
-"""Times the training step against the plain path, which computes as the reference does, in one run.
+"""Times the training step against the plain path, which computes as the reference does, in alternation.
 
     python tests/bench_train.py              # on a GPU the paper's networks, 32 images; else the demo
-    python tests/bench_train.py --plain      # the plain path alone
 
-It prints a JSON line after each path; the last one has all.
+It prints a JSON line. On a GPU tests/gpu_check.py measures each path in a process of its own instead, because
+each needs the memory.
 
 The plain path: eager, NCHW, group norms in float32 and all activations kept, attention of the VAE spelt out,
 the discriminator in float32, AdamW as torch has it by default, EMA tensor by tensor, the alignment loss in a
 loop over samples, every metric read on the host each step.
 
-On a CPU the paths alternate, and the medians over all turns count: these machines are noisy. On a GPU they
-run one after the other, because each needs the memory; a plain path that does not fit gets half the images,
-and the ratio is that of images per second. All networks have random weights (VGG and the encoder too), so
-nothing is downloaded. Further flags go to train_repae_e.py.
+The medians over all steps count: these machines are noisy. All networks have random weights (VGG and the
+encoder too), so nothing is downloaded. Further flags go to train_repae_e.py.
 """
 import argparse
 import contextlib
@@ -302,26 +300,9 @@ def fitting(kinds, flags, device, number):
             if cli.memory_full(error, "") is None or "fast" in kinds or args.batch_size % 2:
                 raise
         paths = path = None
-        free_memory()
+        gc.collect()
+        torch.cuda.empty_cache()
         args.batch_size //= 2
-
-
-def free_memory():
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-def against_fast(done, report):
-    """The ratios of images per second, and how far the first losses are apart; `done`: (seconds, losses)."""
-    found, (fast, losses), images = {}, done["fast"], report["fast"]["batch_size"]
-    for kind, label in (("plain", "plain_eager"), ("plain_compiled_sit", "reference_default")):
-        if kind in done:
-            ratio = statistics.median(p / f for p, f in zip(done[kind][0], fast))
-            found[f"speedup_over_{label}"] = ratio * images / report[kind]["batch_size"]
-    if "plain" in done and report["plain"]["batch_size"] == images:
-        plain = done["plain"][1][0]
-        found["first_losses_differ_by"] = max(abs(losses[0][k] - plain[k]) for k in losses[0])
-    return found
 
 
 def allow_tf32():
@@ -333,32 +314,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10, help="timed steps per path")
-    parser.add_argument("--plain", action="store_true", help="only the plain path")
     mine, extra = parser.parse_known_args()
     args, device = settings(*extra), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     allow_tf32()
+    paths = fitting(("fast", "plain"), extra, device, WARM_UP + mine.steps)
+    fast, plain = paths["fast"], paths["plain"]
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     report = {"bench": "train", "device": name, "torch": torch.__version__, "model": args.model,
               "vae": args.vae, "encoder": args.encoder, "resolution": args.resolution,
-              "batch_size": args.batch_size,
-              "precision": str(cli.autocast_type(args.mixed_precision, device))[6:],
-              "compile": trainer.wants_compile(args, device) and not mine.plain,
-              "grad_checkpoint": args.grad_checkpoint and not mine.plain}
-    on_gpu = [("fast",), ("plain",), ("plain_compiled_sit",)]
-    turns = [("plain",)] if mine.plain else on_gpu if device.type == "cuda" else [("fast", "plain")]
-    done = {}
-    for turn in turns:
-        paths = fitting(turn, extra, device, WARM_UP + mine.steps)
-        for kind, path in paths.items():
-            done[kind], report[kind] = (path.seconds[WARM_UP:], path.losses), path.report(WARM_UP)
-        if "fast" in paths:
-            report["phases"] = phases(paths["fast"], max(3, mine.steps // 2))
-            report |= utilisation(paths["fast"], report["fast"]["seconds_per_step"])
-        if "fast" in done:
-            report |= against_fast(done, report)
-        print(json.dumps(report), flush=True)
-        del paths, path
-        free_memory()
+              "precision": str(fast.nets.dtype)[6:], "compile": trainer.wants_compile(args, device),
+              "grad_checkpoint": args.grad_checkpoint, "fast": fast.report(WARM_UP),
+              "plain": plain.report(WARM_UP)}
+    ratios = [p / f for p, f in zip(plain.seconds[WARM_UP:], fast.seconds[WARM_UP:])]
+    report["speedup_over_plain"] = statistics.median(ratios)
+    report["first_losses_differ_by"] = max(abs(fast.losses[0][k] - plain.losses[0][k]) for k in fast.losses[0])
+    report["phases"] = phases(fast, max(3, mine.steps // 2))
+    print(json.dumps(report | utilisation(fast, report["fast"]["seconds_per_step"])), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,6 @@
-"""models/runtime/pictures.py: grids, rounding, and PNG files that are written atomically."""
-import resource
-
+"""models/runtime/pictures.py: grids and rounding."""
 import numpy as np
-import pytest
 import torch
-from PIL import Image
 
 from models.runtime import pictures
 
@@ -34,18 +30,3 @@ def test_round_to_uint8():
     assert torch.equal(found[0, :, :, 0].flatten().float(), levels)
     x = torch.tensor([-3.0, 3.0]).reshape(1, 1, 1, 2)
     assert pictures.round_to_uint8(x).flatten().tolist() == [0, 255]
-
-
-def test_a_full_disk_leaves_the_old_file(tmp_path):
-    """RLIMIT_FSIZE is the nearest thing to a full disk that a test may have: the write fails half-way."""
-    path = tmp_path / "a.png"
-    pictures.write_png(str(path), pixels(1)[0])
-    before = path.read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
-    try:
-        with pytest.raises(OSError):
-            pictures.write_png(str(path), Image.fromarray(np.concatenate(list(pixels(200)))))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
