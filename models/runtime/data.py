@@ -250,11 +250,9 @@ class ImageData(Dataset):
                 image = self.load(at)
                 break
             except ImageError as error:
-                if not self.skip_corrupt:
+                if not self.skip_corrupt or skipped == len(self) - 1:
                     raise
                 warnings.warn(f"skipped {error}")   # once per file in each worker
-        else:
-            raise ImageError(f"{self.path}: none of its {len(self)} files is a readable image")
         if self.resolution:
             image = center_crop(image, self.resolution)
         elif image.size != self.size[::-1]:
@@ -471,7 +469,6 @@ class EndlessSampler(Sampler):
 
 def start_worker(_):
     """What a worker process does first; for DataLoader's worker_init_fn."""
-    torch.set_num_threads(1)  # decoding is one thread's work; more would take the cores of the other workers
     # torchrun, timeout and Slurm signal the whole group. The training process needs its workers until it has
     # saved, and ends them itself.
     os.setpgid(0, 0)
