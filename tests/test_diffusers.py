@@ -113,28 +113,6 @@ def test_pipelines_decode_as_with_the_original(vaes, pipeline, close):
     assert (refined - original).abs().max() > 1e-3
 
 
-def test_there_and_back(vaes, tmp_path):
-    """CompVis -> diffusers' own save -> CompVis: the same bits."""
-    state, stats, _ = vae_files.read(vaes["exported"])
-    vae_files.export_vae(tmp_path / "a", state, stats, "compvis")
-    vae_files.export_vae(tmp_path / "b", *vae_files.open_vae(str(tmp_path / "a" / "a.pt"))[1:])
-    diffusers.AutoencoderKL.from_pretrained(tmp_path / "b").save_pretrained(tmp_path / "c")
-    vae_files.export_vae(tmp_path / "d", vae_files.open_vae(str(tmp_path / "c"))[1], None, "compvis")
-    back = files.load(tmp_path / "d" / "d.pt")
-    assert set(back) == set(state) and all(torch.equal(back[k], v) for k, v in state.items())
-
-
-def test_stable_diffusion_xl_reads_the_statistics(tmp_path, close):
-    """latents_mean and latents_std take latents of the sampler's scale to the VAE's, by its formula."""
-    vae = fill_(VAE_models["f8d4"]()).eval()
-    stats = torch.linspace(0.5, 2, 4).view(1, -1, 1, 1), torch.linspace(-1, 1, 4).view(1, -1, 1, 1)
-    vae_files.export_vae(tmp_path / "vae", vae.state_dict(), stats)
-    config = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae").config
-    z = torch.randn(2, 4, 3, 3)
-    std, mean = (torch.tensor(config[k]).view(1, 4, 1, 1) for k in ("latents_std", "latents_mean"))
-    close(z * std / config.scaling_factor + mean, z / stats[0] + stats[1], 1e-6)
-
-
 @pytest.mark.parametrize("name", ["f8d4", "f16d32", "f8d16", "f16d16"])
 def test_networks_agree(name, tmp_path, close):
     vae = fill_(VAE_models[name]()).eval()

@@ -2,7 +2,6 @@
 import argparse
 import errno
 import hashlib
-import multiprocessing
 import os
 import resource
 import signal
@@ -12,7 +11,6 @@ import zipfile
 
 import numpy as np
 import pytest
-import requests
 import safetensors.torch
 import torch
 from torch import nn
@@ -54,15 +52,11 @@ def test_save_and_load(tmp_path):
     assert (tmp_path / "other name.pt").read_bytes() == (tmp_path / "new" / "0000007.pt").read_bytes()
 
 
-@pytest.mark.parametrize("zip_format, crc", [(True, True), (True, False), (False, True)])
-def test_files_of_others_load(tmp_path, zip_format, crc):
-    """What torch.save wrote, in its old format too, with the reference's Namespace, with or without CRCs."""
-    torch.serialization.set_crc32_options(crc)
-    try:
-        torch.save({**CONTENT, "args": argparse.Namespace(model="SiT-XL/2")}, tmp_path / "a.pt",
-                   _use_new_zipfile_serialization=zip_format)
-    finally:
-        torch.serialization.set_crc32_options(True)
+@pytest.mark.parametrize("zip_format", [True, False])
+def test_files_of_others_load(tmp_path, zip_format):
+    """What torch.save wrote, in its old format too, with the reference's Namespace."""
+    torch.save({**CONTENT, "args": argparse.Namespace(model="SiT-XL/2")}, tmp_path / "a.pt",
+               _use_new_zipfile_serialization=zip_format)
     back = files.load(tmp_path / "a.pt")
     assert torch.equal(back["ema"]["w"], CONTENT["ema"]["w"]) and back["args"].model == "SiT-XL/2"
 
@@ -151,7 +145,7 @@ def test_a_volume_without_mmap(tmp_path, monkeypatch):
     files.save(CONTENT, tmp_path / "a.pt")
     load = torch.load
 
-    def no_mmap(*args, mmap, **kwargs):
+    def no_mmap(*args, mmap=False, **kwargs):
         if mmap:
             raise RuntimeError("unable to mmap 8192 bytes from file <a.pt>: No such device (19)")
         return load(*args, mmap=mmap, **kwargs)
@@ -218,18 +212,18 @@ def test_not_finite(tmp_path):
 
 
 def test_training_args(tmp_path):
+    """Of the checkpoint, or of its run folder."""
     path = tmp_path / "run" / "checkpoints" / "0000001.pt"
-    path.parent.mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="args.json"):
         files.training_args({}, path)
     files.save_json({"model": "SiT-B/1"}, tmp_path / "run" / "args.json")
     assert files.training_args({}, path) == {"model": "SiT-B/1"}
     assert files.training_args({"args": argparse.Namespace(model="SiT-L/2")}, path) == {"model": "SiT-L/2"}
-    for text, words in (("{", "JSON"), ("[" * 10000, "JSON"), ("[1]", "contains a list")):
+    for text in ("{", "[1]"):
         (tmp_path / "run" / "args.json").write_text(text)
         with pytest.raises(ValueError) as error:
             files.training_args({}, path)
-        one_line(error, "args.json", words)
+        one_line(error, "args.json", "not a JSON object")
 
 
 # ---------------------------------------------------------------- writing
@@ -266,7 +260,7 @@ def test_full_disk(tmp_path):
                          lambda: files.write_npz(tmp_path / "x", [images], images.shape)):
             with pytest.raises(OSError) as error:
                 function()
-            assert "\n" not in str(error.value)
+            one_line(error, "File too large", str(tmp_path / "x"))
     assert in_child(write) == 0
     assert (tmp_path / "x").read_text() == "before" and os.listdir(tmp_path) == ["x"]
 
@@ -299,11 +293,9 @@ def test_write_npz(tmp_path):
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     members = zipfile.ZipFile(tmp_path / "a.npz").infolist()
     assert all(member.compress_type == zipfile.ZIP_STORED for member in members)
-    for rows, words in (([images[:2]], "2 images instead of 5"), ([images[:, :2]], "instead of uint8"),
-                        ([images.astype(int)], "int64")):
-        with pytest.raises(ValueError) as error:
-            files.write_npz(tmp_path / "c.npz", rows, images.shape)
-        one_line(error, "c.npz", words)
+    with pytest.raises(ValueError) as error:
+        files.write_npz(tmp_path / "c.npz", [images[:2]], images.shape)
+    one_line(error, "c.npz", "144 bytes of images instead of [5, 4, 6, 3]")
     assert not (tmp_path / "c.npz").exists()
 
 
@@ -336,94 +328,42 @@ def test_links_and_devices(tmp_path):
 
 # ---------------------------------------------------------------- the lock
 
-def locked_elsewhere(folder):
-    return in_child(lambda: files.lock(folder)) == 1
-
-
 def test_lock(tmp_path, capfd):
+    """It ends with its process, though a worker that this forked lives on, as data workers do for seconds."""
     first = files.lock(tmp_path / "run")
-    assert locked_elsewhere(tmp_path / "run")
+    assert in_child(lambda: files.lock(tmp_path / "run")) == 1
     text = capfd.readouterr().out
     assert "another run is at work" in text and text.count("\n") == 1
     first.close()
-    assert not locked_elsewhere(tmp_path / "run")
-
-
-def test_lock_ends_with_its_process(tmp_path):
-    """Killed while a worker that it forked lives on, as data workers do for some seconds."""
-    ready, there = multiprocessing.Pipe()
 
     def run():
-        held = files.lock(tmp_path)
-        worker = os.fork()
-        if worker == 0:
-            time.sleep(60)
-            os._exit(0)
-        there.send(worker)
-        time.sleep(60)
-        held.close()
-    child = multiprocessing.get_context("fork").Process(target=run)
-    child.start()
-    worker = ready.recv()
+        held = files.lock(tmp_path / "run")     # open to the end
+        if (worker := os.fork()) == 0:
+            time.sleep(60), os._exit(0)
+        (tmp_path / "worker").write_text(str(worker))
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert in_child(run) == -signal.SIGKILL
     try:
-        assert locked_elsewhere(tmp_path)
-        child.kill()
-        child.join()
-        assert not locked_elsewhere(tmp_path)
+        assert in_child(lambda: files.lock(tmp_path / "run")) == 0
     finally:
-        os.kill(worker, signal.SIGKILL)
+        os.kill(int((tmp_path / "worker").read_text()), signal.SIGKILL)
 
 
 # ---------------------------------------------------------------- fetching
 
-class Answer:
-    """What requests' session gives for an URL, without a network."""
-
-    def __init__(self, body, error=None):
-        self.body, self.error = body, error
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def raise_for_status(self):
-        if self.error:
-            raise self.error
-
-    def iter_content(self, _):
-        yield self.body[:10]
-        yield self.body[10:]
-
-
 def test_download(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    body, asked = b"the weights, all of them", []
-    digest = hashlib.sha256(body).hexdigest()
-
-    def get(session, url, **_):
-        assert list(session.adapters) == ["https://"]
-        asked.append(url)
-        return Answer(body)
-    monkeypatch.setattr(requests.Session, "get", get)
-    for _ in range(2):
-        path = files.download("https://example.org/w", "w.pth", digest[:8])
-    assert open(path, "rb").read() == body and asked == ["https://example.org/w"]
-    with pytest.raises(ValueError) as error:
-        files.download("https://example.org/w", "other.pth", "00000000")
-    one_line(error, "https://example.org/w", "00000000")
-    assert os.listdir(tmp_path / "checkpoints") == ["w.pth"]
-
-
-def test_download_that_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    for url in ("https://127.0.0.1:9/w", "http://127.0.0.1:9/w"):
-        monkeypatch.setattr(files, "Retry", lambda *_, **__: 0)
+    (tmp_path / "there").write_bytes(b"the weights")
+    url, digest = (tmp_path / "there").as_uri(), hashlib.sha256(b"the weights").hexdigest()
+    path = files.download(url, "w.pth", digest[:8])
+    (tmp_path / "there").unlink()
+    assert files.download(url, "w.pth", digest[:8]) == path and open(path, "rb").read() == b"the weights"
+    (tmp_path / "there").write_bytes(b"a web page")
+    for url, words in ((url, "invalid hash"), ("https://127.0.0.1:9/w", "refused")):
         with pytest.raises(OSError) as error:
-            files.download(url, "w.pth", "00")
-        one_line(error, url, "cannot be downloaded", str(tmp_path))
-    assert os.listdir(tmp_path / "checkpoints") == []
+            files.download(url, "other.pth", digest[:8])
+        one_line(error, url, "cannot be downloaded", words, str(tmp_path))
+    assert os.listdir(tmp_path / "checkpoints") == ["w.pth"]
 
 
 def test_hub_file(tmp_path, monkeypatch):

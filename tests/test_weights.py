@@ -16,12 +16,10 @@ def test_discriminator_of_every_kind_of_file(tmp_path, monkeypatch):
     vae = {"decoder.conv_in.weight": torch.zeros(1, 4, 3, 3)}
     files.save(state, tmp_path / "bare.pt")
     files.save({"vae": vae, "discriminator": state, "steps": 1}, tmp_path / "0000001.pt")
-    ldm = vae | {f"loss.discriminator.{k}": v for k, v in state.items()} | {"loss.logvar": torch.zeros(())}
-    files.save({"state_dict": ldm}, tmp_path / "ldm.ckpt")
     files.save(vae, tmp_path / "vae.pt")
     files.save(state, tmp_path / "vae-discriminator-ckpt.pt")
     monkeypatch.setattr(files, "hub_file", lambda repo, name: str(tmp_path / "bare.pt"))
-    paths = [str(tmp_path / name) for name in ("bare.pt", "0000001.pt", "ldm.ckpt", "vae.pt")]
+    paths = [str(tmp_path / name) for name in ("bare.pt", "0000001.pt", "vae.pt")]
     for source in (*paths, "REPA-E/sdvae"):
         assert files.state_digest(weights.discriminator(source, "f8d4")) == digest, source
     files.save(vae, tmp_path / "none.pt")
@@ -40,7 +38,7 @@ def test_discriminator_of_every_kind_of_file(tmp_path, monkeypatch):
 def test_lpips_from_two_files(tmp_path, monkeypatch):
     """torchvision's VGG16 and the published linear weights, each by the digest that is known of it."""
     lpips, asked = LPIPS(), []
-    state = lpips.state_dict()
+    state = {k: torch.full_like(v, 0.5) for k, v in lpips.state_dict().items()}
     vgg = {k: v for k, v in state.items() if k.startswith("features")}
     files.save(vgg | {"classifier.0.bias": torch.ones(1)}, tmp_path / "vgg16-397923af.pth")
     files.save({k: v for k, v in state.items() if k.startswith("lin")}, tmp_path / "lpips_vgg.pth")
@@ -49,7 +47,8 @@ def test_lpips_from_two_files(tmp_path, monkeypatch):
         asked.append((url.split("/")[2], sha256_prefix[:8]))
         return str(tmp_path / name)
     monkeypatch.setattr(files, "download", download)
-    assert files.state_digest(weights.lpips()) == files.state_digest(lpips)
+    monkeypatch.setattr(weights, "LPIPS", lambda: lpips)
+    assert files.state_digest(weights.lpips()) == files.state_digest(state)
     assert asked == [("download.pytorch.org", "397923af"), ("raw.githubusercontent.com", "a78928a0")]
 
     def no_network(*_):
@@ -69,21 +68,14 @@ def checkpoint(path, **changes):
     return str(path)
 
 
-def test_frozen_checkpoint_loads_with_the_vae_it_names(tmp_path):
-    """And with no other that lies there now, unless --vae-ckpt names that, such as a refined decoder."""
-    vae, other = fill_(VAE_models["f4d4"]()), fill_(VAE_models["f4d4"](), "another")
-    files.save(vae.state_dict(), tmp_path / "vae.pt")
+def test_a_checkpoint_is_decoded_with_its_vae_or_with_another(tmp_path):
+    own, other = fill_(VAE_models["f4d4"]()), fill_(VAE_models["f4d4"](), "another")
     files.save(other.state_dict(), tmp_path / "other.pt")
-    args = {"model": "SiT-Ti/2", "num_classes": 10, "vae": "f4d4", "vae_ckpt": str(tmp_path / "vae.pt")}
-    path = checkpoint(tmp_path / "a" / "0000003.pt", args=args, vae_digest=files.state_digest(vae))
-    sit, loaded, settings, source = weights.load(path)
-    assert files.state_digest(loaded) == files.state_digest(vae) and not sit.training and not loaded.training
-    assert source == args["vae_ckpt"] and settings["steps"] == 3
-    _, loaded, _, source = weights.load(path, str(tmp_path / "other.pt"))
-    assert files.state_digest(loaded) == files.state_digest(other) and source == str(tmp_path / "other.pt")
-    files.save(other.state_dict(), tmp_path / "vae.pt")
-    with pytest.raises(ValueError, match="trained on another VAE"):
-        weights.load(path)
+    path = checkpoint(tmp_path / "0000003.pt", vae=own.state_dict())
+    for vae_ckpt, vae, expected in ((None, own, "checkpoint"), (str(tmp_path / "other.pt"), other, None)):
+        sit, loaded, settings, source = weights.load(path, vae_ckpt)
+        assert files.state_digest(loaded) == files.state_digest(vae) and source == (expected or vae_ckpt)
+    assert not sit.training and not loaded.training and settings["steps"] == 3
 
 
 @pytest.mark.parametrize("changes, words", [

@@ -5,25 +5,20 @@ a ValueError of its own: the file is proved not to be what was written, so anoth
 """
 import argparse
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
-import tempfile
-import warnings
 import zipfile
 
 import numpy as np
-import requests
 import safetensors
 import safetensors.torch
 import torch
 from huggingface_hub import hf_hub_download
-from requests.adapters import HTTPAdapter
-from urllib3.util import Retry
 
 
 class NotFinite(ValueError):
@@ -61,9 +56,8 @@ def replace(path):
             os.fsync(descriptor)
         os.close(descriptor)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(f"{path}: not written ({error.strerror}), what was there before is unchanged; make "
-                          "room and run the same command again") from error
+        if error.errno is not None and error.filename is None:  # a full disk does not say of which file
+            error.filename = path
         raise
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -89,9 +83,8 @@ def save(state, path):
     with replace(path) as temporary, open(temporary, "wb") as f:
         try:
             torch.save(state, f)    # to a file, not a name: torch writes the name into it
-        except RuntimeError as error:   # what torch makes of a full disk; `replace` names the file
-            reason = str(error).strip().split("\n")[0]
-            raise OSError(errno.ENOSPC, reason) from error
+        except RuntimeError as error:   # torch hides the OSError of a full disk
+            raise error.__context__ or error
 
 
 def save_json(content, path):
@@ -107,24 +100,15 @@ def write_npz(path, rows, shape, **arrays):
     come `arrays` under their names. The bytes depend on these alone. Raises ValueError if `rows` does not
     give `shape`.
     """
-    def member(archive, name):  # of a fixed date, and with room for more than 4 GiB
-        return archive.open(zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), "w", force_zip64=True)
-
     with replace(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        with member(archive, "arr_0") as f:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as f:     # room for more than 4 GiB
             header = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
             np.lib.format.write_array_header_1_0(f, header)
-            written = 0
-            for part in rows:
-                if part.dtype != np.uint8 or part.shape[1:] != tuple(shape[1:]):
-                    raise ValueError(f"{path}: {part.dtype} {list(part.shape)} instead of uint8 images of "
-                                     f"{list(shape[1:])}")
-                f.write(np.ascontiguousarray(part).data)
-                written += len(part)
-        if written != shape[0]:
-            raise ValueError(f"{path}: {written} images instead of {shape[0]}")
+            written = sum(f.write(np.ascontiguousarray(part).data) for part in rows)
+        if written != math.prod(shape):
+            raise ValueError(f"{path}: {written} bytes of images instead of {list(shape)}")
         for name, value in arrays.items():
-            with member(archive, name) as f:
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as f:
                 np.lib.format.write_array(f, np.asarray(value), allow_pickle=False)
 
 
@@ -147,15 +131,13 @@ def check_writable(path, inputs=()):
     if os.path.exists(path) and not os.path.isfile(path):
         return      # a device or FIFO
     path = os.path.realpath(path)
-    if os.path.exists(path) and any(os.path.exists(i) and os.path.samefile(path, i) for i in inputs):
+    if path in map(os.path.realpath, inputs):
         raise ValueError(f"{path}: is an input and would be replaced; give another name to write to")
     folder = os.path.dirname(path)
     while not os.path.lexists(folder):  # `replace` makes missing folders
         folder = os.path.dirname(folder)
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise OSError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+        raise OSError(f"{path}: cannot be written into {folder}; choose another place")
 
 
 def lock(folder):
@@ -168,11 +150,11 @@ def lock(folder):
     f = open(os.path.join(folder, ".lock"), "a")
     try:
         fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise OSError(f"{folder}: another run is at work there; wait for it or choose another folder"
-                          ) from None
-        # any other error: a file system without locks, where it is better to run than not to
+    except (BlockingIOError, PermissionError):
+        raise OSError(f"{folder}: another run is at work there; wait for it or choose another folder"
+                      ) from None
+    except OSError:
+        pass    # a file system without locks, where it is better to run than not to
     return f
 
 
@@ -205,20 +187,16 @@ def load(path):
     if head.lstrip()[:1] == b"<":
         raise ValueError(f"{path}: is a web page, not a file of tensors; download the file itself")
     try:
-        if path.endswith((".safetensors", ".sft")) or head[8:9] == b"{":
+        if head[8:9] == b"{":
             return safetensors.torch.load_file(path)
-        if head.startswith(b"PK"):
-            _check_crc(path)
-        elif not head.startswith(b"\x80"):      # a pickle, as torch wrote before version 1.6
-            raise EOFError("it has another format" if head else "it is empty")
-        content = _torch_load(path)
-    except (OSError, MemoryError):
-        raise
+        if not head.startswith((b"PK", b"\x80")):   # torch's zip, and its pickle before version 1.6
+            raise EOFError("it has another format")
+        content = _torch_load(path, is_zip=head.startswith(b"PK"))
     except pickle.UnpicklingError as error:     # torch's own message says how to run the code
         raise ValueError(f"{path}: not read, it contains more than tensors and plain containers; where you "
                          "trust it, torch.save its state_dict alone and use that") from error
     except Exception as error:      # whatever unpicklers and zipfile raise for bytes that make no sense
-        if isinstance(error, RuntimeError) and "memory" in str(error):
+        if isinstance(error, (OSError, MemoryError)) or "memory" in str(error):
             raise
         reason = (str(error).strip() or type(error).__name__).split("\n")[0][:150]
         raise Damaged(f"{path}: damaged, or not a file of tensors ({reason}); use another copy") from error
@@ -227,51 +205,40 @@ def load(path):
     return content
 
 
-def _check_crc(path):
-    """Raise BadZipFile unless every member of a zip has the CRC-32 it states; torch.load does not look."""
-    with zipfile.ZipFile(path) as archive:
-        # torch.serialization.set_crc32_options(False) writes zeros
-        if any(member.CRC for member in archive.infolist()) and (bad := archive.testzip()):
-            raise zipfile.BadZipFile(f"the checksum of {bad} differs")
-
-
-def _torch_load(path):
+def _torch_load(path, is_zip):
     """torch.load on the CPU with weights_only; foreign classes are replaced by Ignored."""
-    is_zip = zipfile.is_zipfile(path)   # not so before torch 1.6
-    for mmap in (is_zip, False):
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
-        known = [argparse.Namespace, *((Ignored, name) for name in foreign if name != "argparse.Namespace")]
+    known = [argparse.Namespace]
+    if is_zip:
+        with zipfile.ZipFile(path) as archive:      # torch.load does not look at checksums
+            if bad := archive.testzip():
+                raise zipfile.BadZipFile(f"the checksum of {bad} differs")
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        known += [(Ignored, name) for name in foreign if name != "argparse.Namespace"]
+    with torch.serialization.safe_globals(known):
         try:
-            with torch.serialization.safe_globals(known), warnings.catch_warnings():
-                warnings.simplefilter("ignore")     # about a pickle protocol
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
         except RuntimeError as error:
-            if not mmap or "mmap" not in str(error):    # some network volumes cannot map files: read them
+            if "mmap" not in str(error):    # some network volumes cannot map files: read them
                 raise
+            return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_json(path):
     """The content of a JSON file, a dict. Raises OSError or, for anything else, ValueError."""
     try:
         with open(path, encoding="utf-8") as f:
-            content = json.load(f)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is not valid JSON ({error}); use another copy") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: contains a {type(content).__name__}, not a JSON object")
-    return content
+            return dict(json.load(f))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: is not a JSON object ({error}); use another copy") from error
 
 
 def training_args(content, path):
-    """The flags a checkpoint was trained with: its `args`, or args.json next to it or one folder up."""
+    """The flags a checkpoint was trained with: its `args`, or the args.json of its run folder."""
     args = content.get("args")
-    if isinstance(args, (dict, argparse.Namespace)):
-        return dict(args if isinstance(args, dict) else vars(args))
-    folder = os.path.dirname(os.path.abspath(path))
-    for parent in (folder, os.path.dirname(folder)):
-        if os.path.isfile(os.path.join(parent, "args.json")):
-            return load_json(os.path.join(parent, "args.json"))
-    raise FileNotFoundError(f"{path}: no args in it and no args.json next to it or in its run folder")
+    if isinstance(args, argparse.Namespace):    # the reference's
+        return vars(args)
+    folder = os.path.dirname(os.path.dirname(os.path.abspath(path)))
+    return dict(args) if isinstance(args, dict) else load_json(os.path.join(folder, "args.json"))
 
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -348,25 +315,17 @@ def hub_file(repo, filename):
 
 
 def download(url, name, sha256_prefix):
-    """Path of an https file in torch hub's folder under `name`, fetched unless it is there.
+    """Path of a file of the web in torch hub's folder under `name`, fetched unless it is there.
 
-    Its sha256 must begin with `sha256_prefix`, or nothing is kept. TORCH_HOME moves the folder. Raises
-    OSError if it cannot be fetched, ValueError if what came is another file.
+    TORCH_HOME moves the folder. Raises OSError if it cannot be fetched, or if what came is another file: its
+    sha256 must begin with `sha256_prefix`, or nothing is kept.
     """
     path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
-    if os.path.exists(path):
-        return path
-    retry = Retry(3, backoff_factor=1, status_forcelist=[429, 500, 502, 503, 504])
-    with requests.Session() as session, replace(path) as temporary:
-        session.adapters.clear()    # no plain http, in redirects either
-        session.mount("https://", HTTPAdapter(max_retries=retry))
+    if not os.path.exists(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         try:
-            with session.get(url, stream=True, timeout=30) as answer, open(temporary, "wb") as f:
-                answer.raise_for_status()
-                f.writelines(answer.iter_content(1 << 20))
-        except requests.RequestException as error:
-            raise OSError(f"{url}: cannot be downloaded ({type(error).__name__}); without a network put the "
-                          f"file at {path}") from error
-        if not sha256(temporary).startswith(sha256_prefix):
-            raise ValueError(f"{url}: not the expected file, its sha256 does not begin with {sha256_prefix}")
+            torch.hub.download_url_to_file(url, path, sha256_prefix, progress=False)
+        except (OSError, RuntimeError) as error:
+            raise OSError(f"{url}: cannot be downloaded ({error}); without a network put the file at {path}"
+                          ) from error
     return path

@@ -238,10 +238,9 @@ def stats_from_config(config, channels):
     defaults = {"scaling_factor": 0.18215, "shift_factor": 0.0, "force_upcast": True}
     numbers = {key: given.get(key, default) for key, default in defaults.items()}
     scale, bias = (torch.full((channels,), float(numbers[k])) for k in ("scaling_factor", "shift_factor"))
-    if "latents_mean" in given:
+    if "latents_mean" in given and "latents_std" in given:
         numbers["latents_mean"] = True
-        if "latents_std" in given:
-            scale, bias = 1 / torch.tensor(given["latents_std"]), torch.tensor(given["latents_mean"])
+        scale, bias = 1 / torch.tensor(given["latents_std"]), torch.tensor(given["latents_mean"])
     return _checked_stats(scale, bias, "config.json", channels), numbers
 
 
@@ -294,14 +293,12 @@ def find(source):
 
 def _first(source, *names):
     """(name, path) of the first of `names` in a folder, or in a repository of the hub, which is fetched."""
-    if os.path.isdir(source):
-        for name in names:
-            if os.path.isfile(os.path.join(source, name)):
-                return name, os.path.join(source, name)
-        raise FileNotFoundError(f"{source}: no {names[0]}, so it is not a folder of an AutoencoderKL")
     for name in names:
+        path = os.path.join(source, name)
         try:
-            return name, files.hub_file(source, name)
+            path = path if os.path.isdir(source) else files.hub_file(source, name)
+            os.stat(path)
+            return name, path
         except OSError:
             if name == names[-1]:
                 raise

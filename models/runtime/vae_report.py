@@ -26,18 +26,17 @@ NOISE_IMAGES = 1000             # for psnr_noise_*
 
 # ---------------------------------------------------------------- one VAE
 
-def reconstructions(vae, batches, device, sums, means, dtype=torch.float32, lpips=None):
+def reconstructions(vae, batches, device, sums, means, lpips=None):
     """For each uint8 batch [b, 3, H, W] its reconstruction from the posterior's mean, likewise.
 
     On the way, adds to `sums`, float64 [len(SUMS) + 2 C], and appends each image's mean latents to the list
-    `means`. The VAE runs in `dtype`, everything else in float32 or wider.
+    `means`. Everything is in float32 or wider.
     """
     for batch in batches:
         with torch.inference_mode(), float32_exactly():
             a = batch.to(device, memory_format=torch.channels_last).float()     # convolutions' fast layout
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                posterior = vae.encode(a / 127.5 - 1)
-                copies = round_to_uint8(vae.decode(posterior.mean)).permute(0, 3, 1, 2)
+            posterior = vae.encode(a / 127.5 - 1)
+            copies = round_to_uint8(vae.decode(posterior.mean)).permute(0, 3, 1, 2)
             b, z = copies.float(), posterior.mean
             distance = lpips(a / 127.5 - 1, b / 127.5 - 1) if lpips else torch.zeros(len(a), device=device)
             values = [torch.ones(len(a), device=device), metrics.psnr(a, b), metrics.ssim(a, b), distance,
@@ -48,8 +47,7 @@ def reconstructions(vae, batches, device, sums, means, dtype=torch.float32, lpip
         yield copies
 
 
-def measure(vae, batches, device, dtype=torch.float32, lpips=None, features=None, reference=None,
-            progress=lambda done: None):
+def measure(vae, batches, device, lpips=None, features=None, reference=None, progress=lambda done: None):
     """Figures of a VAE on all processes' batches, uint8 [b, 3, H, W], as a dict.
 
     Its keys: psnr, ssim, lpips (if given), spatial_variance, total_variation, between_images, latents_mean
@@ -61,7 +59,7 @@ def measure(vae, batches, device, dtype=torch.float32, lpips=None, features=None
     """
     sums = torch.zeros(len(SUMS) + 2 * vae.latent_channels, dtype=torch.float64, device=device)
     means, done = [], 0
-    stream = reconstructions(vae, batches, device, sums, means, dtype, lpips)
+    stream = reconstructions(vae, batches, device, sums, means, lpips)
     found = features(stream) if features else {}
     for copies in stream:   # without features, running through it is the work; with them nothing is left
         done += len(copies) * distributed.world_size()
@@ -81,7 +79,7 @@ def measure(vae, batches, device, dtype=torch.float32, lpips=None, features=None
 
 
 @torch.inference_mode()
-def measure_tolerance(vae, batches, std, device, dtype=torch.float32):
+def measure_tolerance(vae, batches, std, device):
     """{"psnr_noise_0.1", ...}: metrics.psnr_under_noise over all processes' batches, uint8 [b, 3, H, W].
 
     std: of the latents per channel, C numbers. The noise is drawn from the number of the batch.
@@ -90,7 +88,7 @@ def measure_tolerance(vae, batches, std, device, dtype=torch.float32):
     std = torch.tensor(std, dtype=torch.float32, device=device)
     for k, batch in enumerate(batches):
         generator = torch.Generator().manual_seed(k * distributed.world_size() + distributed.rank())
-        with float32_exactly(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with float32_exactly():
             images = batch.to(device, memory_format=torch.channels_last)
             z = vae.encode(images.float() / 127.5 - 1).mean
             noise = torch.randn(z.shape, generator=generator).to(device)
@@ -116,8 +114,8 @@ def save_picture(path, images, vaes, captions):
 def evaluate(args):
     """Measure the VAEs args.eval: a table on the terminal; metrics.json and images.png in the run folder.
 
-    args: data_dir, resolution, limit, metrics, vae, inception_weights, mixed_precision ("auto" is float32
-    here), seed, output_dir, exp_name, dry_run. An earlier evaluation of that exp_name is replaced.
+    args: data_dir, resolution, limit, metrics, vae, inception_weights, seed, output_dir, exp_name, dry_run.
+    An earlier evaluation of that exp_name is replaced.
     """
     rank, world_size, device = distributed.init()
     wanted = [name for name in args.metrics.split(",") if name]
@@ -141,7 +139,6 @@ def evaluate(args):
     if args.dry_run:
         return print("settings are sound") if rank == 0 else None
 
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision, torch.float32)
     size = max(1, min(256, EVAL_PIXELS // args.resolution ** 2))
 
     def statistics(batches, what):
@@ -151,22 +148,20 @@ def evaluate(args):
     note = (f"{len(rows):,} images of {args.data_dir} at {args.resolution} px, reconstructed from posterior "
             "means; rFID's reference is these images themselves, not the reference of a generation benchmark")
     about = {"data_dir": args.data_dir, "images": len(rows), "resolution": args.resolution,
-             "metrics": wanted, "dtype": str(dtype), "sha256": digests, "note": note}
+             "metrics": wanted, "sha256": digests, "note": note}
 
     results = {}
     for source, vae in vaes.items():
-        found = measure(vae.to(device), read(data, size, rows), device, dtype, lpips,
+        found = measure(vae.to(device), read(data, size, rows), device, lpips,
                         inception and partial(statistics, what=source), reference,
                         log.progress(source, len(rows)))
         if "latents" in wanted:
-            some = rows[evenly_spaced(len(rows), NOISE_IMAGES)]
-            batches = read(data, size, some)
-            found |= measure_tolerance(vae, batches, found["latents_std"], device, dtype)
+            batches = read(data, size, rows[evenly_spaced(len(rows), NOISE_IMAGES)])
+            found |= measure_tolerance(vae, batches, found["latents_std"], device)
         results[source] = {name: value for name, value in found.items()
                            if name in wanted or (name not in METRICS and "latents" in wanted)}
-        if rank == 0:   # after each VAE: what is measured is not lost
-            files.save_json({**about, "vaes": results}, os.path.join(folder, "metrics.json"))
     if rank == 0:
+        files.save_json({**about, "vaes": results}, os.path.join(folder, "metrics.json"))
         shown = torch.stack([data[int(i)][0] for i in rows[evenly_spaced(len(rows), 8)]])
         save_picture(os.path.join(folder, "images.png"), shown, vaes.values(), list(vaes))
         names = [name for name, value in results[source].items() if isinstance(value, float)]

@@ -132,8 +132,8 @@ def discriminator(source, vae_name):
 def discriminator_state(source, vae_name):
     """State dict of the discriminator that comes with `source`, or None if none does.
 
-    A training checkpoint's `discriminator`, a CompVis checkpoint's loss.discriminator.*, the
-    -discriminator-ckpt.pt beside a VAE or in its repository, or a file of its weights alone.
+    A training checkpoint's `discriminator`, the -discriminator-ckpt.pt beside a VAE or in its repository, or
+    a file of its weights alone.
     """
     path = source
     if source in WITH_DISCRIMINATOR:
@@ -141,12 +141,7 @@ def discriminator_state(source, vae_name):
     elif os.path.isdir(source) or not (os.path.isfile(source) or source.endswith(vae_files.ENDINGS)):
         return None     # a diffusers folder, or another hub name
     content = files.load(path)
-    if "discriminator" in content:
-        return content["discriminator"]
-    state = content.get("state_dict", content)
-    own = {k.removeprefix("loss.discriminator."): v for k, v in state.items()
-           if str(k).startswith("loss.discriminator.")}
-    if own or "main.0.weight" in state:
-        return own or state
+    if "discriminator" in content or "main.0.weight" in content:
+        return content.get("discriminator", content)
     beside = vae_files.companion(path, "discriminator-ckpt")
     return files.load(beside) if os.path.isfile(beside) else None
