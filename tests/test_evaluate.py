@@ -1,6 +1,5 @@
 """The evaluator's numbers: every array of adm_*.npz (ADM.md there, sections 8 to 11), closed forms, peers."""
 import functools
-import json
 import math
 import threading
 import types
@@ -16,7 +15,7 @@ from models.inception import FIDInception, resize_tf1
 from models.metrics import (Moments, _map_distances, feature_statistics, float32_exactly, frechet_distance,
                             half_norms, inception_score, inception_score_splits, kernel_distances,
                             manifold_radii, precision_recall, psnr)
-from models.runtime.features import extract, hog_features, inception_features, load_inception, score
+from models.runtime.features import extract, hog_features, inception_features, score
 
 
 # ----------------------------------------------------------- the inputs of the golden files, from their seeds
@@ -122,7 +121,7 @@ def test_resize_is_tensorflows_bit_for_bit(case):
 
 def test_inception_has_the_weight_files_entries(golden_json):
     entries = {name: list(tensor.shape) for name, tensor in FIDInception().state_dict().items()}
-    assert entries == golden_json("adm_inception_state_dict")
+    assert entries == golden_json("adm_inception_state_dict") and len(entries) == 472
 
 
 def inception_images(data, which):
@@ -525,14 +524,6 @@ def test_metrics_end_to_end(e2e, run):
         assert exact == pytest.approx(tuple(data["plain/pr_f64"]))
 
 
-def test_a_set_is_at_distance_zero_from_itself_in_any_order(e2e):
-    images, networks = blocks(7, 12, 32), [inception_features(e2e[1])]
-    base, shuffled = (extract([nchw(x)], networks, "cpu")
-                      for x in (images, images[::-1]))
-    same = score(shuffled, base)
-    assert abs(same["fid"]) < 1e-3 and (same["precision"], same["recall"]) == (1.0, 1.0)
-
-
 def test_distance_grows_with_noise():
     images, random = blocks(8, 300, 32), np.random.default_rng(0)
     noisy = [np.clip(images + random.normal(0, s, images.shape), 0, 255).astype(np.uint8)
@@ -540,15 +531,3 @@ def test_distance_grows_with_noise():
     found = [extract([nchw(x)], [hog_features(32)], "cpu") for x in noisy]
     distances = [score(f, found[0])["fd_hog"] for f in found]
     assert abs(distances[0]) < 1e-3 < distances[1] < distances[2] < distances[3]
-
-
-def test_golden_json_lists_exactly_the_entries_to_load(golden_json, tmp_path):
-    state = FIDInception().state_dict()
-    assert len(golden_json("adm_inception_state_dict")) == len(state) == 472
-    del state["fc.bias"]
-    torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="fc.bias"):
-        load_inception(str(tmp_path / "w.pth"))
-    (tmp_path / "text.pth").write_text(json.dumps({}))
-    with pytest.raises(ValueError, match="text.pth"):
-        load_inception(str(tmp_path / "text.pth"))
