@@ -69,7 +69,17 @@ def draw_samples(nets, args, indices, labels, cfg_scale):
         return truncate_to_uint8(decode(nets.vae.decode, x.float(), *nets.ema.latents_stats()).float())
 
 
-@torch.no_grad()
+@torch.inference_mode()
+def save_reconstructions(path, images, vaes, captions):
+    """PNG of images (uint8 [N, 3, H, W]) in one row, below it those of each VAE, in float32."""
+    rows = [images.permute(0, 2, 3, 1)]
+    for vae in vaes:
+        x = images.to(next(vae.parameters()).device).float() / 127.5 - 1
+        rows.append(round_to_uint8(vae.decode(vae.encode(x).mean)).cpu())
+    captions = [text for label in ("original", *captions) for text in (label, *[""] * (len(images) - 1))]
+    write_png(path, label_grid(torch.cat(rows), captions, columns=len(images)))
+
+
 def save_grids(nets, args, step, folder, originals):
     """Write two pictures of step NNNNNNN: samples/NNNNNNN.png, 40 samples with their classes, and
     reconstructions/NNNNNNN.png, `originals` (uint8 [n, 3, R, R]) above their reconstructions."""
@@ -78,10 +88,5 @@ def save_grids(nets, args, step, folder, originals):
     samples = draw_samples(nets, args, range(40), labels, args.cfg_scale if args.cfg_prob > 0 else 1.0)
     grid = label_grid(samples.cpu(), labels.tolist(), columns=min(args.num_classes, 10))
     write_png(os.path.join(folder, "samples", f"{step:07d}.png"), grid)
-
-    originals = originals.to(nets.device).float() / 127.5 - 1
-    with nets.autocast():
-        copies = nets.vae.decode(nets.vae.encode(originals).mean)
-    both = round_to_uint8(torch.cat([originals, copies.float()]))
-    grid = label_grid(both.cpu(), columns=len(originals))
-    write_png(os.path.join(folder, "reconstructions", f"{step:07d}.png"), grid)
+    path = os.path.join(folder, "reconstructions", f"{step:07d}.png")
+    save_reconstructions(path, originals, [nets.vae], ["VAE"])
