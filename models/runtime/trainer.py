@@ -102,14 +102,6 @@ def data_loader(args, dataset, device, step, workers):
     return iter(make_loader(dataset, sampler, args.batch_size // world_size, workers, device))
 
 
-def step_images(args, dataset, step, count):
-    """The first `count` images, uint8 [count, 3, R, R] at most, of this process's share of a step's batch."""
-    rank, world_size = distributed.rank(), distributed.world_size()
-    sampler = EndlessSampler(len(dataset), args.batch_size, rank, world_size, args.seed, start_step=step - 1)
-    count = min(count, args.batch_size // world_size)
-    return torch.stack([dataset[key][0] for key in itertools.islice(sampler, count)])
-
-
 def draw_generator(args, step, device):
     """The generator of a step's draws. They are made for the global batch and cut by `my_share`: a run does
     not depend on the number of processes, and a resumed one needs no random state but the step."""
