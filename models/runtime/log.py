@@ -1,7 +1,6 @@
 """What a run tells: its log, the watch on a collapse, the progress line; and signals that ask it to stop."""
 import contextlib
 import datetime
-import itertools
 import json
 import math
 import os
@@ -120,28 +119,27 @@ class RunLog:
             self.timed += 1
 
     def write(self, step, batch_size):
-        """Read the steps since the last line (the one host synchronization) and write a line everywhere.
+        """Read the steps since the last line, which waits for the device, and write a line everywhere.
 
         Returns it, a dict. Raises Collapse if learning stopped.
         """
-        sums, first_bad = {}, None
         device = self.steps[0][1].device
-        numbers = iter(torch.cat([values for _, values in self.steps]).tolist())
-        for names, _ in self.steps:
-            values, skip = list(itertools.islice(numbers, len(names))), next(numbers)
-            self.in_a_row = self.in_a_row + 1 if skip else 0
-            for name, value in zip(names, values):
-                total, good = sums.get(name, (0.0, 0))
-                sums[name] = (total, good) if skip else (total + value, good + 1)
-                if skip and first_bad is None and not math.isfinite(value):
-                    first_bad = name    # in the order of computation: the others follow from it
-        means = {name: total / good if good else math.nan for name, (total, good) in sums.items()}
+        rows = [dict(zip((*names, "skip"), values.tolist())) for names, values in self.steps]
+        for row in rows:
+            self.in_a_row = self.in_a_row + 1 if row["skip"] else 0
+        # in the order of computation: what comes later follows from it
+        not_finite = (name for row in rows if row["skip"] for name in row if not math.isfinite(row[name]))
+        first_bad = next(not_finite, None)
+        good = [row for row in rows if not row["skip"]]
+        means = {}
+        for name in dict.fromkeys(name for row in rows for name in row if name != "skip"):
+            values = [row[name] for row in good if name in row]
+            means[name] = sum(values) / len(values) if values else math.nan
         everyone = distributed.gather(means)
         means = {name: sum(other[name] for other in everyone) / len(everyone) for name in means}
-        good = max(good for _, good in sums.values())
         now = time.perf_counter()
         seconds = (now - self.last) / self.timed if self.timed else self.first_seconds
-        line = {"step": step, **means, "skipped_steps": len(self.steps) - good,
+        line = {"step": step, **means, "skipped_steps": len(rows) - len(good),
                 "images_per_s": batch_size / seconds, "seconds_per_step": seconds,
                 "peak_memory_gib": peak_memory_gib(device)}
         if first_bad is not None:
