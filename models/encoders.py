@@ -197,8 +197,9 @@ def load_weights(model, state):
     """Load a file's content into a timm network by timm's own converter of names and positions.
 
     timm's loader leaves tensors that a file lacks at their random initial values. Here all of the network
-    must be there, as dense floating point; the file may contain more (classifier, decoder, text tower).
-    Raises ValueError naming the first tensor that differs.
+    must be there, as dense floating point, and no further blocks or register tokens; the file may contain
+    more outside of it (classifier, decoder, text tower). Raises ValueError naming the first tensor that
+    differs.
     """
     own, state = model.state_dict(), unwrap(state)
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
@@ -206,7 +207,9 @@ def load_weights(model, state):
         state = convert(dict(state), model) if convert else state
     except Exception:   # it expects its architecture's names; where they are missing, the list below says so
         pass
+    trunk = {"reg_token", *(k.split(".")[0] for k in own)} - {"head"}    # some have their classifier there
     differs = [f"{k} is missing" for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    differs += [f"{k} is unknown" for k in state if k not in own and k.split(".")[0] in trunk]
     state = {k: v for k, v in state.items() if k in own}
     differs += [f"{k} is {v.dtype} {list(v.shape)}, not {own[k].dtype} {list(own[k].shape)}"
                 for k, v in state.items() if v.shape != own[k].shape or v.layout != torch.strided or v.is_meta

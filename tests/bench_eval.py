@@ -1,11 +1,10 @@
 """Speed of the evaluator next to torch-fidelity and pytorch-fid, and their figures; one JSON line each.
 
-    python tests/bench_eval.py [--figures] [--images 64] [--rounds 3] [--points 10000] [--threads 2]
+    python tests/bench_eval.py [--figures] [--images 64] [--rounds 3] [--threads 2]
 
 Same PNG files, same (random) weights, same device, from files to pool features, each program with its own
 reading and resizing, in alternating runs; the best round of each counts. The two peers take part where they
-are installed. Then precision and recall at points x points x 2048, half and float32, and the Frechet distance
-at 2048 dimensions. --figures: instead of times, FID, KID and Inception Score by each program.
+are installed. --figures: instead of times, FID, KID and Inception Score by each program.
 """
 import argparse
 import contextlib
@@ -15,7 +14,6 @@ import os
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -112,24 +110,6 @@ def bench_features(args):
     emit(bench="features", images=args.images, device=args.device, **rates)
 
 
-def bench_precision_recall(args):
-    random = np.random.default_rng(0)
-    ref, samples = (np.maximum(random.standard_normal((args.points, 2048), dtype=np.float32), 0)
-                    for _ in range(2))
-    programs = {name: partial(metrics.precision_recall, ref, samples, exact=exact, device=args.device)
-                for name, exact in (("half", False), ("exact", True))}
-    seconds = best_of(programs, 1, args.device)
-    emit(bench="precision_recall", points=args.points, device=args.device,
-         **{f"{k}_s": v[0] for k, v in seconds.items()})
-
-
-def bench_frechet(args):
-    random, scale = np.random.default_rng(0), 1 / (1 + np.arange(2048) / 64)
-    a, b = (metrics.feature_statistics(random.standard_normal((4096, 2048)) * scale + m) for m in (0, 0.1))
-    seconds = best_of({"ours": lambda: metrics.frechet_distance(*a, *b)}, args.rounds, "cpu")
-    emit(bench="frechet", dimensions=2048, seconds=seconds["ours"][0])
-
-
 def compare_figures(args):
     """FID, KID and Inception Score of two sets by us, torch-fidelity and pytorch-fid."""
     import torch_fidelity
@@ -159,16 +139,13 @@ def main():
     parser.add_argument("--figures", action="store_true", help="compare figures instead of times")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--points", type=int, default=10_000, help="rows of each set in precision and recall")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     # ours computes without TF32, so the others do too
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    speed = bench_features, bench_precision_recall, bench_frechet
-    for bench in [compare_figures] if args.figures else speed:
-        bench(args)
+    (compare_figures if args.figures else bench_features)(args)
 
 
 if __name__ == "__main__":

@@ -182,9 +182,7 @@ def sample(tiny):
 
 
 def evaluate(tiny):
-    flags = ["--images", "4", "--rounds", "1", "--points", "64", "--dimensions", "64"] if tiny else \
-        ["--images", "1024", "--rounds", "1"]
-    return figures_of("tests/bench_eval.py", *flags)
+    return figures_of("tests/bench_eval.py", "--images", "4" if tiny else "1024", "--rounds", "1")
 
 
 def run_flags(folder, name, steps, *more):
@@ -220,21 +218,9 @@ def resume(tiny):
                               1e-3 if GPU else 0.0))
 
 
-def two_processes(tiny):
-    """Two processes (NCCL where there are two GPUs, else gloo) against one."""
-    if GPU and torch.cuda.device_count() < 2:
-        return {"skipped": "one GPU only"}
-    with tempfile.TemporaryDirectory() as folder:
-        lines_of([sys.executable, *run_flags(folder, "one", 4)])
-        lines_of([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                  *run_flags(folder, "two", 4)])
-        return within(losses=(largest_difference(logged(folder, "two"), logged(folder, "one")), 1e-3))
-
-
 # Seconds allowed, in the order of what the figures are worth: the first six take six minutes.
 PIECES = {parity: 40, fast: 180, fast_eager: 50, twenty_steps: 90, gpu_tests: 60, plain: 60,
-          resume: 75, sample: 60, grad_checkpoint: 120, evaluate: 60, two_processes: 75,
-          plain_compiled_sit: 190}
+          resume: 75, sample: 60, grad_checkpoint: 120, evaluate: 60, plain_compiled_sit: 190}
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -272,8 +258,7 @@ def flat(figures, prefix=""):
             yield from flat(value, f"{prefix} {key}".strip())
     elif isinstance(figures, list):
         for value in figures:
-            title = " ".join(str(value[k]) for k in ("model", "guided") if k in value)
-            yield from flat(value, f"{prefix} {title}".strip())
+            yield from flat(value, f"{prefix} {value.get('model', '')}".strip())
     else:
         yield prefix, f"{figures:.4g}" if isinstance(figures, float) else str(figures)
 

@@ -255,6 +255,9 @@ def test_weights_of_another_architecture(tmp_path):
     state = weights("test_vit", num_classes=0)
     norm = state.pop("norm.weight")
     for changed, words in (({}, "norm.weight is missing"),
+                           ({"norm.weight": norm, "blocks.99.norm1.weight": norm},
+                            "99.norm1.weight is unknown"),
+                           ({"norm.weight": norm, "reg_token": norm}, "reg_token is unknown"),
                            ({"norm.weight": torch.zeros(65)}, "norm.weight is torch.float32 [65], not"),
                            ({"norm.weight": norm.to(torch.int8)}, "norm.weight is torch.int8"),
                            ({"norm.weight": norm.to_sparse()}, "norm.weight is torch.float32"),

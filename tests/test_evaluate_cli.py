@@ -132,7 +132,8 @@ def test_a_saved_reference_gives_its_statistics(tmp_path, stand_in, capsys, monk
     monkeypatch.setattr(evaluate_fid, "KEPT", 6)
     images = write_folder(tmp_path / "images", pictures(12))
     np.savez(tmp_path / "s.npz", pictures(10, 1))
-    evaluate_fid.main(["--save-ref", str(tmp_path / "ref.npz"), "--batch-size", "5", str(tmp_path / "images")])
+    ref = tmp_path / "ref.npz"
+    evaluate_fid.main(["--save-ref", str(ref), "--batch-size", "5", str(tmp_path / "images")])
     with np.load(tmp_path / "ref.npz", allow_pickle=False) as file:
         assert sorted(file.files) == ["arr_0", "mu", "mu_s", "protocol", "sigma", "sigma_s"]
         np.testing.assert_array_equal(file["arr_0"], images[[0, 2, 4, 7, 9, 11]])
