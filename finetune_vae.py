@@ -79,23 +79,21 @@ def parse_args(argv=None):
 def find_weights(args):
     """Settle --vae, --disc-ckpt and --disc-start by what --ckpt is.
 
-    Returns (VAE state or None, latent statistics or None, pipelines' numbers: see vae_files.read).
+    Returns (VAE state or None, latent statistics or None, pipelines' numbers: see vae_files.open_vae).
     """
     if args.ckpt is None or args.ckpt == "none" and not (args.vae and args.train_encoder):
         raise ValueError("name the VAE to refine with --ckpt; "
                          "from scratch: --ckpt none --vae f16d32 --train-encoder")
     state, stats, numbers = None, None, {}
     if args.ckpt != "none":
-        args.vae, state, stats = vae_files.open_vae(args.ckpt, args.vae, args.latents_stats)
-        if not args.train_encoder:  # the latents stay what they are
-            numbers = vae_files.read(args.ckpt)[2]
+        args.vae, state, stats, numbers = vae_files.open_vae(args.ckpt, args.vae, args.latents_stats)
     if args.disc_ckpt == "auto":
         sought = args.disc_weight > 0 and args.ckpt != "none"   # a hub's discriminator is a file of its own
         has_own = sought and weights.discriminator_state(args.ckpt, args.vae) is not None
         args.disc_ckpt = args.ckpt if has_own else "none"
     if args.disc_start is None:  # an untrained discriminator learns for a while before the VAE listens to it
         args.disc_start = 5000 if args.disc_ckpt == "none" else 0
-    return state, stats, numbers
+    return state, stats, {} if args.train_encoder else numbers  # the numbers are of a frozen encoder
 
 
 def build_networks(args, device, vae_state, resumed=False):
@@ -300,8 +298,7 @@ def export(args):
     """--export: the VAE of --ckpt and its latent statistics as a folder."""
     if args.ckpt in (None, "none"):
         raise ValueError("--export needs the VAE's --ckpt")
-    name, state, stats = vae_files.open_vae(args.ckpt, args.vae, args.latents_stats)
-    numbers = vae_files.read(args.ckpt)[2]  # a pipeline reads them of the export as it did of the source
+    name, state, stats, numbers = vae_files.open_vae(args.ckpt, args.vae, args.latents_stats)
     disc = weights.discriminator_state(args.ckpt, name) if args.format == "compvis" else None
     vae_files.export_vae(args.export, state, stats, args.format, args.resolution, numbers, disc)
     print(f"wrote {', '.join(sorted(os.listdir(args.export)))}")

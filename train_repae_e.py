@@ -151,7 +151,7 @@ def load_vae(args, resumed):
     A `resumed` run has the VAE that it trains in its checkpoint.
     """
     if args.vae_ckpt != "none" and (args.freeze_vae or not resumed):
-        _, state, stats = vae_files.open_vae(args.vae_ckpt, args.vae, args.latents_stats)
+        _, state, stats, _ = vae_files.open_vae(args.vae_ckpt, args.vae, args.latents_stats)
         return state, stats
     if args.latents_stats is not None:
         return None, vae_files.load_stats(args.latents_stats, VAE_models[args.vae]().latent_channels)

@@ -50,7 +50,7 @@ def vaes(request, tmp_path_factory):
             (folder / kind / "config.json").write_text(json.dumps(config))
     scale, bias = vae_files.open_vae(str(folder / "original"), name)[2]
     files.save({"vae_ema": refined, "vae": refined, "latents_scale": scale, "latents_bias": bias, "steps": 1,
-                "args": {}, "source_config": vae_files.read(str(folder / "original"))[2]},
+                "args": {}, "source_config": vae_files.open_vae(str(folder / "original"))[3]},
                folder / "0000001.pt")
     finetune.main(["--ckpt", str(folder / "original"), "--export", str(folder / "exported")])
     finetune.main(["--ckpt", str(folder / "0000001.pt"), "--export", str(folder / "refined-exported")])
@@ -128,6 +128,6 @@ def test_networks_agree(name, tmp_path, close):
         close(peer.encode(x).latent_dist.mean, vae.encode(x).mean, atol=1e-5, rtol=1e-5)
     assert peer.config.latents_mean == pytest.approx(stats[1].flatten().tolist())
     peer.save_pretrained(tmp_path / "again")
-    state, again, _ = vae_files.read(str(tmp_path / "again"))
+    _, state, again, _ = vae_files.open_vae(str(tmp_path / "again"))
     assert all(torch.equal(state[k], v) for k, v in vae.state_dict().items())
     close(again[0], stats[0])

@@ -261,7 +261,7 @@ def test_run_folder_and_checkpoint_layout(tmp_path, start, close):
                            "latents_bias", "data", "source_config", "loss_scale", "args", "steps"]
     assert json.loads((folder / "args.json").read_text()) == state["args"] and state["args"]["vae"] == "f4d4"
     path = str(folder / "checkpoints" / "0000002.pt")
-    loaded, stats, _ = vae_files.read(path)
+    _, loaded, stats, _ = vae_files.open_vae(path)
     assert_same(loaded, state["vae_ema"])
     close(stats[0], STATS[0], 0), close(stats[1], STATS[1], 0)  # the encoder is frozen: its statistics stay
     again = finetune.parse_args([*TINY, "--ckpt", path, "--disc-weight", "0.1"])
@@ -276,54 +276,42 @@ def test_from_scratch_measures_the_statistics_of_what_it_saves(tmp_path, close, 
     flags = ["--ckpt", "none", "--vae", "f4d4", "--train-encoder", "--max-train-steps", "1", "--batch-size",
              "4"]
     path = str(run(tmp_path, *flags) / "checkpoints" / "0000001.pt")
-    state, stats, _ = vae_files.read(path)
+    _, state, stats, _ = vae_files.open_vae(path)
     assert not torch.equal(state["encoder.conv_in.weight"], files.load(path)["vae"]["encoder.conv_in.weight"])
-    args, vae = finetune.parse_args([*TINY, *flags]), VAE_models["f4d4"]()
+    args, vae = finetune.parse_args([*TINY, *flags]), weights.open_vae(path)
     loader = trainer.data_loader(args, ShapesData(50000, 32), torch.device("cpu"), 0, workers=0)
     images = torch.cat([next(loader)[0] for _ in range(2)])
-    vae.load_state_dict(state)
     with torch.no_grad():
         mean, square = metrics.latent_moments(vae.encode(images.float() / 127.5 - 1))
     close(stats[1].flatten(), mean), close(stats[0].flatten() ** -2, square - mean.square(), 1e-5, 1e-5)
 
 
 def test_refined_vae_in_the_other_scripts(tmp_path, first_stage):
-    """A VAE of the first stage, refined: closer to unseen images, the same latents, usable everywhere."""
-    ckpt = first_stage
-    folder = run(tmp_path, "--ckpt", ckpt, "--max-train-steps", "8", "--ema-decay", "0.7",
+    """A VAE of the first stage, refined: closer to unseen images, the same latents, usable in both stages."""
+    folder = run(tmp_path, "--ckpt", first_stage, "--max-train-steps", "8", "--ema-decay", "0.7",
                  "--checkpointing-steps", "100")
     refined = str(folder / "checkpoints" / "0000008.pt")
     data, found = ShapesData(64, 32, seed=1), []
     x = torch.stack([data[i][0] for i in range(64)]).float() / 127.5 - 1
-    for path in (ckpt, refined):
-        vae = VAE_models["f4d4"]()
-        vae.load_state_dict(vae_files.read(path)[0])
-        with torch.no_grad():
-            mean = vae.encode(x).mean
-            found.append((mean, (vae.decode(mean) - x).abs().mean().item()))
-    assert torch.equal(found[0][0], found[1][0])
-    assert found[1][1] < 0.9 * found[0][1]
-    before, after = (vae_files.read(path)[1] for path in (ckpt, refined))
-    assert_same(before, after)
-    sample_ddp.main(["--ckpt", ckpt, "--vae-ckpt", refined, "--num-fid-samples", "4", "--num-steps", "2",
-                     "--npz", str(tmp_path / "x.npz")])
+    for path in (first_stage, refined):
+        vae = weights.open_vae(path)
+        mean = vae.encode(x).mean
+        found.append((mean, (vae.decode(mean) - x).abs().mean().item(), vae_files.open_vae(path)[2]))
+    before, after = found
+    assert torch.equal(before[0], after[0]) and after[1] < 0.9 * before[1]
+    assert_same(before[2], after[2])
+    sample_ddp.main(["--ckpt", first_stage, "--vae-ckpt", refined, "--num-fid-samples", "4",
+                     "--num-steps", "2", "--npz", str(tmp_path / "x.npz")])
     with np.load(tmp_path / "x.npz") as samples:
         assert samples["arr_0"].shape == (4, 32, 32, 3) and samples["arr_0"].std() > 1
     stage_one.main(["--preset", "demo", "--vae", "f4d4", "--batch-size", "2", "--sampling-steps", "0",
                     "--max-train-steps", "1", "--output-dir", str(tmp_path), "--freeze-vae",
                     "--vae-ckpt", refined, "--exp-name", "frozen"])
-    frozen = str(tmp_path / "frozen" / "checkpoints" / "0000001.pt")  # leads to its VAE in every mode
-    again = run(tmp_path / "again", "--ckpt", frozen, "--max-train-steps", "1", "--batch-size", "2")
-    assert_same(vae_files.read(str(again / "checkpoints" / "0000001.pt"))[1], vae_files.read(frozen)[1])
-    finetune.main([*MEASURE, "--eval", frozen, refined, "--output-dir", str(tmp_path), "--exp-name", "m",
-                   "--limit", "4", "--metrics", "psnr"])
-    one, two = json.loads((tmp_path / "m" / "metrics.json").read_text())["vaes"].values()
-    assert one == two
-    finetune.main(["--ckpt", frozen, "--export", str(tmp_path / "export"), "--format", "compvis"])
-    assert_same(dict(files.load(tmp_path / "export" / "export.pt")), vae_files.read(refined)[0])
-    sit = files.load(tmp_path / "frozen" / "checkpoints" / "0000001.pt")["model"]
-    torch.testing.assert_close(sit["bn.running_mean"], after[1].flatten())
-    torch.testing.assert_close(sit["bn.running_var"], after[0].flatten() ** -2)
+    frozen = str(tmp_path / "frozen" / "checkpoints" / "0000001.pt")    # leads to its VAE in every mode
+    assert_same(vae_files.open_vae(frozen)[1], vae_files.open_vae(refined)[1])
+    sit = files.load(frozen)["model"]
+    torch.testing.assert_close(sit["bn.running_mean"], after[2][1].flatten())
+    torch.testing.assert_close(sit["bn.running_var"], after[2][0].flatten() ** -2)
 
 
 # -------------------------------------------------------------------------------------------------- measuring
@@ -355,8 +343,7 @@ def test_eval_measures_several_vaes(tmp_path, start, photos, monkeypatch, capsys
                        for p in sorted(photos.iterdir())])
     a = torch.from_numpy(images).permute(0, 3, 1, 2)
     for source, figures in result["vaes"].items():
-        vae = VAE_models["f4d4"]()
-        vae.load_state_dict(vae_files.read(source)[0])
+        vae = weights.open_vae(source)
         with torch.no_grad():
             posterior = vae.encode(a.float() / 127.5 - 1)
             z, std = posterior.mean, posterior.sample(torch.zeros(())).var((0, 2, 3), correction=0)
@@ -402,7 +389,7 @@ def test_a_refinement_keeps_the_numbers_of_its_source(tmp_path, start, monkeypat
     for name, numbers in (("decoder/run/checkpoints/0000002.pt", {"scaling_factor": 0.5, "shift_factor": 0.0,
                                                                   "force_upcast": True}),
                           ("whole/run/checkpoints/0000001.pt", {})):
-        assert vae_files.read(str(tmp_path / name))[2] == numbers
+        assert vae_files.open_vae(str(tmp_path / name))[3] == numbers
 
 
 def test_export_from_a_training_checkpoint(tmp_path, close, capsys, monkeypatch):
@@ -420,7 +407,7 @@ def test_export_from_a_training_checkpoint(tmp_path, close, capsys, monkeypatch)
     assert config["latents_std"] == pytest.approx((1 / STATS[0]).flatten().tolist())
     finetune.main(["--ckpt", str(out), "--export", str(tmp_path / "back"), "--format", "compvis"])
     assert "wrote back-latents-stats.pt, back.pt" in capsys.readouterr().out
-    again, stats, _ = vae_files.read(str(tmp_path / "back" / "back.pt"))
+    _, again, stats, _ = vae_files.open_vae(str(tmp_path / "back" / "back.pt"))
     assert set(state) == set(again) and all(torch.equal(state[k], again[k]) for k in state)
     close(stats[0], STATS[0], 1e-6), close(stats[1], STATS[1], 1e-6)
     files.save(state, tmp_path / "bare.pt")     # Stable Diffusion's VAE in CompVis names: no statistics
@@ -473,7 +460,8 @@ def test_user_errors_are_one_line_and_exit_code_2(tmp_path, start, capsys, monke
     def no_network(*_):
         raise OSError("no network")
     monkeypatch.setattr(files, "download", no_network)
-    torch.save(files.load(start) | {"encoder.conv_in.bias": torch.full((64,), torch.nan)}, tmp_path / "nan.pt")
+    broken = files.load(start) | {"encoder.conv_in.bias": torch.full((64,), torch.nan)}
+    torch.save(broken, tmp_path / "nan.pt")
     flags = [f.format(tmp=tmp_path, start=start) for f in flags]
     mode = [*MEASURE, "--output-dir", str(tmp_path / "out")] if "--eval" in flags else \
         ["--preset", "demo"] if "--export" in flags else \

@@ -57,26 +57,6 @@ def test_kl_16_has_attention_in_the_last_level_of_its_encoder_alone():
     assert set(config["up_block_types"]) == {"UpDecoderBlock2D"} and config["use_quant_conv"]
 
 
-@pytest.mark.parametrize("name, sizes", [
-    ("f8d4", dict(latent_channels=4, multipliers=(1,) * 4)),
-    ("f8d16", dict(latent_channels=16, multipliers=(1,) * 4, quant=False)),
-    ("f16d32", dict(latent_channels=32, multipliers=(1,) * 5, attention_levels=(4,)))])
-def test_files_round_trip(name, sizes, tmp_path, close):
-    """CompVis -> diffusers -> CompVis through files, of the smallest widths; the same bits."""
-    vae = AutoencoderKL(**sizes)
-    state, stats = {k: v.bfloat16() for k, v in vae.state_dict().items()}, stats_of(vae.latent_channels)
-    vae_files.export_vae(tmp_path / "a", state, stats, "compvis")
-    source = str(tmp_path / "a" / "a.pt")
-    for folder, format, file in (("b", "diffusers", ""), ("c", "compvis", "c.pt")):
-        vae_files.export_vae(tmp_path / folder, *vae_files.read(source)[:2], format)
-        source = os.path.join(tmp_path, folder, file)
-    back, again, _ = vae_files.read(source)
-    assert vae_files.vae_name(back) == name and set(back) == set(state)
-    assert all(torch.equal(back[k], v) and back[k].dtype == v.dtype for k, v in state.items())
-    for mine, theirs in zip(again, stats):
-        close(mine, theirs, 0, 2e-7)
-
-
 def test_every_kind_of_file(tmp_path, close, slim):
     state, stats = slim, stats_of(4)
     vae_files.export_vae(tmp_path / "folder", state, stats)
@@ -99,14 +79,14 @@ def test_every_kind_of_file(tmp_path, close, slim):
     with_stats = {"folder", "pipeline", "half", "bin", "with-400k.pt", "0000001.pt", "refined.pt",
                   "folder/diffusion_pytorch_model.safetensors"}
     for name in with_stats | {"bare.pt", "alone.safetensors", "ae.sft"}:
-        found, loaded, its = vae_files.open_vae(str(tmp_path / name))
+        found, loaded, its, _ = vae_files.open_vae(str(tmp_path / name))
         expected = {k: v.half() for k, v in state.items()} if name == "half" else state
         assert found == "f8d4" and set(loaded) == set(state), name
         assert all(torch.equal(loaded[k], expected[k]) for k in state), name
         assert (its is not None) == (name in with_stats), name
         for mine, theirs in zip(its or (), stats):
             close(mine, theirs, atol=1e-6)
-    _, _, its = vae_files.open_vae(str(tmp_path / "bare.pt"), stats_file="0.2325")  # a scale, as text
+    _, _, its, _ = vae_files.open_vae(str(tmp_path / "bare.pt"), stats_file="0.2325")  # a scale, as text
     close(its[0], torch.full((1, 4, 1, 1), 0.2325)), close(its[1], torch.zeros(1, 4, 1, 1))
 
 
@@ -127,7 +107,7 @@ class Callback:
 def test_wrappers_and_prefixes_of_other_trainers(tmp_path, wrap, slim):
     """Of averages and raw weights the averages are read."""
     torch.save(wrap(slim), tmp_path / "a.ckpt")
-    found, loaded, _ = vae_files.open_vae(str(tmp_path / "a.ckpt"))
+    found, loaded, _, _ = vae_files.open_vae(str(tmp_path / "a.ckpt"))
     assert found == "f8d4" and all(torch.equal(loaded[k], v) for k, v in slim.items())
 
 
@@ -136,7 +116,7 @@ def test_more_than_a_vae(tmp_path, slim):
     others = {"linear_proj.weight": torch.ones(1), "foundation_model.norm.weight": torch.ones(2),
               "loss.logvar": torch.zeros(()), "model_ema.decay": torch.zeros(())}
     files.save({"state_dict": slim | others}, tmp_path / "a.ckpt")
-    state, stats, _ = vae_files.read(str(tmp_path / "a.ckpt"))
+    _, state, stats, _ = vae_files.open_vae(str(tmp_path / "a.ckpt"))
     assert stats is None and set(state) == set(slim)
     files.save(slim | {"decoder.extra": slim.pop("quant_conv.weight")}, tmp_path / "b.ckpt")
     with pytest.raises(ValueError, match="missing .first: quant_conv.weight.*unknown .first: decoder.extra"):
@@ -161,7 +141,7 @@ def test_frozen_checkpoint_leads_to_its_vae(tmp_path, close, monkeypatch, slim):
     digest = files.state_digest(vae_files.open_vae(str(tmp_path / "a" / "vae"))[1])
     path = frozen_checkpoint(tmp_path / "0000001.pt", stats, "vae", vae_digest=digest)
     monkeypatch.chdir(tmp_path / "a")
-    name, loaded, found = vae_files.open_vae(path, "f8d4")
+    name, loaded, found, _ = vae_files.open_vae(path, "f8d4")
     assert all(torch.equal(loaded[k], slim[k]) for k in slim)
     close(found[0], stats[0], 1e-6)
     monkeypatch.chdir(tmp_path / "b")
@@ -205,12 +185,12 @@ def test_export_keeps_the_numbers_that_pipelines_read(tmp_path, slim, kind):
     dropped = ("scaling_factor", "shift_factor", "force_upcast", "latents_mean", "latents_std")
     config = {k: v for k, v in config_of(source).items() if k not in dropped} | given
     (source / "config.json").write_text(json.dumps(config))
-    _, stats, numbers = vae_files.read(str(source))
+    _, _, stats, numbers = vae_files.open_vae(str(source))
     files.save({"vae_ema": slim, "vae": slim, "latents_scale": stats[0], "latents_bias": stats[1], "steps": 3,
                 "args": {}, "source_config": numbers}, tmp_path / "refined.pt")
     frozen_checkpoint(tmp_path / "frozen.pt", stats, str(source))
     for start in ("source", "refined.pt", "frozen.pt"):
-        found, out = vae_files.read(str(tmp_path / start))[2], tmp_path / f"out-{start}"
+        found, out = vae_files.open_vae(str(tmp_path / start))[3], tmp_path / f"out-{start}"
         vae_files.export_vae(out, slim, stats, source=found)
         expected = {"scaling_factor": 0.18215, "shift_factor": 0.0, "force_upcast": True} | given
         assert all(config_of(out)[k] == pytest.approx(v) for k, v in expected.items()), start
@@ -305,7 +285,7 @@ def test_hub_names(tmp_path, monkeypatch, slim):
     monkeypatch.setattr(files, "hub_file", hub_file)
     monkeypatch.chdir(tmp_path)
     for name in ("sd/vae", "a/pipeline", "REPA-E/sdvae"):
-        found, _, stats = vae_files.open_vae(name)
+        found, _, stats, _ = vae_files.open_vae(name)
         assert found == "f8d4" and torch.allclose(stats[0], stats_of(4)[0])
     with pytest.raises(OSError, match="no/where/vae/config.json: not there"):
         vae_files.open_vae("no/where")

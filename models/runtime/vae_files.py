@@ -131,7 +131,7 @@ def diffusers_config(state, stats, sample_size=256, source=None):
     """An AutoencoderKL's config.json (a dict) for `to_diffusers(state)`; sizes are read off the tensors.
 
     Pipelines take latents z from the scale of their network to that of the VAE as z / scaling_factor +
-    shift_factor. `source`, the numbers of the config that the VAE came with (see `read`), keeps these and
+    shift_factor. `source`, the numbers of the config that the VAE came with (see `open_vae`), keeps these and
     force_upcast. Otherwise statistics that are the same in all channels become them, and others latents_mean
     and latents_std, with scaling_factor 1, since the pipelines that read those multiply the two.
     """
@@ -257,21 +257,48 @@ def _checked_stats(scale, bias, what, channels):
 # ---------------------------------------------------------------- reading
 
 def open_vae(source, name=None, stats_file=None, content=None):
-    """(key of VAE_models, state dict in CompVis names, statistics or None) of any VAE, all checked.
+    """(key of VAE_models, state dict in CompVis names, statistics or None, pipelines' numbers) of any VAE.
 
     `source`: a path or a hub name, see the top of this file; `content`: of that file, if loaded already. The
     statistics are those of `stats_file` if given. Raises ValueError if it is not of architecture `name`,
     where one is given, or not exactly its weights.
+
+    The numbers are those of `stats_from_config`, {} if there are none. finetune_vae.py keeps them in its
+    checkpoints: a VAE refined with a frozen encoder has the latents of the one it started from, and so its
+    numbers.
     """
-    state, stats, _ = read(source, content)
-    found = vae_name(state, source)
+    path = source if content else find(source)
+    content = content or files.load(path)
+    state, stats, numbers, ema = _weights_in(content), None, {}, content.get("ema")
+    if state is None and isinstance(ema, dict):
+        state, numbers = _frozen_vae(content, path)
+    if state is None:
+        raise ValueError(f"{path}: not the weights of a VAE, it has no {MARK} in CompVis or diffusers names")
+    diffusers = any(key.startswith("encoder.down_blocks.") for key in state)
+    state = from_diffusers(state) if diffusers else state
+    found, channels = vae_name(state, source), state[MARK].shape[1]
     if name not in (None, found):
         raise ValueError(f"{source}: weights of another architecture, a VAE of type {found}, not {name}")
     with torch.device("meta"):
         files.check_state(VAE_models[found](), state, source)
     if (bad := files.first_non_finite(state)) is not None:
         raise ValueError(f"{source}: {bad} of the VAE contains NaN or infinity; use another copy")
-    return found, state, load_stats(stats_file, state[MARK].shape[1]) if stats_file else stats
+
+    config = os.path.join(os.path.dirname(path), "config.json")
+    beside = companion(path, "latents-stats")
+    if "latents_scale" in content:      # of finetune_vae.py
+        stats = _checked_stats(content["latents_scale"], content.get("latents_bias"), path, channels)
+        numbers = content.get("source_config", {})
+    elif isinstance(ema, dict) and "bn.running_var" in ema:     # of train_repae_e.py
+        stats = _checked_stats(ema["bn.running_var"].rsqrt(), ema.get("bn.running_mean"), path, channels)
+    elif diffusers and os.path.isfile(config):
+        content = files.load_json(config)
+        if content.get("norm_num_groups", 32) != 32:
+            raise ValueError(f"{config}: the VAE's norms have other than 32 groups")
+        stats, numbers = stats_from_config(content, channels)
+    elif os.path.isfile(beside):
+        stats = load_stats(beside, channels)
+    return found, state, load_stats(stats_file, channels) if stats_file else stats, numbers
 
 
 def find(source):
@@ -304,39 +331,6 @@ def _first(source, *names):
                 raise
 
 
-def read(source, content=None):
-    """(state dict in CompVis names, statistics or None, pipelines' numbers) of a VAE; see `open_vae`.
-
-    The numbers are those of `stats_from_config`, {} if there are none. finetune_vae.py keeps them in its
-    checkpoints: a VAE refined with a frozen encoder has the latents of the one it started from, and so its
-    numbers.
-    """
-    path = source if content else find(source)
-    content = content or files.load(path)
-    state, stats, numbers, ema = _weights_in(content), None, {}, content.get("ema")
-    if state is None and isinstance(ema, dict):
-        state, numbers = _frozen_vae(content, path)
-    if state is None:
-        raise ValueError(f"{path}: not the weights of a VAE, it has no {MARK} in CompVis or diffusers names")
-    channels, beside = state[MARK].shape[1], companion(path, "latents-stats")
-    config = os.path.join(os.path.dirname(path), "config.json")
-    diffusers = any(name.startswith("encoder.down_blocks.") for name in state)
-    state = from_diffusers(state) if diffusers else state
-    if "latents_scale" in content:      # of finetune_vae.py
-        stats = _checked_stats(content["latents_scale"], content.get("latents_bias"), path, channels)
-        numbers = content.get("source_config", {})
-    elif isinstance(ema, dict) and "bn.running_var" in ema:     # of train_repae_e.py
-        stats = _checked_stats(ema["bn.running_var"].rsqrt(), ema.get("bn.running_mean"), path, channels)
-    elif diffusers and os.path.isfile(config):
-        content = files.load_json(config)
-        if content.get("_class_name") != "AutoencoderKL" or content.get("norm_num_groups", 32) != 32:
-            raise ValueError(f"{config}: is not of an AutoencoderKL with 32 groups in its norms")
-        stats, numbers = stats_from_config(content, channels)
-    elif os.path.isfile(beside):
-        stats = load_stats(beside, channels)
-    return state, stats, numbers
-
-
 def _weights_in(content):
     """The VAE's tensors in a file, their names without wrapper and prefix; None if there are none.
 
@@ -359,7 +353,7 @@ def _frozen_vae(content, path):
     if source in (None, "none", "auto"):
         raise ValueError(f"{path}: contains no VAE and names none; {remedy}")
     try:
-        state, _, numbers = read(source)
+        _, state, _, numbers = open_vae(source)
     except OSError as error:
         raise OSError(f"{path}: the frozen VAE of its training is not here ({error}); {remedy}") from error
     if content.get("vae_digest") not in (None, files.state_digest(state)):

@@ -73,7 +73,7 @@ def build_sit(state, settings, path):
 
 def open_vae(source, name=None, content=None):
     """The VAE that `source` names, frozen, in eval mode on the CPU; see vae_files.open_vae."""
-    name, state, _ = vae_files.open_vae(source, name, content=content)
+    name, state, *_ = vae_files.open_vae(source, name, content=content)
     with torch.device("meta"):
         vae = VAE_models[name]()
     vae.to_empty(device="cpu").load_state_dict(state)
