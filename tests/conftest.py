@@ -23,6 +23,22 @@ GPU = torch.cuda.is_available()
 THREADS = max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
 
 
+# The longest files, which begin first so that the workers end together.
+LONGEST = ("test_train", "test_finetune_vae", "test_performance", "test_golden_train", "test_faults",
+           "test_evaluate", "test_golden_models")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """With pytest-xdist's -n a worker has all tests of a file: what they share is made once, not twice."""
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist, config.option.loadscopereorder = "loadfile", False
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU, and skips where there is none")
 
