@@ -141,10 +141,6 @@ def check_settings(args, world_size):
         build_sit(args, vae, encoders=[])
 
 
-def uses_encoders(args):
-    return args.proj_coeff != 0 or (args.vae_align_proj_coeff != 0 and not args.freeze_vae)
-
-
 def load_vae(args, resumed):
     """(state dict of the VAE or None, its latent statistics (scale, bias) or None) to start from.
 
@@ -173,7 +169,7 @@ def build_networks(args, device, vae_state, resumed=False):
     nets = Networks(device, vae=VAE_models[args.vae](), trained={"sit": args.learning_rate})
     if vae_state is not None:
         nets.vae.load_state_dict(vae_state)
-    if uses_encoders(args):
+    if args.proj_coeff != 0 or (args.vae_align_proj_coeff != 0 and not args.freeze_vae):
         nets.encoders = load_encoders(args.encoder, args.encoder_ckpt, args.resolution, device)
     nets.sit = build_sit(args, nets.vae, nets.encoders).to(device)
     nets.vae.to(device)

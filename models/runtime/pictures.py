@@ -54,21 +54,6 @@ def write_png(path, image):
 
 # ---------------------------------------------------------------- while a run trains
 
-@torch.no_grad()
-def draw_samples(nets, args, indices, labels, cfg_scale):
-    """uint8 images [N, R, R, 3] of the EMA model, 50 Euler steps.
-
-    Image i depends on the seed, i and its label alone.
-    """
-    shape = (nets.ema.in_channels, nets.ema.input_size, nets.ema.input_size)
-    noise = draw_noise(sample_generators(args.seed, indices), shape).to(nets.device)
-    with nets.autocast():
-        labels = labels.to(nets.device)
-        velocity = guided(lambda x, t, y: nets.ema(x, t, y)[0], labels, args.num_classes, cfg_scale)
-        x = euler(velocity, noise, time_grid(50))
-        return truncate_to_uint8(decode(nets.vae.decode, x.float(), *nets.ema.latents_stats()).float())
-
-
 @torch.inference_mode()
 def save_reconstructions(path, images, vaes, captions):
     """PNG of images (uint8 [N, 3, H, W]) in one row, below it those of each VAE, in float32."""
@@ -80,12 +65,22 @@ def save_reconstructions(path, images, vaes, captions):
     write_png(path, label_grid(torch.cat(rows), captions, columns=len(images)))
 
 
+@torch.no_grad()
 def save_grids(nets, args, step, folder, originals):
-    """Write two pictures of step NNNNNNN: samples/NNNNNNN.png, 40 samples with their classes, and
-    reconstructions/NNNNNNN.png, `originals` (uint8 [n, 3, R, R]) above their reconstructions."""
+    """Write two pictures of step NNNNNNN: samples/NNNNNNN.png, 40 samples of the EMA model with their classes,
+    and reconstructions/NNNNNNN.png, `originals` (uint8 [n, 3, R, R]) above theirs.
+
+    Sampling takes 50 Euler steps; sample i depends on the seed, i and its label alone.
+    """
     how = "equal" if args.num_classes <= 40 else "random"
     labels = sample_labels(args.seed, range(40), args.num_classes, how)
-    samples = draw_samples(nets, args, range(40), labels, args.cfg_scale if args.cfg_prob > 0 else 1.0)
+    shape = (nets.ema.in_channels, nets.ema.input_size, nets.ema.input_size)
+    noise = draw_noise(sample_generators(args.seed, range(40)), shape).to(nets.device)
+    with nets.autocast():
+        velocity = guided(lambda x, t, y: nets.ema(x, t, y)[0], labels.to(nets.device), args.num_classes,
+                          args.cfg_scale if args.cfg_prob > 0 else 1.0)
+        x = euler(velocity, noise, time_grid(50))
+        samples = truncate_to_uint8(decode(nets.vae.decode, x.float(), *nets.ema.latents_stats()).float())
     grid = label_grid(samples.cpu(), labels.tolist(), columns=min(args.num_classes, 10))
     write_png(os.path.join(folder, "samples", f"{step:07d}.png"), grid)
     path = os.path.join(folder, "reconstructions", f"{step:07d}.png")
