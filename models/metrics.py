@@ -22,13 +22,13 @@ import torch
 import torch.nn.functional as F
 
 
-def _rows(x, what="features", least=2):
-    """x as a detached tensor [N, D] of finite floats, N at least `least`, or a one-line ValueError."""
+def _rows(x, what="features"):
+    """x as a detached tensor [N, D] of finite floats, N at least 2, or a one-line ValueError."""
     x = x.detach() if torch.is_tensor(x) else torch.from_numpy(np.asarray(x))
     if x.ndim != 2 or not x.is_floating_point():
         raise ValueError(f"{what} are [N, D] floats, a row per image, not {x.dtype} of shape {list(x.shape)}")
-    if len(x) < least:
-        raise ValueError(f"{len(x)} rows of {what} are too few, at least {least} are needed")
+    if len(x) < 2:
+        raise ValueError(f"{len(x)} rows of {what} are too few, at least 2 are needed")
     if not all(rows.isfinite().all() for rows in x.split(4096)):     # in pieces: isfinite copies
         raise ValueError(f"{what} with non-finite values: are the weights and the images sound?")
     return x
