@@ -233,7 +233,7 @@ def test_processes_that_were_started_differently_end_at_startup(tmp_path, start)
 
 
 def test_stopped_and_resumed_gives_the_same_bits(tmp_path, start):
-    flags = ("--ckpt", start, *GAN, "--hflip", "--num-workers", "1", "--decoder-noise", "0.1")
+    flags = ("--ckpt", start, *GAN, "--hflip", "--decoder-noise", "0.1")
     whole = final_state(run(tmp_path / "whole", *flags, "--max-train-steps", "4"), 4)
     run(tmp_path / "stopped", *flags, "--max-train-steps", "2")
     folder = run(tmp_path / "stopped", *flags, "--max-train-steps", "4")

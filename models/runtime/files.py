@@ -14,7 +14,6 @@ import re
 import zipfile
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 from huggingface_hub import hf_hub_download
