@@ -180,20 +180,6 @@ def test_accumulation_equals_the_whole_batch(start):
     torch.testing.assert_close(statistics, expected_statistics, atol=1e-5, rtol=1e-5)
 
 
-def test_a_step_that_is_not_finite_changes_nothing(start):
-    nets, args = tiny_nets(start, *GAN)
-    finetune.train_step(nets, args, tiny_batch(nets, args))
-
-    def state():
-        return [v.clone() for net in (nets.vae, nets.disc) for v in net.state_dict().values()
-                if v.is_floating_point()]
-    before, batch = state(), tiny_batch(nets, args, step=2)
-    batch.images[0, 0, 0, 0] = float("nan")
-    _, skip = finetune.train_step(nets, args, batch)
-    assert skip == 1
-    assert_same(before, state())
-
-
 # ------------------------------------------------------------------------------- processes, resuming, the run
 
 def test_two_processes_equal_one(tmp_path, start, photos):
@@ -408,18 +394,15 @@ def test_export_from_a_training_checkpoint(tmp_path, close, capsys, monkeypatch)
     finetune.main(["--ckpt", str(out), "--export", str(tmp_path / "back"), "--format", "compvis"])
     assert "wrote back-latents-stats.pt, back.pt" in capsys.readouterr().out
     _, again, stats, _ = vae_files.open_vae(str(tmp_path / "back" / "back.pt"))
-    assert set(state) == set(again) and all(torch.equal(state[k], again[k]) for k in state)
-    close(stats[0], STATS[0], 1e-6), close(stats[1], STATS[1], 1e-6)
+    assert all(torch.equal(state[k], again[k]) for k in state)
+    close(torch.cat(stats), torch.cat(STATS), 1e-6)
     files.save(state, tmp_path / "bare.pt")     # Stable Diffusion's VAE in CompVis names: no statistics
-    for scale, expected in ((None, "--latents-stats"), ("0.18215", 0.18215)):
-        flags = ["--ckpt", str(tmp_path / "bare.pt"), "--export", str(tmp_path / "sd")]
-        if scale is None:
-            with pytest.raises(SystemExit):
-                finetune.main(flags)
-            assert expected in capsys.readouterr().err
-        else:
-            finetune.main([*flags, "--latents-stats", scale])
-            assert json.loads((tmp_path / "sd" / "config.json").read_text())["scaling_factor"] == expected
+    flags = ["--ckpt", str(tmp_path / "bare.pt"), "--export", str(tmp_path / "sd")]
+    with pytest.raises(SystemExit):
+        finetune.main(flags)
+    assert "--latents-stats" in capsys.readouterr().err
+    finetune.main([*flags, "--latents-stats", "0.18215"])
+    assert json.loads((tmp_path / "sd" / "config.json").read_text())["scaling_factor"] == 0.18215
 
 
 # ------------------------------------------------------------------------------------------- flags, bad input
@@ -503,13 +486,7 @@ def test_a_run_folder_takes_no_other_run(tmp_path, start, photos, capsys):
     assert len(logged(folder)) == 1
 
 
-@pytest.mark.parametrize("flags", [
-    [*TINY, "--ckpt", "{start}", "--max-train-steps", "1"],
-    [*MEASURE, "--eval", "{start}", "--metrics", "psnr", "--limit", "12"],
-])
-def test_a_dry_run_writes_nothing_and_what_it_calls_sound_is(tmp_path, start, flags, capsys):
-    flags = [f.format(start=start) for f in flags] + ["--output-dir", str(tmp_path / "out")]
-    finetune.main([*flags, "--dry-run"])
-    assert capsys.readouterr().out.endswith("settings are sound\n") and os.listdir(tmp_path) == []
-    finetune.main(flags)
-    assert os.listdir(tmp_path) == ["out"]
+def test_a_dry_run_writes_nothing(tmp_path, start, capsys):
+    for flags in ([*TINY, "--ckpt", start], [*MEASURE, "--eval", start, "--metrics", "psnr"]):
+        finetune.main([*flags, "--output-dir", str(tmp_path / "out"), "--dry-run"])
+        assert capsys.readouterr().out.endswith("settings are sound\n") and os.listdir(tmp_path) == []
