@@ -147,8 +147,7 @@ def load_vae(args, resumed):
     A `resumed` run has the VAE that it trains in its checkpoint.
     """
     if args.vae_ckpt != "none" and (args.freeze_vae or not resumed):
-        _, state, stats, _ = vae_files.open_vae(args.vae_ckpt, args.vae, args.latents_stats)
-        return state, stats
+        return vae_files.open_vae(args.vae_ckpt, args.vae, args.latents_stats)[1:3]
     if args.latents_stats is not None:
         return None, vae_files.load_stats(args.latents_stats, VAE_models[args.vae]().latent_channels)
     return None, None
@@ -405,9 +404,7 @@ def main(argv=None):
                              images=bool(nets.encoders))
 
     # Resume, or begin.
-    start = 0
-    if state is not None:
-        start = trainer.restore(nets, path, state)
+    start = 0 if state is None else trainer.restore(nets, path, state)
     if args.dry_run:
         trainer.note("settings are sound")
         return distributed.shut_down()

@@ -215,7 +215,7 @@ def no_downloads(monkeypatch):
         found = "f16d32" if source in ("REPA-E/invae", "REPA-E/vavae", "REPA-E/e2e-vavae") else \
             "f8d4" if source == "REPA-E/sdvae" else "f8d16"
         assert name == found, f"{source} is no {name}"
-        return found, {}, None
+        return found, {}, None, {}
 
     def discriminator(source, vae_name):
         assert source == "none" or source in weights.WITH_DISCRIMINATOR
