@@ -9,7 +9,6 @@ import processes
 import pytest
 import timm
 import torch
-from conftest import ROOT
 from fill import fill_
 from PIL import Image
 
@@ -296,12 +295,6 @@ def test_bad_files(tmp_path, capsys, content):
     assert "a.png" in line and "--skip-corrupt" not in line     # a flag of training
     (tmp_path / "empty").mkdir()
     assert "has no images" in rejected(capsys, *HOG, tmp_path / "good.npz", tmp_path / "empty")
-
-
-def test_every_flag_is_read():
-    source = (ROOT / "evaluate_fid.py").read_text()
-    flags = vars(evaluate_fid.parse_args(["r", "s"]))
-    assert [name for name in flags if f"args.{name}" not in source] == []
 
 
 def test_outputs_are_checked_before_any_work(tmp_path, capsys):

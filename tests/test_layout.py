@@ -104,6 +104,15 @@ def test_help_and_a_mistyped_flag(capsys, script, words):
     assert wrong.out == "" and wrong.err.startswith("error: ") and wrong.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("script, argv", [(train_repae_e, []), (finetune_vae, ["--ckpt", "x"]),
+                                          (sample_ddp, []), (evaluate_fid, ["r", "s"])],
+                         ids=lambda p: getattr(p, "__name__", ""))
+def test_every_flag_is_read(script, argv):
+    sources = "".join(path.read_text() for path in [ROOT / f"{script.__name__}.py", *RUNTIME])
+    read = set(re.findall(r"\b(?:args|self\.args)\.(\w+)", sources))
+    assert set(vars(script.parse_args(argv))) - read <= {"preset"}
+
+
 def test_a_foreign_package_named_models_does_not_shadow_ours(tmp_path):
     """A script as users start it: not without models/__init__.py, a regular package would win."""
     (tmp_path / "models").mkdir()
