@@ -173,11 +173,13 @@ def test_empty_class_folder_is_an_error(tree, tmp_path):
 
 def test_linked_folders_and_those_that_cannot_be_read(tree, monkeypatch):
     (tree / "a" / "linked").symlink_to(tree / "b")
-    assert "a/linked/0.JPEG" in ImageData(tree, 16).names
+    (tree / "b" / "back").symlink_to(tree / "a")
+    names = ImageData(tree, 16).names
+    assert "a/linked/0.JPEG" in names and len(names) == 12 + 8
     scandir = os.scandir
 
     def refuse(path):
-        if str(path).endswith("a-x"):
+        if str(path).endswith("a-x/"):
             raise PermissionError(13, "Permission denied", path)
         return scandir(path)
     monkeypatch.setattr(os, "scandir", refuse)
@@ -311,6 +313,7 @@ def test_edm2_layout(tree, tmp_path, packed, prefix):
     (lambda pairs: pairs[1:], "img00000000.jpg"),
     (lambda pairs: [*pairs, [pairs[0][0], 1 - pairs[0][1] % 2]], "13 labels for 12 images"),
     (lambda pairs: [*pairs, ["00000/gone.png", 1]], "13 labels for 12 images"),
+    (lambda pairs: [*pairs[:-1], pairs[0]], "img00000011"),
     (lambda pairs: [[n, -1] for n, _ in pairs], "whole number"),
     (lambda pairs: [[n, 10 ** 9] for n, _ in pairs], "whole number"),
     (lambda pairs: [[n, 0.5] for n, _ in pairs], "whole number"),

@@ -181,7 +181,7 @@ def test_optimiser_state_follows_the_memory_format():
     other = copy.deepcopy(net)
     other.to(memory_format=torch.channels_last)
     resumed = trainer.adamw(other.parameters(), args, 0.1)
-    trainer.load_optimizer(resumed, copy.deepcopy(optimizer.state_dict()), "x.pt")
+    trainer.load_optimizer(resumed, copy.deepcopy(optimizer.state_dict()))
     steps(net, optimizer, 2), steps(other, resumed, 2)
     torch.testing.assert_close(other.weight, net.weight, rtol=1e-4, atol=1e-5)
 

@@ -101,15 +101,15 @@ def to_tensor(array, flip=False):
 
 # ---------------------------------------------------------------- a folder or a .zip: names and labels
 
-def _walk(path):
+def _walk(path, prefix="", above=frozenset()):
     """Relative names of the files below a folder and, ending in "/", of its folders. Links are followed."""
-    def fail(error):    # else os.walk leaves out folders that it may not read
-        raise error
-
-    for root, folders, files in os.walk(path, followlinks=True, onerror=fail):
-        prefix = "" if root == path else os.path.relpath(root, path) + "/"
-        yield from (prefix + name for name in files)
-        yield from (f"{prefix}{name}/" for name in folders)
+    above |= {os.path.realpath(os.path.join(path, prefix))}
+    for entry in os.scandir(os.path.join(path, prefix)):
+        if not entry.is_dir():
+            yield prefix + entry.name
+        elif os.path.realpath(entry.path) not in above:     # a link that leads back would list all again
+            yield f"{prefix}{entry.name}/"
+            yield from _walk(path, f"{prefix}{entry.name}/", above)
 
 
 def _visible(name):

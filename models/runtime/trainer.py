@@ -503,22 +503,18 @@ def restore(nets, path, state):
     for key, net in named.items():
         files.load_weights(net, state.get(key), f"{path} ({key})")
     for name, optimizer in nets.opts.items():
-        load_optimizer(optimizer, state.get(OPTIMISERS[name]), f"{path} ({OPTIMISERS[name]})")
-    if "loss_scale" in state:
-        nets.loss_scale.load_state_dict(state["loss_scale"])
+        load_optimizer(optimizer, state[OPTIMISERS[name]])
+    nets.loss_scale.load_state_dict(state["loss_scale"])
     return state["steps"]
 
 
-def load_optimizer(optimizer, state, path):
+def load_optimizer(optimizer, state):
     """Load an optimiser's state but keep the learning rate and the other settings of this run's flags."""
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(state)
-        for p, values in optimizer.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):
-                # The fused kernels pair a weight with its moments by their places in memory.
-                values[name] = torch.empty_like(p).copy_(values[name])
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path}: is not an optimiser state of these networks ({error})") from error
+    optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, settings):
         group.update(own)
+    for p, values in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            # The fused kernels pair a weight with its moments by their places in memory.
+            values[name] = torch.empty_like(p).copy_(values[name])
