@@ -327,7 +327,8 @@ def main():
               "plain": plain.report(WARM_UP)}
     ratios = [p / f for p, f in zip(plain.seconds[WARM_UP:], fast.seconds[WARM_UP:])]
     report["speedup_over_plain"] = statistics.median(ratios)
-    report["first_losses_differ_by"] = max(abs(fast.losses[0][k] - plain.losses[0][k]) for k in fast.losses[0])
+    first, other = fast.losses[0], plain.losses[0]
+    report["first_losses_differ_by"] = max(abs(first[k] - other[k]) for k in first)
     report["phases"] = phases(fast, max(3, mine.steps // 2))
     print(json.dumps(report | utilisation(fast, report["fast"]["seconds_per_step"])), flush=True)
 

@@ -237,8 +237,8 @@ def test_a_resumed_run_gives_the_same_bits(tmp_path, resumed):
 def test_a_signal_to_one_of_two_processes_saves_and_ends_both(tmp_path):
     """As a cluster sends it, to data workers as well; exit code 0, and the same command resumes."""
     output, folder = tmp_path / "log", tmp_path / "demo"
-    arguments = [*TINY, "--checkpointing-steps", "100000", "--max-train-steps", "100000", "--num-workers", "1",
-                 "--output-dir", tmp_path]
+    arguments = [*TINY, "--checkpointing-steps", "100000", "--max-train-steps", "100000",
+                 "--num-workers", "1", "--output-dir", tmp_path]
     both = processes.start_two("train_repae_e", arguments, output)
     try:
         processes.wait_for(lambda: (folder / "metrics.jsonl").exists() and len(metrics(folder)) > 2, both,

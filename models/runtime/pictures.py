@@ -67,8 +67,8 @@ def save_reconstructions(path, images, vaes, captions):
 
 @torch.no_grad()
 def save_grids(nets, args, step, folder, originals):
-    """Write two pictures of step NNNNNNN: samples/NNNNNNN.png, 40 samples of the EMA model with their classes,
-    and reconstructions/NNNNNNN.png, `originals` (uint8 [n, 3, R, R]) above theirs.
+    """Write two pictures of step NNNNNNN: samples/NNNNNNN.png, 40 samples of the EMA model with their
+    classes, and reconstructions/NNNNNNN.png, `originals` (uint8 [n, 3, R, R]) above theirs.
 
     Sampling takes 50 Euler steps; sample i depends on the seed, i and its label alone.
     """
