@@ -193,7 +193,7 @@ def test_bad_checkpoints(ckpt, tmp_path, monkeypatch, capsys):
     broken = {
         "bn.running_mean": dict(ema=no_bn),
         "null class": dict(ema=no_null), "another architecture": dict(ema=wide),
-        "label table": dict(args=content["args"] | {"num_classes": 1000}),
+        "instead of [1000": dict(args=content["args"] | {"num_classes": 1000}),
         "names none": dict(vae=None),
         "REPA-E/e2e-vavae": dict(vae=None,
                                  args=content["args"] | {"vae_ckpt": "pretrained/x/e2e-vavae-400k.pt"}),
