@@ -112,7 +112,7 @@ def test_wrappers_and_prefixes_of_other_trainers(tmp_path, wrap, slim):
 
 
 def test_more_than_a_vae(tmp_path, slim):
-    """LightningDiT's and LDM's other tensors are left out; weights of less or more than a VAE are rejected."""
+    """LightningDiT's and LDM's other tensors are left out; an incomplete VAE is rejected."""
     others = {"linear_proj.weight": torch.ones(1), "foundation_model.norm.weight": torch.ones(2),
               "loss.logvar": torch.zeros(()), "model_ema.decay": torch.zeros(())}
     files.save({"state_dict": slim | others}, tmp_path / "a.ckpt")
