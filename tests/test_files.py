@@ -1,5 +1,6 @@
 """models/runtime/files.py: atomic writes, damage told from other failures, no foreign code, one lock."""
 import argparse
+import contextlib
 import errno
 import hashlib
 import os
@@ -8,9 +9,11 @@ import signal
 import struct
 import time
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import requests
 import safetensors.torch
 import torch
 from torch import nn
@@ -348,17 +351,29 @@ def test_lock(tmp_path, capfd):
 # ---------------------------------------------------------------- fetching
 
 def test_download(tmp_path, monkeypatch):
+    """Over https alone, once, and only the file that was meant."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    (tmp_path / "there").write_bytes(b"the weights")
-    url, digest = (tmp_path / "there").as_uri(), hashlib.sha256(b"the weights").hexdigest()
-    path = files.download(url, "w.pth", digest[:8])
-    (tmp_path / "there").unlink()
-    assert files.download(url, "w.pth", digest[:8]) == path and open(path, "rb").read() == b"the weights"
-    (tmp_path / "there").write_bytes(b"a web page")
-    for url, words in ((url, "invalid hash"), ("https://127.0.0.1:9/w", "refused")):
+    body, asked = b"the weights", []
+    digest = hashlib.sha256(body).hexdigest()
+
+    def get(session, url, **_):
+        assert list(session.adapters) == ["https://"]
+        asked.append(url)
+        return contextlib.nullcontext(SimpleNamespace(raise_for_status=lambda: None,
+                                                      iter_content=lambda size: [body[:4], body[4:]]))
+    with monkeypatch.context() as patch:
+        patch.setattr(requests.Session, "get", get)
+        for _ in range(2):
+            path = files.download("https://example.org/w", "w.pth", digest[:8])
+        assert open(path, "rb").read() == body and asked == ["https://example.org/w"]
+        with pytest.raises(ValueError) as error:
+            files.download("https://example.org/w", "other.pth", "00000000")
+        one_line(error, "https://example.org/w", "00000000")
+    monkeypatch.setattr(files, "Retry", lambda *_, **__: 0)
+    for url in ("https://127.0.0.1:9/w", "http://127.0.0.1:9/w"):
         with pytest.raises(OSError) as error:
             files.download(url, "other.pth", digest[:8])
-        one_line(error, url, "cannot be downloaded", words, str(tmp_path))
+        one_line(error, url, "cannot be downloaded", str(tmp_path))
     assert os.listdir(tmp_path / "checkpoints") == ["w.pth"]
 
 

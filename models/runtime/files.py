@@ -14,9 +14,12 @@ import re
 import zipfile
 
 import numpy as np
+import requests
 import safetensors.torch
 import torch
 from huggingface_hub import hf_hub_download
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
 
 
 class NotFinite(ValueError):
@@ -311,17 +314,25 @@ def hub_file(repo, filename):
 
 
 def download(url, name, sha256_prefix):
-    """Path of a file of the web in torch hub's folder under `name`, fetched unless it is there.
+    """Path of an https file in torch hub's folder under `name`, fetched unless it is there.
 
-    TORCH_HOME moves the folder. Raises OSError if it cannot be fetched, or if what came is another file: its
-    sha256 must begin with `sha256_prefix`, or nothing is kept.
+    Its sha256 must begin with `sha256_prefix`, or nothing is kept. TORCH_HOME moves the folder. Raises
+    OSError if it cannot be fetched, ValueError if what came is another file.
     """
     path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
-    if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+    if os.path.exists(path):
+        return path
+    retry = Retry(3, backoff_factor=1, status_forcelist=[429, 500, 502, 503, 504])
+    with requests.Session() as session, replace(path) as temporary:
+        session.adapters.clear()    # no plain http, in redirects either
+        session.mount("https://", HTTPAdapter(max_retries=retry))
         try:
-            torch.hub.download_url_to_file(url, path, sha256_prefix, progress=False)
-        except (OSError, RuntimeError) as error:
-            raise OSError(f"{url}: cannot be downloaded ({error}); without a network put the file at {path}"
-                          ) from error
+            with session.get(url, stream=True, timeout=30) as answer, open(temporary, "wb") as f:
+                answer.raise_for_status()
+                f.writelines(answer.iter_content(1 << 20))
+        except requests.RequestException as error:
+            raise OSError(f"{url}: cannot be downloaded ({type(error).__name__}); without a network put the "
+                          f"file at {path}") from error
+        if not sha256(temporary).startswith(sha256_prefix):
+            raise ValueError(f"{url}: not the expected file, its sha256 does not begin with {sha256_prefix}")
     return path
