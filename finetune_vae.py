@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import torch
 
 from models.losses import discriminator_loss, gan_loss, reconstruction_losses, wide
-from models.runtime import cli, distributed, files, trainer, vae_files, vae_report, weights
+from models.runtime import cli, distributed, files, pictures, trainer, vae_files, vae_report, weights
 from models.runtime.data import identity, open_images
 from models.runtime.log import Collapse, RunLog, watch
 from models.runtime.trainer import Networks
@@ -282,7 +282,7 @@ def train(args):
             if args.sampling_steps and step % args.sampling_steps == 0 and rank == 0:
                 with log.paused(), torch.compiler.set_stance("force_eager"):    # compiling would take longer
                     picture = os.path.join(folder, "reconstructions", f"{step:07d}.png")
-                    vae_report.save_picture(picture, images[:8], [nets.ema], ["EMA"])
+                    pictures.save_reconstructions(picture, images[:8], [nets.ema], ["EMA"])
             if stop:
                 break
     log.say(f"done: {folder}" if step == args.max_train_steps else

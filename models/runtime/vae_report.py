@@ -1,8 +1,8 @@
 """Behind `finetune_vae.py --eval`: several VAEs measured on held-out images, as a table and a picture.
 
-`evaluate(args)` is all of it; `measure` gives the figures of one VAE as a dict, `save_picture` the
-reconstructions. The formulas are in models/metrics.py. Every process works on its share of the images. Errors
-a user can cause are ValueError or OSError with a message of one line.
+`evaluate(args)` is all of it; `measure` gives the figures of one VAE as a dict. The formulas are in
+models/metrics.py. Every process works on its share of the images. Errors a user can cause are ValueError or
+OSError with a message of one line.
 """
 import os
 from functools import partial
@@ -15,7 +15,7 @@ from models.metrics import float32_exactly, frechet_distance
 from models.runtime import distributed, files, log, trainer, weights
 from models.runtime.data import evenly_spaced, identity, open_images
 from models.runtime.features import extract, inception_features, load_inception, read
-from models.runtime.pictures import label_grid, round_to_uint8, write_png
+from models.runtime.pictures import round_to_uint8, save_reconstructions
 
 METRICS = ("psnr", "ssim", "lpips", "rfid", "latents")  # what --metrics may name
 NOISES = (0.1, 0.4)         # sigmas of psnr_noise_*, at unit scale
@@ -98,17 +98,6 @@ def measure_tolerance(vae, batches, std, device):
     return {f"psnr_noise_{sigma:g}": total / count for sigma, total in zip(NOISES, totals)}
 
 
-@torch.inference_mode()
-def save_picture(path, images, vaes, captions):
-    """PNG of images (uint8 [N, 3, H, W]) in one row, below it those of each VAE: their reconstructions."""
-    rows = [images.permute(0, 2, 3, 1)]
-    for vae in vaes:
-        x = images.to(next(vae.parameters()).device).float() / 127.5 - 1
-        rows.append(round_to_uint8(vae.decode(vae.encode(x).mean)).cpu())
-    captions = [text for label in ("original", *captions) for text in (label, *[""] * (len(images) - 1))]
-    write_png(path, label_grid(torch.cat(rows), captions, columns=len(images)))
-
-
 # ---------------------------------------------------------------- several VAEs: the command line's --eval
 
 def evaluate(args):
@@ -163,7 +152,7 @@ def evaluate(args):
     if rank == 0:
         files.save_json({**about, "vaes": results}, os.path.join(folder, "metrics.json"))
         shown = torch.stack([data[int(i)][0] for i in rows[evenly_spaced(len(rows), 8)]])
-        save_picture(os.path.join(folder, "images.png"), shown, vaes.values(), list(vaes))
+        save_reconstructions(os.path.join(folder, "images.png"), shown, vaes.values(), list(vaes))
         names = [name for name, value in results[source].items() if isinstance(value, float)]
         width = max(map(len, results))
         print(f"{'VAE':<{width}}", *(f"{name:>16}" for name in names))
