@@ -183,7 +183,7 @@ def test_accumulation_equals_the_whole_batch(start):
 
 def test_two_processes_equal_one(tmp_path, start, photos):
     train = [*TINY, "--ckpt", start, *GAN, "--train-encoder", "--max-train-steps", "2", "--learning-rate",
-             "1e-4", "--disc-learning-rate", "1e-4", "--data-dir", str(photos.parent), "--batch-size", "4"]
+             "3e-5", "--disc-learning-rate", "3e-5", "--data-dir", str(photos.parent), "--batch-size", "4"]
     measure = ["--preset", "demo", "--eval", start, "--metrics", "psnr,latents", "--limit", "20",
                "--exp-name", "measured"]
     for flags in (train, measure):
