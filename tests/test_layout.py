@@ -23,7 +23,7 @@ OWN = {"models", *(path.stem for path in PRODUCT)}
 def test_the_product_stays_minimal():
     """People read these scripts before they trust or copy them. edm2 does its work in 5,000 lines; ours had
     grown to 10,400, one sound reason at a time. The limit only ever goes down, to 6,000."""
-    assert sum(len(path.read_text().splitlines()) for path in PRODUCT) < 6500
+    assert sum(len(path.read_text().splitlines()) for path in PRODUCT) < 6250
     assert len(RUNTIME) <= 12
 
 
