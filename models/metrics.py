@@ -43,11 +43,19 @@ def float32_exactly():
     The flags belong to the process, so the code of other threads sees them too. At the end the caller's are
     put back.
     """
-    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    cuda, cudnn, mkldnn = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn
     switches = [(cudnn, "allow_tf32", False), (cuda, "allow_fp16_reduced_precision_reduction", False),
                 (cudnn, "benchmark", True)]          # all batches but the last have one shape
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in switches]
-    products = torch.get_float32_matmul_precision()
+    # torch 2.9 added a second set of switches, one per operation, which wins where both are set.
+    operations = [cuda, *(getattr(owner, name, None) for owner in (cudnn, mkldnn)
+                          for name in ("conv", "rnn", "matmul"))]
+    switches += [(op, "fp32_precision", "ieee") for op in operations if hasattr(op, "fp32_precision")]
+    before, products = [], None
+    with contextlib.suppress(RuntimeError):          # with mixed settings the getters of the older set raise
+        products = torch.get_float32_matmul_precision()
+    for owner, name, _ in switches:
+        with contextlib.suppress(RuntimeError):
+            before.append((owner, name, getattr(owner, name)))
     try:
         torch.set_float32_matmul_precision("highest")
         for switch in switches:
@@ -55,7 +63,8 @@ def float32_exactly():
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(products)
+        if products:
+            torch.set_float32_matmul_precision(products)
         for switch in before:
             setattr(*switch)
 

@@ -1,4 +1,5 @@
 """The evaluator's numbers: every array of adm_*.npz (ADM.md there, sections 8 to 11), closed forms, peers."""
+import functools
 import math
 import threading
 import types
@@ -11,8 +12,9 @@ from conftest import GOLDEN
 from fill import fill_
 
 from models.inception import FIDInception, resize_tf1
-from models.metrics import (Moments, _map_distances, feature_statistics, frechet_distance, inception_score,
-                            inception_score_splits, kernel_distances, manifold_radii, precision_recall, psnr)
+from models.metrics import (Moments, _map_distances, feature_statistics, float32_exactly, frechet_distance,
+                            inception_score, inception_score_splits, kernel_distances, manifold_radii,
+                            precision_recall, psnr)
 from models.runtime.features import extract, inception_features, score
 
 
@@ -373,15 +375,26 @@ def test_images_that_the_network_cannot_use():
 # ---------------------------------------------------------------- precision of the arithmetic
 
 def precision_flags():
-    """The switches that float32_exactly sets, as they are."""
-    backends = torch.backends
-    return [backends.cudnn.allow_tf32, torch.get_float32_matmul_precision(), backends.cudnn.benchmark,
-            backends.cuda.matmul.allow_fp16_reduced_precision_reduction]
+    """Every switch that float32_exactly sets, and cuDNN's; "raises" if torch won't say (mixed settings)."""
+    b = torch.backends
+    read = [lambda: b.cudnn.enabled, lambda: b.cudnn.allow_tf32, lambda: b.cudnn.benchmark,
+            torch.get_float32_matmul_precision, lambda: b.cuda.matmul.allow_fp16_reduced_precision_reduction]
+    if hasattr(b, "fp32_precision"):
+        read += [lambda: b.cuda.matmul.fp32_precision, lambda: b.cudnn.conv.fp32_precision,
+                 lambda: b.cudnn.rnn.fp32_precision, lambda: b.mkldnn.conv.fp32_precision,
+                 lambda: b.mkldnn.matmul.fp32_precision]
+
+    def answer(get):
+        try:
+            return get()
+        except RuntimeError:
+            return "raises"
+    return [answer(get) for get in read]
 
 
 def test_networks_run_in_full_float32_and_batches_come_with_the_callers_flags():
     """In the calling thread: another one would use GPU 0 in every process."""
-    seen, threads = [], set()
+    before, seen, threads = precision_flags(), [], set()
 
     def batches():
         for k in range(3):
@@ -389,7 +402,8 @@ def test_networks_run_in_full_float32_and_batches_come_with_the_callers_flags():
             yield torch.full((2, 3, 32, 32), k, dtype=torch.uint8)
 
     def network(images):
-        assert precision_flags() == [False, "highest", True, False]
+        enabled, tf32, _, products, *_ = precision_flags()
+        assert (enabled, tf32, products) == (True, False, "highest")
         assert not torch.is_autocast_enabled("cpu")
         return {"": images.flatten(1)[:, :4] / 1}
     torch.set_float32_matmul_precision("high")
@@ -402,6 +416,25 @@ def test_networks_run_in_full_float32_and_batches_come_with_the_callers_flags():
         torch.set_float32_matmul_precision("highest")
     assert seen == [before] * 3 and threads == {threading.current_thread()}
     assert found["pool"][:, 0].tolist() == [0, 0, 1, 1, 2, 2] and found["mu"].tolist() == [1] * 4
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has no fp32_precision")
+@pytest.mark.parametrize("owner", ["cuda.matmul", "cudnn.conv", "cudnn", "mkldnn.conv", "mkldnn.matmul"])
+@pytest.mark.parametrize("value", ["tf32", "ieee"])
+def test_a_callers_fp32_precision_does_not_raise(owner, value):
+    owner = functools.reduce(getattr, owner.split("."), torch.backends)
+    x, found = np.random.default_rng(0).standard_normal((2, 8, 3)), owner.fp32_precision
+    owner.fp32_precision = value
+    try:
+        before = precision_flags()
+        with float32_exactly():
+            inside = precision_flags()
+            precision_recall(*x)
+        assert "raises" not in inside and inside[5:] == ["ieee"] * 5
+        after = precision_flags()       # where torch refused to answer before, it may answer now
+        assert [b for b in before if b != "raises"] == [a for a, b in zip(after, before) if b != "raises"]
+    finally:
+        owner.fp32_precision = found
 
 
 # ---------------------------------------------------------------- the whole way, images to numbers
