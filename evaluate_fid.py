@@ -4,7 +4,6 @@
     python evaluate_fid.py --json out.json ref.npz samples/          # .npz, folder or .zip on either side
     python evaluate_fid.py --save-ref ref.npz images/                # compute a reference's statistics once
     torchrun --nproc-per-node 8 evaluate_fid.py ref.npz samples.npz  # features on 8 GPUs
-    python evaluate_fid.py --metrics kid,fdd ref.npz samples.npz     # KID and FD-DINOv2 as well
 
 In a .npz, arr_0 contains the images, uint8 [N, H, W, 3]. If a file also contains mu, sigma, mu_s, sigma_s,
 FID and sFID use these; Inception Score, precision and recall always come from the images. A reference may be
@@ -13,7 +12,6 @@ statistics alone: mu and sigma (as pytorch-fid writes them) give FID, mu_s and s
 The formulas are in models/metrics.py, the network and its preprocessing in models/inception.py, the loop over
 images and processes in models/runtime/features.py.
 """
-import hashlib
 import json
 import os
 import platform
@@ -26,18 +24,15 @@ import torch
 from models.inception import POOL_DIM, SPATIAL_DIM, WEIGHTS_SHA256
 from models.runtime import cli, distributed, files, log
 from models.runtime.data import NpzData, ShapesData, evenly_spaced, identity, open_images
-from models.runtime.features import (encoder_features, extract, fitting_batch_size, hog_features,
-                                     inception_features, load_inception, read, score)
+from models.runtime.features import extract, hog_features, inception_features, load_inception, read, score
 
-METRICS = ("kid", "fdd")    # further ones, on request
 STATISTICS = {"mu": (POOL_DIM,), "sigma": (POOL_DIM,) * 2,
               "mu_s": (SPATIAL_DIM,), "sigma_s": (SPATIAL_DIM,) * 2}
 LEAST = 4           # images per set: precision and recall look at the 3rd neighbor
 KEPT = 10_000       # images that --save-ref keeps for them, evenly spaced; its statistics are of all
 PROTOCOL = 50_000   # samples behind published figures
 LABELS = {"inception_score": "Inception Score", "fid": "FID", "sfid": "sFID", "precision": "Precision",
-          "recall": "Recall", "kid": "KID", "fdd": "FDD", "fd_hog": "FD-hog",
-          "inception_score_shuffled": "Inception Score, shuffled"}
+          "recall": "Recall", "fd_hog": "FD-hog"}
 
 
 # ---------------------------------------------------------------- flags
@@ -48,37 +43,29 @@ def parse_args(argv=None):
     parser.add_argument("samples", nargs="?", help="samples, likewise (none with --save-ref)")
     inputs, metrics, output = map(parser.add_argument_group, ("inputs", "metrics", "output and speed"))
     flag(inputs, "--resolution", None, "crop images to this size as ADM does",
-         type=int, above=0)
-    flag(inputs, "--limit", None, "only the first N images of each input", type=int, least=LEAST, metavar="N")
+         type=int)
     flag(inputs, "--inception-weights", None,
          "pt_inception-2015-12-05-6726825d.pth; default: a copy in torch hub's folder, or a download",
          metavar="PATH")
-    flag(inputs, "--encoder-ckpt", None, "weights of --encoder on disk", metavar="PATH")
 
     flag(metrics, "--exact", False, "not the suite's arithmetic: Inception Score in float64, precision and "
          "recall in float32 instead of float16")
     flag(metrics, "--features", "inception", "hog: a Frechet distance on gradient histograms (FD-hog) alone, "
          "which needs no weights", choices=["inception", "hog"])
-    flag(metrics, "--metrics", "", f"comma-separated: {', '.join(METRICS)}")
-    flag(metrics, "--encoder", "dinov2-vit-l", "encoder of fdd; the figure of another one is called fd_NAME")
 
     flag(output, "--json", None, "write figures, digests, counts, settings and versions", metavar="PATH")
     flag(output, "--save-ref", None, "write a reference made from the one input and stop", metavar="OUT.npz")
-    flag(output, "--batch-size", None, "images per process at a time (default: what fits)", type=int, above=0)
-    args = parser.parse_args(argv)
-    args.metrics = [name for name in args.metrics.split(",") if name]
-    return args
+    flag(output, "--batch-size", 64, "images per process at a time, 50 MB each")
+    return parser.parse_args(argv)
 
 
 def check_args(args):
     """Raise a one-line error for settings that contradict each other, or outputs that cannot be written."""
-    if unknown := set(args.metrics) - set(METRICS):
-        raise ValueError(f"--metrics {','.join(sorted(unknown))}: unknown, known are {', '.join(METRICS)}")
     if bool(args.save_ref) == bool(args.samples):
         raise ValueError("give a reference and samples, or --save-ref OUT.npz and one input")
-    if args.features == "hog" and (args.metrics or args.save_ref):
-        raise ValueError("--features hog gives FD-hog alone; drop --metrics or --save-ref")
-    given = [p for p in (args.ref, args.samples, args.inception_weights, args.encoder_ckpt) if p]
+    if args.features == "hog" and args.save_ref:
+        raise ValueError("--save-ref stores what the Inception network sees; drop --features hog")
+    given = [p for p in (args.ref, args.samples, args.inception_weights) if p]
     for path in filter(None, (args.json, args.save_ref)):
         files.check_writable(path, given)
 
@@ -86,10 +73,10 @@ def check_args(args):
 # ---------------------------------------------------------------- inputs and networks
 
 def open_input(path, args):
-    """One of the two inputs: namespace(path, images, used, statistics).
+    """One of the two inputs: namespace(path, images, statistics).
 
-    images: from data.open_images; used: how many of them count; statistics: {mu, sigma, mu_s, sigma_s} that a
-    .npz stores, else {}. Raises ValueError or OSError in one line.
+    images: from data.open_images; statistics: {mu, sigma, mu_s, sigma_s} that a .npz stores, else {}. Raises
+    ValueError or OSError in one line.
     """
     if path == "shapes":    # others than training draws
         images = ShapesData(1000, args.resolution or 32, seed=1)
@@ -100,8 +87,7 @@ def open_input(path, args):
     statistics = stored_statistics(images) if useful else {}
     if len(images) < LEAST and (len(images) or not statistics):
         raise ValueError(f"{path}: {len(images)} images are too few, at least {LEAST} are needed")
-    used = min(len(images), args.limit or len(images))
-    return SimpleNamespace(path=path, images=images, used=used, statistics=statistics)
+    return SimpleNamespace(path=path, images=images, statistics=statistics)
 
 
 def stored_statistics(images):
@@ -115,17 +101,12 @@ def stored_statistics(images):
     return found
 
 
-def load_networks(args, size, device):
-    """-> (Inception network or None, list of feature functions, {network: what its weights are})."""
+def load_network(args, size, device):
+    """-> (Inception network or None, function images -> features, {network: what its weights are})."""
     if args.features == "hog":
-        return None, [hog_features(size[0], device)], {"hog": {"size": list(size)}}
+        return None, hog_features(size[0], device), {"hog": {"size": list(size)}}
     net = load_inception(args.inception_weights, device)
-    networks, about = [inception_features(net)], {"inception": {"path": net.path, "sha256": net.sha256}}
-    if "fdd" in args.metrics:
-        networks.append(encoder_features(args.encoder, args.encoder_ckpt, device))
-        about["fdd"] = {"name": args.encoder, "path": args.encoder_ckpt,
-                        "sha256": files.sha256(args.encoder_ckpt) if args.encoder_ckpt else None}
-    return net, networks, about
+    return net, inception_features(net), {"inception": {"path": net.path, "sha256": net.sha256}}
 
 
 # ---------------------------------------------------------------- output
@@ -135,31 +116,34 @@ def save_reference(path, source, statistics):
 
     `protocol`, JSON text, says of how many images the statistics are.
     """
-    chosen = evenly_spaced(source.used, KEPT)
+    chosen = evenly_spaced(len(source.images), KEPT)
     rows = (source.images[int(row)][0].permute(1, 2, 0)[None].numpy() for row in chosen)
-    protocol = json.dumps({"reference": os.path.basename(source.path), "statistics_of": source.used})
+    protocol = json.dumps({"reference": os.path.basename(source.path), "statistics_of": len(source.images)})
     files.write_npz(path, rows, (len(chosen), *source.images.size, 3),
                     **{name: statistics[name] for name in STATISTICS}, protocol=np.array(protocol))
-    print(f"{path}: statistics of {source.used:,} images, {len(chosen):,} kept for precision and recall")
+    print(f"{path}: statistics of {len(source.images):,} images, {len(chosen):,} kept for precision and "
+          "recall")
 
 
 def remarks(ref, samples, result, about):
     """What a reader of the figures must know, one line each."""
     lines = []
     for source in (ref, samples):
+        number = len(source.images)
         if source.statistics and "fid" in result:
             of = source.images.protocol.get("statistics_of", "unknown many")
             lines.append(f"{source.path}: FID uses the statistics stored in it (of {of} images)" +
-                         ("" if source.used else "; it has no images, so no precision, recall and the like"))
-        elif 0 < source.used < PROTOCOL:
-            lines.append(f"{source.path}: {source.used:,} images; FID of few images is biased upwards, "
+                         ("" if number else "; it has no images, so no precision, recall and the like"))
+        elif 0 < number < PROTOCOL:
+            lines.append(f"{source.path}: {number:,} images; FID of few images is biased upwards, "
                          "compare only at equal numbers")
         if source.statistics and "sfid" not in result:
             lines.append(f"{source.path}: no mu_s, so no sFID. If pytorch-fid made it, FID is off by about "
                          "1 %: it resizes with half-pixel centers and scales to [-1, 1], unlike the suite")
-    if "inception_score_shuffled" in result:
-        lines.append(f"{samples.path}: sorted by class. The suite's Inception Score depends on the order, "
-                     "since its splits are consecutive images; the shuffled one compares with published ones")
+    labels = samples.images.labels
+    if "inception_score" in result and labels[0] < labels[-1] and (np.diff(labels) >= 0).all():
+        lines.append(f"{samples.path}: sorted by class. The suite's Inception Score is of 5,000 consecutive "
+                     "images at a time; shuffle them to compare it with published ones")
     if "inception" in about and not about["inception"]["sha256"].startswith(WEIGHTS_SHA256):
         lines.append(f"{about['inception']['path']}: not the FID Inception (its sha256 does not begin with "
                      f"{WEIGHTS_SHA256}); no figure here compares with a published one")
@@ -168,12 +152,10 @@ def remarks(ref, samples, result, about):
 
 def describe(source):
     """What identifies an input, for the JSON: path, counts, sha256 of a file or of a folder's content."""
-    images, digest = source.images, hashlib.sha256()
-    for row, name in enumerate(images.names if os.path.isdir(source.path) else ()):
-        digest.update(os.fsencode(name) + images.content(row))
-    sha256 = files.sha256(source.path) if os.path.isfile(source.path) else digest.hexdigest()
-    return {"path": source.path, "images": len(images), "used": source.used, "size": list(images.size),
-            "sha256": sha256, "statistics": "stored" if source.statistics else "computed",
+    images = source.images      # of a folder: names, and the content of 64 files
+    sha256 = files.sha256(source.path) if os.path.isfile(source.path) else identity(images)["files"]
+    return {"path": source.path, "images": len(images), "size": list(images.size), "sha256": sha256,
+            "statistics": "stored" if source.statistics else "computed",
             "protocol": getattr(images, "protocol", None) or None}
 
 
@@ -206,26 +188,22 @@ def main(argv=None):
         if args.features == "hog" and len({side for source in inputs for side in source.images.size}) > 1:
             raise ValueError("--features hog needs square images of one size; pass --resolution")
         with distributed.main_first():
-            net, networks, about = load_networks(args, inputs[0].images.size, device)
-        paths = "ref", "samples", "json", "save_ref", "inception_weights", "encoder_ckpt"   # these may differ
+            net, network, about = load_network(args, inputs[0].images.size, device)
+        paths = "ref", "samples", "json", "save_ref", "inception_weights"   # these may differ
         distributed.check_same({f"--{name}": x for name, x in vars(args).items() if name not in paths}
                                | {f"weights of {name}": x.get("sha256") for name, x in about.items()}
                                | {f"input {k}": identity(x.images) for k, x in enumerate(inputs)})
-        batch_size = args.batch_size or fitting_batch_size(device)
 
         found = []
         for source in inputs:
-            batches = read(source.images, batch_size, range(source.used))
-            update = log.progress(source.path, source.used)
-            found.append(extract(batches, networks, device, not args.save_ref, update) | source.statistics)
+            batches = read(source.images, args.batch_size, range(len(source.images)))
+            update = log.progress(source.path, len(source.images))
+            found.append(extract(batches, network, device, not args.save_ref, update) | source.statistics)
         if rank == 0 and args.save_ref:
             save_reference(args.save_ref, inputs[0], found[0])
         elif rank == 0:
             ref, samples = inputs
-            result = score(found[1], found[0], net, args.exact, "kid" in args.metrics,
-                           samples.images.labels[:samples.used], device)
-            if args.encoder != "dinov2-vit-l" and "fdd" in result:
-                result[f"fd_{args.encoder}"] = result.pop("fdd")
+            result = score(found[1], found[0], net, args.exact, device)
             report(args, ref, samples, result, about, device)
         distributed.shut_down()
 

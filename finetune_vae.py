@@ -41,11 +41,10 @@ PRESETS = {
 
 def make_parser():
     parser = cli.make_parser(__doc__)
-    groups = cli.training_flags(parser)
+    groups = cli.training_flags(parser, PRESETS)
     model, flag = groups["model"], cli.flag
     flag(model, "--ckpt", None, "VAE to refine or export: a path, a hub name, or none (from scratch)")
-    flag(model, "--train-encoder", False,
-         "train the encoder too: latents change, diffusion models need retraining")
+    flag(model, "--train-encoder", False, "train the encoder too: diffusion models need retraining")
 
     measuring = parser.add_argument_group("measuring, instead of training")
     flag(measuring, "--eval", None,
@@ -53,7 +52,7 @@ def make_parser():
          nargs="+", metavar="VAE")
     flag(measuring, "--metrics", "psnr,ssim,lpips,rfid,latents",
          "comma-separated; lpips and rfid need weights")
-    flag(measuring, "--limit", None, "only so many images, evenly spaced", type=int, above=0)
+    flag(measuring, "--limit", None, "only so many images, evenly spaced", type=int)
     flag(measuring, "--inception-weights", None,
          "pt_inception-2015-12-05-6726825d.pth for rFID, else downloaded once")
 
@@ -221,7 +220,7 @@ def train(args):
     sources = {"data": identity(dataset)}   # what the run is made of, for its checkpoints
 
     # The checkpoint to resume from, if there is one, or the VAE to start from.
-    path, state = trainer.find_checkpoint(args, folder)
+    path, state = trainer.newest_checkpoint(folder)
     if state is None:
         with distributed.main_first():  # it downloads, the others find the files
             vae_state, stats, sources["source_config"] = find_weights(args)

@@ -47,22 +47,23 @@ def parse_args(argv=None):
     flag(model, "--vae-ckpt", None, "VAE to decode with instead of the checkpoint's: CompVis .pt, diffusers "
          "folder or hub name")
 
-    flag(what, "--num-fid-samples", 50000, "samples in all", above=0, most=10**8)
+    flag(what, "--num-fid-samples", 50000, "samples in all")
     flag(what, "--global-seed", 0, "seed of labels and noise")
     flag(what, "--label-sampling", "random", "equal: the same number per class", choices=["random", "equal"])
-    flag(what, "--classes", None, "comma-separated class numbers, in turn, instead of --label-sampling")
+    flag(what, "--classes", None, "comma-separated class numbers, in turn, instead of --label-sampling",
+         type=lambda text: [int(number) for number in text.split(",")])
 
     flag(solver, "--mode", "sde", "Euler-Maruyama on the SDE, or Euler on the ODE", choices=["ode", "sde"])
     flag(solver, "--heun", False, "with --mode ode: Heun's method instead of Euler's")
-    flag(solver, "--num-steps", 250, "steps of the solver", above=0, most=10**6)
-    flag(solver, "--cfg-scale", 1.0, "classifier-free guidance; 1 is none", least=1.0)
-    flag(solver, "--guidance-low", 0.0, "guide at times LOW <= t <= HIGH only; t = 1 is noise", most=1.0)
-    flag(solver, "--guidance-high", 1.0, "see --guidance-low", most=1.0)
+    flag(solver, "--num-steps", 250, "steps of the solver")
+    flag(solver, "--cfg-scale", 1.0, "classifier-free guidance; 1 is none")
+    flag(solver, "--guidance-low", 0.0, "guide at times LOW <= t <= HIGH only; t = 1 is noise")
+    flag(solver, "--guidance-high", 1.0, "see --guidance-low")
 
     flag(output, "--npz", None, "output file; the other outputs get the same name; default: "
          "samples/RUN-STEP.npz")
 
-    flag(running, "--pproc-batch-size", SHARD, "samples per process and batch", above=0, most=SHARD)
+    flag(running, "--pproc-batch-size", SHARD, f"samples per process and batch, up to {SHARD}")
     flag(running, "--mixed-precision", "auto", "type of the network; auto: bf16 on a GPU, no on a CPU; no: "
          "float32 without TF32 everywhere", choices=["auto", *PRECISIONS.values()])
     flag(running, "--compile", False, "torch.compile the network")
@@ -72,8 +73,9 @@ def parse_args(argv=None):
 def check_args(args):
     """Raise ValueError or OSError for settings that no checkpoint can satisfy.
 
-    Fills in args.solver, and args.ckpt and args.classes from what was given.
+    Fills in args.solver and args.ckpt from what was given.
     """
+    cli.check_positive(args, "num_fid_samples", "num_steps", "pproc_batch_size")
     samplers.check_guidance(args.cfg_scale, args.guidance_low, args.guidance_high)
     if args.mode == "sde" and args.heun:
         raise ValueError("--heun solves the ODE; give --mode ode with it")
@@ -88,10 +90,6 @@ def check_args(args):
         args.ckpt = os.path.join(folder, f"{steps[-1]:07d}.pt")
     if args.npz is not None and not args.npz.endswith(".npz"):
         raise ValueError(f"--npz {args.npz} must end in .npz")
-    try:
-        args.classes = None if args.classes is None else [int(c) for c in args.classes.split(",")]
-    except ValueError:
-        raise ValueError(f"--classes {args.classes} must be numbers like 207,360") from None
 
 
 # ---------------------------------------------------------------- the samples
@@ -120,7 +118,7 @@ def make_sampler(args, sit, vae, labels, path_type, low, device):
     model = torch.compile(sit, dynamic=False) if args.compile else sit
     shape = (sit.in_channels, sit.input_size, sit.input_size)
     torch.backends.cudnn.allow_tf32 = low != torch.float32
-    size, each = args.pproc_batch_size, map
+    size, each = min(args.pproc_batch_size, SHARD), map
     if device.type == "cpu":
         threads = 1 if args.compile else max(1, min(torch.get_num_threads(), size // CPU_BLOCK))
         torch.set_num_threads(1)

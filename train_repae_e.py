@@ -54,28 +54,25 @@ PRESETS = {
 
 def make_parser():
     parser = cli.make_parser(__doc__)
-    groups = cli.training_flags(parser)
+    groups = cli.training_flags(parser, PRESETS)
     data, model, losses, optim, run = (groups[k] for k in ("data", "model", "losses", "optimisation", "run"))
     flag = cli.flag
-    flag(data, "--num-classes", 1000, "classes of the label table; at least as many as the data has", above=0,
-         most=10**6)
+    flag(data, "--num-classes", 1000, "classes of the label table; at least as many as the data has")
     flag(data, "--latent-cache", None, "folder for the frozen VAE's posteriors of all images; the first run "
          "fills it", metavar="DIR")
 
     flag(model, "--model", "SiT-XL/2", "diffusion transformer: SiT-{XL,L,B,S,Ti}/{1,2,4,8}",
          choices=list(SiT_models), metavar="NAME")
-    flag(model, "--encoder", "dinov2-vit-b",
-         "target encoder(s), comma-separated: reference names, timm names, or hog")
+    flag(model, "--encoder", "dinov2-vit-b", "targets, with commas: the reference's names, timm's, or hog")
     flag(model, "--encoder-ckpt", None, "encoder weights on disk, comma-separated in the order of --encoder")
-    flag(model, "--encoder-depth", 8,
-         "block, from 1, whose tokens are aligned (8 for L and XL, 4 is usual for B)", above=0)
+    flag(model, "--encoder-depth", 8, "block, from 1, whose tokens are aligned (8 for L and XL; for B 4)")
     flag(model, "--projector", "mlp",
          "alignment head: REPA's MLP, or one 3x3 convolution (iREPA, arXiv 2512.10794)", choices=PROJECTORS)
     flag(model, "--qk-norm", False, "layer norm on queries and keys")
-    flag(model, "--bn-momentum", 0.1, "momentum of the latent batch norm", most=1.0)
+    flag(model, "--bn-momentum", 0.1, "momentum of the latent batch norm")
     flag(model, "--fixed-latents-stats", False,
          "ablation: the latents keep the scale they start with; no batch norm (a frozen VAE's always do)")
-    flag(model, "--cfg-prob", 0.1, "probability of dropping a label, for classifier-free guidance", most=1.0)
+    flag(model, "--cfg-prob", 0.1, "probability of dropping a label, for classifier-free guidance")
     flag(model, "--vae-ckpt", "auto",
          "VAE weights: a path, a hub name, none, or auto (f8d4: REPA-E/sdvae, else none)")
     flag(model, "--init-from", None,
@@ -85,16 +82,15 @@ def make_parser():
     flag(losses, "--proj-coeff", 0.5, "alignment weight in the SiT update")
     flag(losses, "--vae-align-proj-coeff", 1.5, "alignment weight in the VAE update")
     flag(losses, "--spatial-norm", None, "normalise the encoder's tokens over space, with this share of "
-         "their mean removed (iREPA: 0.6 to 1); default: as they are", type=float, above=0.0, most=1.0)
+         "their mean removed (iREPA: 0.6 to 1); default: as they are", type=float)
     flag(losses, "--freeze-vae", False, "train the SiT only (REPA; with --proj-coeff 0 vanilla SiT)")
-    flag(losses, "--diffusion-to-vae", False,
-         "ablation: the diffusion loss reaches the VAE (it collapses the latents)")
+    flag(losses, "--diffusion-to-vae", False, "ablation: the diffusion loss reaches the VAE (it collapses)")
     flag(losses, "--path-type", "linear", "interpolant", choices=["linear", "cosine"])
     flag(losses, "--weighting", "uniform", "how training times are drawn", choices=["uniform", "lognormal"])
 
-    flag(optim, "--vae-learning-rate", 1e-4, "of the VAE, constant", above=0.0)
+    flag(optim, "--vae-learning-rate", 1e-4, "of the VAE, constant")
 
-    flag(run, "--cfg-scale", 4.0, "guidance of the picture grids (50 Euler steps)", least=1.0)
+    flag(run, "--cfg-scale", 4.0, "guidance of the picture grids (50 Euler steps)")
     parser.set_defaults(vae="f8d4")  # finetune_vae.py has none: there the checkpoint says
     return parser
 
@@ -123,15 +119,13 @@ def parse_args(argv=None):
 def check_settings(args, world_size):
     """Raise a one-line ValueError for settings that contradict each other, before anything is built."""
     trainer.check_settings(args, world_size)
+    cli.check_positive(args, "cfg_scale")
     if args.freeze_vae and args.diffusion_to_vae:
         raise ValueError("--freeze-vae and --diffusion-to-vae exclude each other")
     if args.latent_cache and not args.freeze_vae:
         raise ValueError("--latent-cache stores what a VAE that learns would change: it needs --freeze-vae")
     if args.freeze_vae and args.vae_ckpt == "none":
         raise ValueError("--freeze-vae would train on a random VAE; name its weights with --vae-ckpt")
-    if args.fixed_latents_stats and args.vae_ckpt == "none" and args.latents_stats is None:
-        raise ValueError("--fixed-latents-stats would keep the scale of a random VAE; name its weights with "
-                         "--vae-ckpt, or a scale with --latents-stats")
     with torch.device("meta"):
         vae = VAE_models[args.vae]()
         multiple = vae.downsample * int(args.model.split("/")[1])
@@ -374,7 +368,7 @@ def main(argv=None):
     sources = {"data": identity(dataset)}   # what the run is made of, for its checkpoints
 
     # The checkpoint to resume from, if there is one.
-    path, state = trainer.find_checkpoint(args, folder)
+    path, state = trainer.newest_checkpoint(folder)
     if state is not None:
         # a frozen VAE may have moved: its digest is compared below
         fixed = FIXED_IN_A_RUN if args.freeze_vae else (*FIXED_IN_A_RUN, "vae_ckpt")

@@ -18,10 +18,11 @@ Weights come from timm's own source of that name, through the hub's cache (HF_HO
 (TORCH_HOME), or from a file. No code in a file is run.
 
 Mean and std are those the weights were trained with, as timm lists them: CLIP's own, 0.5/0.5 for SigLIP,
-ImageNet's for DINO, DINOv2, DINOv3, MAE, I-JEPA and MoCo v3; the reference uses the same. Tokens are the
-output of the network's last norm (`x_norm_patchtokens` in DINOv2), without class and register tokens. For
-CLIP and MAE under the reference's names they are the input of that norm, because the reference aligns with
-that (`BEFORE_LAST_NORM`; the two differ by about half their length).
+ImageNet's for DINO, DINOv2, DINOv3, MAE and I-JEPA; the reference uses the same. Tokens are the output of
+the network's last norm (`x_norm_patchtokens` in DINOv2), without class and register tokens. For CLIP and MAE
+under the reference's names they are the input of that norm, because the reference aligns with that
+(`BEFORE_LAST_NORM`; the two differ by about half their length). MoCo v3, which timm does not have, is
+vit_base_patch16_224.dino with the file vit-b-300ep.pth.tar.
 
 Errors that a user can cause are ValueError with a message of one line.
 """
@@ -54,13 +55,9 @@ ENCODERS = {  # the reference's names -> timm's
     "clip-vit-l": "vit_large_patch14_clip_quickgelu_224.openai",  # its GELU is x * sigmoid(1.702 x)
     "jepa-vit-h": "vit_huge_patch14_gap_224.in1k_ijepa",
     "siglip2-vit-b": "vit_base_patch16_siglip_256.v2_webli",
-    "mocov3-vit-s": "vit_small_patch16_224.dino",  # architecture, mean and std; the weights are of MOCOV3_URL
-    "mocov3-vit-b": "vit_base_patch16_224.dino",
-    "mocov3-vit-l": "vit_large_patch16_224.mae",
 }
 BEFORE_LAST_NORM = "clip-vit-l", "mae-vit-b", "mae-vit-l"
 FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
-MOCOV3_URL = "https://dl.fbaipublicfiles.com/moco-v3/{0}-300ep/{0}-300ep.pth.tar"  # {0}: vit-s, vit-b, vit-l
 
 
 # ---------------------------------------------------------------- the encoders
@@ -109,12 +106,10 @@ class TimmEncoder(nn.Module):
             return x.flatten(1, 2) if last else x.flatten(2).transpose(1, 2)
         if not torch.is_tensor(x) or x.ndim != 3:
             raise ValueError("its features are not a grid of tokens")
-        count = x.shape[1]
-        prefix = getattr(self.model, "num_prefix_tokens", None)  # class and register tokens come first
-        prefix = count - math.isqrt(count) ** 2 if prefix is None else prefix
-        if math.isqrt(count - prefix) ** 2 != count - prefix:
-            raise ValueError(f"its {count - prefix} tokens are not a square grid")
-        return x[:, prefix:]
+        x = x[:, getattr(self.model, "num_prefix_tokens", 0):]      # class and register tokens come first
+        if math.isqrt(x.shape[1]) ** 2 != x.shape[1]:
+            raise ValueError(f"its {x.shape[1]} tokens are not a square grid")
+        return x
 
 
 class HOG(nn.Module):
@@ -174,13 +169,6 @@ def input_size(resolution, patch, own):
 
 # ---------------------------------------------------------------- weights
 
-def read_weights(path):
-    """Content of a .safetensors file or of a file that torch.save wrote; no code in it is run."""
-    if path.endswith(".safetensors"):
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
 def unwrap(state):
     """The network's tensors by their own names, without what training scripts put around them."""
     for key in ("state_dict", "model", "teacher", "encoder"):   # "teacher": DINO; "encoder": I-JEPA
@@ -238,17 +226,11 @@ def build_encoder(name, resolution, ckpt=None, device="cpu"):
     size = input_size(resolution, int(patch[1]) if patch else None, cfg.input_size[-1])
     # A network with a table of positions is built for its size; a convolutional one takes any.
     options = {"img_size": size} if cfg.fixed_input_size else {}
-    moco = name.lower().startswith("mocov3-")
-    if name.lower() == "mocov3-vit-s":
-        options["num_heads"] = 12   # timm's small ViT has 6
     try:
-        model = timm.create_model(timm_name, pretrained=not (ckpt or moco), num_classes=0, **options)
-        if ckpt:
-            load_weights(model, read_weights(ckpt))
-        elif moco:
-            url = MOCOV3_URL.format(name.lower().removeprefix("mocov3-"))
-            load_weights(model, torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False,
-                                                                   weights_only=True))
+        model = timm.create_model(timm_name, pretrained=not ckpt, num_classes=0, **options)
+        if ckpt:    # no code in it is run
+            load_weights(model, load_file(ckpt) if ckpt.endswith(".safetensors") else
+                         torch.load(ckpt, map_location="cpu", weights_only=True))
         encoder = TimmEncoder(model, name, size, cfg.mean, cfg.std, name.lower() not in BEFORE_LAST_NORM)
     except Exception as error:      # timm, the hub, torch and safetensors raise nearly anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0][:200]

@@ -41,9 +41,7 @@ def resize_tf1(images, size=SIDE):
 def check_images(images):
     """Raise a one-line ValueError unless images are [N, H, W, 3] in 0..255."""
     if images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
-        nchw = images.ndim == 4 and images.shape[1] == 3
-        hint = "; it looks like NCHW, which .permute(0, 2, 3, 1) turns" if nchw else ""
-        raise ValueError(f"images are [N, H, W, 3], not {list(images.shape)}{hint}")
+        raise ValueError(f"images are [N, H, W, 3], not {list(images.shape)}")
     if images.is_floating_point():
         low, high = (x.item() for x in images.aminmax())
         if not (low >= 0 and high <= 255):      # true for NaN too

@@ -79,8 +79,6 @@ def guided(network, y, null_label, cfg_scale=1.0, low=0.0, high=1.0, dtype=torch
 def time_grid(num_steps, mode="ode"):
     """num_steps + 1 times (floats) from 1 to 0. "ode": equally spaced; "sde": num_steps equally spaced from 1
     to 0.04, then 0. The last step has the reference's length: near the data the SDE's drift is stiff."""
-    if num_steps < 1:
-        raise ValueError(f"number of steps {num_steps} must be at least 1")
     if mode == "ode":
         return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
     return torch.linspace(1, 0.04, num_steps, dtype=torch.float64).tolist() + [0.0]

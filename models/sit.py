@@ -142,14 +142,9 @@ class SiT(nn.Module):
                  mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, encoder_depth=8, z_dims=(768,),
                  projector_dim=2048, projector="mlp", qk_norm=False, bn_momentum=0.1, learn_pos_embed=False):
         super().__init__()
-        if input_size % patch_size:
-            raise ValueError(f"latents of {input_size}x{input_size} cannot be cut into patches of "
-                             f"{patch_size}")
         if not 1 <= encoder_depth <= depth:
             raise ValueError(f"encoder depth {encoder_depth} is not a block of this SiT, which has 1 to "
                              f"{depth}")
-        if projector not in PROJECTORS:
-            raise ValueError(f"unknown projector {projector!r}: use {' or '.join(PROJECTORS)}")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.num_classes, self.encoder_depth = num_classes, encoder_depth
         table = pos_embed_2d(hidden_size, input_size // patch_size)

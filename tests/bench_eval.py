@@ -4,7 +4,7 @@
 
 Same PNG files, same (random) weights, same device, from files to pool features, each program with its own
 reading and resizing, in alternating runs; the best round of each counts. The two peers take part where they
-are installed. --figures: instead of times, FID, KID and Inception Score by each program.
+are installed. --figures: instead of times, FID and Inception Score by each program.
 """
 import argparse
 import contextlib
@@ -21,7 +21,6 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from models import metrics
 from models.inception import FIDInception
 from models.runtime import features
 from models.runtime.data import open_images
@@ -57,8 +56,8 @@ def best_of(programs, rounds, device):
 
 def ours(folder, network, device):
     data = open_images(folder, labelled=False)
-    batches = features.read(data, features.fitting_batch_size(device), range(len(data)))
-    return features.extract(batches, [network], device)
+    batches = features.read(data, 64, range(len(data)))
+    return features.extract(batches, network, device)
 
 
 def peers(folder, weights, device):
@@ -111,7 +110,7 @@ def bench_features(args):
 
 
 def compare_figures(args):
-    """FID, KID and Inception Score of two sets by us, torch-fidelity and pytorch-fid."""
+    """FID and Inception Score of two sets by us, torch-fidelity and pytorch-fid."""
     import torch_fidelity
     from pytorch_fid import inception
     from pytorch_fid.fid_score import calculate_fid_given_paths
@@ -119,16 +118,12 @@ def compare_figures(args):
         net, weights, sets = prepare(folder, args.images, "cpu")
         ref, samples = (ours(path, features.inception_features(net), "cpu") for path in sets)
         found = features.score(samples, ref, net, exact=True)
-        kid = {"subsets": 20, "subset_size": args.images // 2}
-        found["kid"] = float(metrics.kernel_distances(ref["pool"], samples["pool"], **kid).mean())
-        emit(program="ours", images=args.images,
-             **{name: found[name] for name in ("fid", "kid", "inception_score")})
+        emit(program="ours", images=args.images, fid=found["fid"], inception_score=found["inception_score"])
         peer = torch_fidelity.calculate_metrics(
-            input1=sets[1], input2=sets[0], isc=True, fid=True, kid=True, isc_splits=1, kid_subsets=20,
-            kid_subset_size=kid["subset_size"], cuda=False, verbose=False, cache=False,
-            feature_extractor_weights_path=weights)
+            input1=sets[1], input2=sets[0], isc=True, fid=True, isc_splits=1, cuda=False, verbose=False,
+            cache=False, feature_extractor_weights_path=weights)
         emit(program="torch_fidelity", fid=peer["frechet_inception_distance"],
-             kid=peer["kernel_inception_distance_mean"], inception_score=peer["inception_score_mean"])
+             inception_score=peer["inception_score_mean"])
         inception.load_state_dict_from_url = lambda *a, **k: torch.load(weights, weights_only=True)
         fid = calculate_fid_given_paths([sets[1], sets[0]], 32, "cpu", 2048, 0)
         emit(program="pytorch_fid", fid=float(fid), because="half-pixel resize and 2x/255 - 1")

@@ -387,7 +387,6 @@ def diverged(tmp):
 
 # Where a file of tensors is read, as x.pt -> (script, flags, a sound file).
 READERS = {
-    "--resume": ("train_repae_e", [*TRAIN, "--resume", "x.pt"], CHECKPOINT),
     "--init-from": ("train_repae_e", [*TRAIN, "--init-from", "x.pt"], CHECKPOINT),
     "--vae-ckpt": ("train_repae_e", [*TRAIN, "--vae-ckpt", "x.pt"], "../have/vae.pt"),
     "--disc-ckpt": ("train_repae_e", [*TRAIN, "--disc-ckpt", "x.pt"], "../have/disc.pt"),
@@ -437,6 +436,13 @@ def evil_input(tmp, kind, script, flags, sound):
     assert_nothing_ran(tmp, execute(script, flags, tmp), "x.pt", may_work=kind == "within")
 
 
+def evil_checkpoint(tmp, kind):
+    """The newest of a run that resumes."""
+    newest = copy_run(tmp)
+    evil(newest, kind, tmp / CHECKPOINT)
+    assert_nothing_ran(tmp, execute("train_repae_e", TRAIN, tmp), newest.name, may_work=kind == "within")
+
+
 def evil_downloads(tmp, paths, flags):
     """Files in the caches of torch and the hub."""
     for path in paths:
@@ -477,14 +483,14 @@ def escaping_member(tmp, member, images):
 
 ENCODED = {name: ("train_repae_e", [*TRAIN, "--encoder", name, "--encoder-ckpt", "x.pt"], "../have/vae.pt")
            for name in ("test_vit", "clip-vit-l")}
-for place, reader in (READERS | ENCODED).items():
-    for kind in ("alone", "within", "old"):
-        quick = kind == "alone" and place in ("--resume", "test_vit")
+for kind in ("alone", "within", "old"):
+    case("pickles", f"resumed: {kind}", kind == "alone", evil_checkpoint, kind)
+    for place, reader in (READERS | ENCODED).items():
+        quick = kind == "alone" and place == "test_vit"
         case("pickles", f"{place}: {kind}", quick, evil_input, kind, *reader)
 for name, paths, flags in [
     ("LPIPS", ["torch/hub/checkpoints/vgg16-397923af.pth", "torch/hub/checkpoints/lpips_vgg.pth"],
      ["--perceptual-weight", "1"]),
-    ("MoCo", ["torch/hub/checkpoints/vit-s-300ep.pth.tar"], ["--encoder", "mocov3-vit-s"]),
     ("DINOv2", ["hub/models--timm--vit_small_patch14_dinov2.lvd142m/refs/main",
                 "hub/models--timm--vit_small_patch14_dinov2.lvd142m/snapshots/1/pytorch_model.bin"],
      ["--encoder", "dinov2-vit-s"]),
@@ -543,14 +549,14 @@ MISTAKES = [    # command, further flags, what the line must name, what is wrong
     ("train", "--vae-ckpt vae.pt", "vae.pt", "weights that are not there"),
     ("train", "--vae f4d16 --vae-ckpt ../have/vae.pt", "vae.pt", "weights of another VAE"),
     ("train", "--disc-ckpt ../have/vae.pt", "vae.pt", "a file without a discriminator"),
-    ("train", "--vae-ckpt x.pt", "LFS", "a Git LFS pointer",
+    ("train", "--vae-ckpt x.pt", "LFS pointer", "a Git LFS pointer",
      write("x.pt", "version https://git-lfs.github.com/spec/v1")),
     ("refine", "--ckpt x.pt", "web page", "a web page as weights", write("x.pt", "<!DOCTYPE html>")),
     ("train", "--vae f8d4 --vae-ckpt REPA-E/sdvae", "REPA-E/sdvae", "no network for a VAE"),
     ("train", "--encoder dinov2-vit-s", "dinov2-vit-s", "no network for an encoder"),
     ("train", "--seed 5", "--seed", "a run of other settings resumed", copy_run),
     ("train", "--max-train-steps 2", "--max-train-steps", "fewer steps than there are", copy_run),
-    ("train", f"--resume {CHECKPOINT} --model SiT-Ti/2", "--model", "a checkpoint of another model"),
+    ("train", "--model SiT-Ti/2", "--model", "a checkpoint of another model", copy_run),
     ("sample", "--ckpt ../have/vae.pt", "vae.pt", "a VAE as a checkpoint"),
     ("sample", "--classes 10", "10", "a class that does not exist"),
     ("sample", "--heun", "--mode ode", "Heun's method for the SDE"),

@@ -1,6 +1,5 @@
 """models/runtime/data.py: folder, .zip, EDM2's layout and .npz alike, ADM's crop, the drawn shapes, the order
 and its resume, user errors."""
-import errno
 import io
 import json
 import os
@@ -118,10 +117,10 @@ def test_what_is_not_a_set_of_images(tree, tmp_path):
     rejected(tmp_path / "nowhere", "nowhere: no such folder or .zip", error=FileNotFoundError)
     (tmp_path / "empty").mkdir()
     rejected(tmp_path / "empty", "empty: has no images")
-    rejected(tree / "README.txt", "README.txt: neither a folder nor a .zip")
+    rejected(tree / "README.txt", "README.txt: neither a folder nor a whole .zip")
     whole = pack(tree, tmp_path / "whole.zip").read_bytes()
     (tmp_path / "half.zip").write_bytes(whole[:len(whole) // 2])
-    rejected(tmp_path / "half.zip", "half.zip: not a whole .zip")
+    rejected(tmp_path / "half.zip", "half.zip: neither a folder nor a whole .zip")
 
 
 @pytest.mark.parametrize("names, classes", [
@@ -311,11 +310,8 @@ def test_edm2_layout(tree, tmp_path, packed, prefix):
 
 @pytest.mark.parametrize("change, words", [
     (lambda pairs: pairs[1:], "img00000000.jpg"),
-    (lambda pairs: [*pairs, [pairs[0][0], 1 - pairs[0][1] % 2]], "13 labels for 12 images"),
-    (lambda pairs: [*pairs, ["00000/gone.png", 1]], "13 labels for 12 images"),
     (lambda pairs: [*pairs[:-1], pairs[0]], "img00000011"),
     (lambda pairs: [[n, -1] for n, _ in pairs], "whole number"),
-    (lambda pairs: [[n, 10 ** 9] for n, _ in pairs], "whole number"),
     (lambda pairs: [[n, 0.5] for n, _ in pairs], "whole number"),
     (lambda pairs: [[n, [0, 1]] for n, _ in pairs], "EDM2's layout"),
     (lambda pairs: 7, "EDM2's layout"),
@@ -356,17 +352,9 @@ def test_npz(tmp_path, kind):
     assert open_images(path, 4)[0][0].shape == (3, 4, 4)
 
 
-def test_npz_on_a_volume_without_mmap(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.ENODEV, "No such device")
-    np.savez(tmp_path / "x.npz", pixels())
-    monkeypatch.setattr(np, "memmap", refuse)
-    assert np.array_equal(open_images(tmp_path / "x.npz", labelled=False).images, pixels())
-
-
 def test_npz_without_labels_or_images(tmp_path):
     path = tmp_path / "x.npz"
-    np.savez(path, pixels(), arr_1=np.arange(3), protocol="of another tool")
+    np.savez(path, pixels(), arr_1=np.arange(3))
     rejected(path, "x.npz: has no labels (arr_1, 6 integers from 0 on)")
     data = open_images(path, labelled=False)
     assert data.labels.tolist() == [0] * 6 and data.num_classes == 1 and data.protocol == {}

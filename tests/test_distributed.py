@@ -11,7 +11,7 @@ from torch import nn
 
 from models.runtime import distributed
 
-GROUP = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_NTASKS"}
+GROUP = {"RANK", "LOCAL_RANK", "WORLD_SIZE"}
 
 
 @pytest.fixture(autouse=True)
@@ -22,19 +22,8 @@ def no_group(monkeypatch):
 
 # ---------------------------------------------------------------- one process
 
-@pytest.mark.parametrize("environment, words", [
-    ({"SLURM_NTASKS": "4"}, ("SLURM_NTASKS=4", "torchrun")), ({"RANK": "1"}, ("RANK=1", "torchrun"))])
-def test_processes_that_would_run_alone(monkeypatch, environment, words):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError) as error:
-        distributed.init()
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
-
-
-def test_one_process(monkeypatch):
-    """torchrun's environment of one process needs no group, and SLURM's single task is no reason to stop."""
-    monkeypatch.setenv("SLURM_NTASKS", "1")
+def test_one_process():
+    """It needs no group."""
     assert distributed.init() == (0, 1, torch.device("cpu"))
     assert distributed.gather("a") == ["a"] and distributed.any_process(True) and distributed.is_main()
     distributed.check_same({"--seed": 1})
@@ -42,17 +31,13 @@ def test_one_process(monkeypatch):
     distributed.shut_down()
 
 
-@pytest.mark.parametrize("local_rank, count, torchrun, device", [
-    ("3", 8, True, 3), ("3", 1, False, 0), ("0", 1, True, 0), ("3", 1, True, None), ("9", 8, False, None)])
-def test_which_gpu(monkeypatch, local_rank, count, torchrun, device):
-    """One visible GPU per task (srun --gpus-per-task=1) is used; torchrun's processes must not share one."""
+@pytest.mark.parametrize("local_rank, count, device", [("3", 8, 3), ("0", 1, 0), ("3", 1, None)])
+def test_which_gpu(monkeypatch, local_rank, count, device):
+    """Two processes must not share one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
     monkeypatch.setenv("LOCAL_RANK", local_rank)
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    if torchrun:
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     if device is None:
         with pytest.raises(ValueError, match="--nproc-per-node"):
             distributed.choose_device()

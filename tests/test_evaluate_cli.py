@@ -7,14 +7,12 @@ import zipfile
 import numpy as np
 import processes
 import pytest
-import timm
 import torch
 from fill import fill_
 from PIL import Image
 
 import evaluate_fid
 from models.inception import FIDInception
-from models.metrics import inception_score
 from models.runtime import features, files
 from models.runtime.data import open_images
 
@@ -140,16 +138,15 @@ def test_a_saved_reference_gives_its_statistics(tmp_path, stand_in, capsys, monk
         statistics = {key: file[key] for key in ("mu", "sigma", "mu_s", "sigma_s")}
     data = open_images(str(tmp_path / "images"))
     batches = features.read(data, 5, range(12))
-    found = features.extract(batches, [features.inception_features(stand_in)], "cpu")
+    found = features.extract(batches, features.inception_features(stand_in), "cpu")
     for key, value in statistics.items():
         np.testing.assert_array_equal(value, found[key])
 
     # 1. statistics of all twelve images come from the file, precision and recall from its six images
-    args = ["--metrics", "kid", "--batch-size", 5, tmp_path / "ref.npz", tmp_path / "s.npz"]
+    args = ["--batch-size", 5, tmp_path / "ref.npz", tmp_path / "s.npz"]
     stored = figures(tmp_path, *args)
     printed = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
-    assert printed[-9:-4] == ["Inception Score", "FID", "sFID", "Precision", "Recall"]
-    assert printed[-4:] == ["KID", "inception_score_std", "f_score", "kid_std"]
+    assert printed[-6:] == ["Inception Score", "FID", "sFID", "Precision", "Recall", "inception_score_std"]
     assert stored["ref"]["statistics"] == "stored" and stored["samples"]["statistics"] == "computed"
     assert any("s.npz: 10 images" in note and "biased" in note for note in stored["notes"])
     assert any("of 12 images" in note for note in stored["notes"])
@@ -159,37 +156,27 @@ def test_a_saved_reference_gives_its_statistics(tmp_path, stand_in, capsys, monk
                                 ("both", tuple(statistics), {"fid", "sfid"})):
         np.savez(tmp_path / f"{name}.npz", **{key: statistics[key] for key in keys})
         alone = figures(tmp_path, *args[:-2], tmp_path / f"{name}.npz", tmp_path / "s.npz")
-        assert {n for n in FIVE if n in alone} == {"inception_score", *allowed} and "kid" not in alone
+        assert {n for n in FIVE if n in alone} == {"inception_score", *allowed}
         assert all(alone[n] == stored[n] for n in (*allowed, "inception_score"))
         assert any("no precision, recall" in note for note in alone["notes"])
         assert ("no mu_s, so no sFID" in " ".join(alone["notes"])) == (name == "fid")
 
 
-def test_inception_score_of_sorted_samples_comes_shuffled_too(stand_in):
-    logits = np.random.default_rng(0).standard_normal((5004, 1008)).astype(np.float32)
-    labels = np.arange(5004) // 1251
-    found, mixed = (features.score({"pool": logits}, {}, stand_in, labels=y) for y in (labels, labels[::-1]))
-    assert "inception_score_shuffled" not in mixed
-    assert found["inception_score"] == mixed["inception_score"]
-    expected = inception_score(logits[np.random.RandomState(2020).permutation(5004)])
-    assert found["inception_score_shuffled"] == pytest.approx(expected, rel=1e-6)
-
-
-def test_the_json_proves_the_number_and_limit_takes_the_first_images(tmp_path, stand_in):
+def test_the_json_proves_the_number(tmp_path, stand_in):
     np.savez(tmp_path / "r.npz", pictures(8))
-    np.savez(tmp_path / "first.npz", pictures(8)[:6])
-    np.savez(tmp_path / "six.npz", pictures(9, 1)[:6])
     np.savez(tmp_path / "s.npz", pictures(9, 1), np.arange(9), protocol=np.array('{"mode": "sde"}'))
-    found = figures(tmp_path, "--limit", 6, "--exact", "--metrics", "kid", tmp_path / "r.npz",
-                    tmp_path / "s.npz")
-    assert found["samples"]["images"] == 9 and found["samples"]["used"] == found["ref"]["used"] == 6
+    found = figures(tmp_path, "--exact", tmp_path / "r.npz", tmp_path / "s.npz")
+    assert found["samples"]["images"] == 9 and found["ref"]["images"] == 8
     assert found["samples"]["protocol"] == {"mode": "sde"}
     assert found["samples"]["sha256"] == files.sha256(tmp_path / "s.npz")
     assert found["weights"]["inception"] == {"path": stand_in.path, "sha256": stand_in.sha256}
     assert any("not the FID Inception" in note for note in found["notes"])
+    assert any("s.npz: sorted by class" in note for note in found["notes"])
     assert found["versions"]["torch"] == torch.__version__ and found["device"]
     assert found["settings"]["exact"] is True and found["processes"] == 1
-    assert found["fid"] == figures(tmp_path, tmp_path / "first.npz", tmp_path / "six.npz")["fid"]
+    swapped = figures(tmp_path, tmp_path / "s.npz", tmp_path / "r.npz")
+    assert swapped["fid"] == pytest.approx(found["fid"], rel=1e-6)
+    assert not any("sorted" in note for note in swapped["notes"])      # without labels nobody knows
 
 
 def test_json_survives_a_broken_stdout_and_figures_a_full_disk(tmp_path, capsys, monkeypatch):
@@ -212,22 +199,6 @@ def test_json_survives_a_broken_stdout_and_figures_a_full_disk(tmp_path, capsys,
         evaluate_fid.main(args)
     output = capsys.readouterr()
     assert "FD-hog: " in output.out and "no space left" in output.err
-
-
-# ---------------------------------------------------------------- with the network
-
-def test_frechet_distance_on_an_encoder_has_its_own_name(tmp_path, weights):
-    torch.manual_seed(0)
-    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), tmp_path / "vit.pth")
-    np.savez(tmp_path / "r.npz", pictures(5))
-    np.savez(tmp_path / "s.npz", pictures(6, 1))
-    first, second = ({"mu_fdd": np.full(2, m), "sigma_fdd": np.eye(2)} for m in (0, 1))
-    assert features.score(first, second) == {"fdd": pytest.approx(2)}
-    result = figures(tmp_path, "--inception-weights", weights, "--metrics", "fdd", "--encoder",
-                     "vit_tiny_patch16_224", "--encoder-ckpt", tmp_path / "vit.pth", tmp_path / "r.npz",
-                     tmp_path / "s.npz")
-    assert result["fd_vit_tiny_patch16_224"] > 0 and "fdd" not in result
-    assert result["weights"]["fdd"]["sha256"] == files.sha256(tmp_path / "vit.pth")
 
 
 def test_two_processes_give_the_figures_of_one(tmp_path):
@@ -309,10 +280,9 @@ def test_outputs_are_checked_before_any_work(tmp_path, capsys):
 def test_bad_settings(tmp_path, capsys, weights, monkeypatch):
     good = tmp_path / "good.npz"
     np.savez(good, pictures(8))
-    assert "unknown" in rejected(capsys, "--metrics", "lpips", good, good)
     assert "--save-ref" in rejected(capsys, good)
-    assert "FD-hog alone" in rejected(capsys, *HOG, "--metrics", "kid", good, good)
-    for flag, value in (("--limit", 2), ("--batch-size", "nan"), ("--resolution", "inf")):
+    assert "--save-ref" in rejected(capsys, *HOG, "--save-ref", tmp_path / "ref.npz", good)
+    for flag, value in (("--batch-size", "nan"), ("--resolution", "inf")):
         assert f"{flag}: " in rejected(capsys, flag, value, good, good)
     assert "gone.pth" in rejected(capsys, "--inception-weights", tmp_path / "gone.pth", good, good)
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")

@@ -176,16 +176,14 @@ def network():
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda s: s.pop("0.bias"), "1 missing (first: 0.bias)"),
-    (lambda s: s.update(more=torch.ones(1)), "1 unknown (first: more)"),
-    (lambda s: s.update({"0.weight": torch.ones(4, 2, 1, 1)}), "[4, 2, 1, 1] instead of [4, 3, 1, 1]"),
+    (lambda s: s.pop("0.bias"), "0.bias: missing, expected float [4]"),
+    (lambda s: s.update(more=torch.ones(1)), "1 tensors differ, the first is more: float [1], expected none"),
+    (lambda s: s.update({"0.weight": torch.ones(4, 2, 1, 1)}), "[4, 2, 1, 1], expected float [4, 3, 1, 1]"),
     (lambda s: s.update({"0.weight": s["0.weight"].to(torch.int8)}), "int8"),
     (lambda s: s.update({"0.weight": s["0.weight"] > 0}), "torch.bool"),
     (lambda s: s.update({"0.weight": s["0.weight"].to(torch.float8_e4m3fn)}), "float8"),
-    (lambda s: s.update({"0.weight": s["0.weight"].to_sparse()}), "sparse"),
-    (lambda s: s.update({"0.weight": s["0.weight"].to("meta")}), "meta"),
     (lambda s: s.update({"1.num_batches_tracked": torch.ones(())}), "num_batches_tracked"),
-    (lambda s: s.update({"0.weight": 3}), "no weights")])
+    (lambda s: s.update({"0.weight": 3}), "0.weight: int, expected float")])
 def test_weights_that_do_not_fit(change, words):
     state = network().state_dict()
     change(state)
@@ -312,17 +310,11 @@ def test_check_writable(tmp_path):
     assert (tmp_path / "x.npz").read_text() == "data"
 
 
-def test_links_and_devices(tmp_path):
-    """A link stays a link; a FIFO, which a rename would replace, is written to."""
+def test_a_link_stays_a_link(tmp_path):
     (tmp_path / "real.json").write_text("before")
     os.symlink("real.json", tmp_path / "link.json")
     files.save_json({"a": 1}, tmp_path / "link.json")
     assert os.path.islink(tmp_path / "link.json") and "1" in (tmp_path / "real.json").read_text()
-    os.mkfifo(tmp_path / "fifo")
-    files.check_writable(tmp_path / "fifo")
-    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
-    files.save_json({"a": 1}, tmp_path / "fifo")
-    assert b"1" in os.read(reader, 100) and not os.path.isfile(tmp_path / "fifo")
 
 
 # ---------------------------------------------------------------- the lock

@@ -22,8 +22,8 @@ OWN = {"models", *(path.stem for path in PRODUCT)}
 
 def test_the_product_stays_minimal():
     """People read these scripts before they trust or copy them. edm2 does its work in 5,000 lines; ours had
-    grown to 10,400, one sound reason at a time. The limit only ever goes down, to 6,000."""
-    assert sum(len(path.read_text().splitlines()) for path in PRODUCT) < 6250
+    grown to 10,400, one sound reason at a time. What comes in has to push something out."""
+    assert sum(len(path.read_text().splitlines()) for path in PRODUCT) < 6000
     assert len(RUNTIME) <= 12
 
 

@@ -94,14 +94,15 @@ def test_init_from_takes_the_weights_alone(tmp_path, capsys):
 
 
 def test_sources_that_do_not_fit(tmp_path, capsys):
-    """Another architecture, no file, and --resume of a file that this code did not write."""
+    """Another architecture, no file, and, in the run folder, a checkpoint that this code did not write."""
     released(tmp_path / "larger.pt", TINY | {"model": "SiT-Ti/2"})
-    released(tmp_path / "0400000.pt")
-    for flags, words in ((["--init-from", tmp_path / "larger.pt"], "larger.pt"),
-                         (["--init-from", tmp_path / "none.pt"], "none.pt"),
-                         (["--resume", tmp_path / "0400000.pt"], "--init-from")):
+    (tmp_path / "theirs" / "demo" / "checkpoints").mkdir(parents=True)
+    released(tmp_path / "theirs" / "demo" / "checkpoints" / "0400000.pt")
+    for name, flags, words in (("run", ["--init-from", tmp_path / "larger.pt"], "larger.pt"),
+                               ("run", ["--init-from", tmp_path / "none.pt"], "none.pt"),
+                               ("theirs", [], "--init-from")):
         with pytest.raises(SystemExit) as stop:
-            run(tmp_path / "run", *flags)
+            run(tmp_path / name, *flags)
         error = capsys.readouterr().err
         assert stop.value.code == 2 and words in error and error.count("\n") == 1
     assert not (tmp_path / "run" / "demo" / "checkpoints").exists()

@@ -180,8 +180,6 @@ def test_the_docstrings_example():
     assert linear in samplers.__doc__
 
 
-def test_bad_labels_and_steps():
+def test_bad_labels():
     with pytest.raises(ValueError, match="class 10"):
         samplers.sample_labels(0, [], 10, classes=[3, 10])
-    with pytest.raises(ValueError, match="number of steps"):
-        samplers.time_grid(0)

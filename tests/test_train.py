@@ -380,8 +380,8 @@ def test_other_data_and_encoders_than_before(capsys):
     trainer.check_sources(settings(), "x.pt", {"data": {"classes": ["a", "b"], "images": 8}}, sources)
     assert "other files or labels, 9 images, before 8" in capsys.readouterr().out
     for before, words in (({"encoder_digests": {"dino": "1", "clip": "3"}}, "other weights of encoder clip"),
-                          ({"data": {"classes": ["a", "c"]}}, "class 1 was c and is now b;"),
-                          ({"data": {"classes": ["a"]}}, "class 1 was None and is now b;")):
+                          ({"data": {"classes": ["a", "c"]}}, "c is now b;"),
+                          ({"data": {"classes": ["a"]}}, "None is now b;")):
         with pytest.raises(ValueError, match=words):
             trainer.check_sources(settings(), "x.pt", before, sources)
 
@@ -429,18 +429,6 @@ def test_vanishing_gradients_stop_the_run(tmp_path):
     run_log.add({"grad_norm_sit": torch.tensor(1e-6)}, torch.tensor(0.0))
     with pytest.raises(log.Collapse, match="grad_norm_sit"):
         run_log.write(2, 4)
-
-
-def test_the_first_step_is_left_out_of_the_rate(tmp_path, monkeypatch):
-    """It compiles."""
-    times = iter([0.0, 100.0, 104.0, 107.0])    # made, first step, line, line
-    monkeypatch.setattr(log.time, "perf_counter", lambda: next(times))
-    run_log = log.RunLog(tmp_path, SimpleNamespace(report_to="none", max_train_steps=10, log_every=3))
-    for steps in (3, 3):
-        for _ in range(steps):
-            run_log.add({"loss": torch.tensor(1.0)}, torch.tensor(0.0))
-        run_log.write(steps, 4)
-    assert [line["seconds_per_step"] for line in metrics(tmp_path)] == [2.0, 1.0]
 
 
 def test_progress_prints_now_and_then(monkeypatch, capsys):
@@ -540,16 +528,12 @@ def test_presets_name_flags_and_explicit_flags_win():
     (["--vae-ckpt", "{tmp}/nothing.pt"], "nothing.pt"),
     (["--vae-ckpt", "{tmp}/other.pt"], "other.pt"),
     (["--latents-stats", "{tmp}/other.pt"], "latents_scale"),
-    (["--resume", "{tmp}/none.pt"], "none.pt"),
-    (["--resume", "{tmp}/other.pt"], "--init-from"),
     (["--init-from", "{tmp}/other.pt"], "other.pt"),
-    (["--learning-rate", "0"], "--learning-rate"),
+    (["--log-every", "0"], "--log-every 0"),
     (["--freeze-vae", "--diffusion-to-vae"], "exclude"),
     (["--freeze-vae"], "--vae-ckpt"),
     (["--latent-cache", "{tmp}"], "--freeze-vae"),
-    (["--fixed-latents-stats"], "--latents-stats"),
-    (["--cfg-scale", "0.5"], "--cfg-scale: 0.5"),
-    (["--num-workers", "-1"], "--num-workers: -1"),
+    (["--cfg-scale", "0.5"], "--cfg-scale 0.5"),
     (["--disc-ckpt", "{tmp}/nope.pt"], "nope.pt"),
     (["--latents-stats", "{tmp}/stats.pt"], "stats.pt: no latents_scale"),
     (["--perceptual-weight", "1"], "--perceptual-weight 0"),
@@ -577,7 +561,7 @@ def no_network(*args, **kwargs):
 
 
 def test_an_old_run_is_neither_mixed_nor_overwritten(resumed, capsys):
-    for flags, words in ((["--resume", "none"], "step 4"), (["--proj-coeff", "0.1"], "--proj-coeff 0.5"),
+    for flags, words in ((["--proj-coeff", "0.1"], "--proj-coeff 0.5"),
                          (["--path-type", "cosine"], "--path-type linear"),
                          (["--model", "SiT-Ti/2"], "SiT-Ti/4"),
                          (["--max-train-steps", "1"], "beyond --max-train-steps 1")):

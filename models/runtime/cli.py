@@ -1,7 +1,6 @@
 """What the command lines share: how a flag is declared and checked, and the one way to fail."""
 import argparse
 import contextlib
-import math
 import os
 import sys
 import time
@@ -20,49 +19,28 @@ def make_parser(doc):
     """ArgumentParser described by a script's docstring; a mistake ends in one line and exit code 2."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.error = fail
-    if hasattr(sys.stdout, "reconfigure"):  # an ASCII terminal must not lose a result over a path's letters
-        sys.stdout.reconfigure(errors="backslashreplace")
     return parser
 
 
-def flag(group, name, default, help, *, least=0, above=None, most=None, type=None, **more):
-    """group.add_argument(name) with the type of its default.
-
-    False makes a switch; None takes a string unless `type` is given. A number must be finite and at least
-    `least`, or above `above` where that is given, and at most `most`.
-    """
+def flag(group, name, default, help, *, type=None, **more):
+    """group.add_argument(name) with the type of its default; False makes a switch, None takes a string."""
     if default is False:
-        group.add_argument(name, default=False, action="store_true", help=help, **more)
-        return
-    kind = type or (str if default is None else default.__class__)
-    if kind in (int, float):
-        kind = number(kind, least, above, most)
-    group.add_argument(name, default=default, type=kind, help=help, **more)
+        group.add_argument(name, action="store_true", help=help, **more)
+    else:
+        type = type or (str if default is None else default.__class__)
+        group.add_argument(name, default=default, type=type, help=help, **more)
 
 
-def number(kind, least=0, above=None, most=None):
-    """Function from text to a number of type `kind` within the bounds, for argparse."""
-    def convert(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
-        too_low = value <= above if above is not None else value < least
-        if not math.isfinite(value) or too_low or (most is not None and value > most):
-            low = f"above {above}" if above is not None else f"at least {least}"
-            raise argparse.ArgumentTypeError(f"{text} must be a finite number, {low}"
-                                             + (f" and at most {most}" if most is not None else ""))
-        return value
-    return convert
+def check_positive(args, *names):
+    """Raise a one-line ValueError unless these settings are at least 1."""
+    for name in names:
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
 
 
 def parse(parser, argv, presets):
     """Settings from the command line: explicit flags, over those of --preset, over the defaults."""
-    name = parser.parse_known_args(argv)[0].preset
-    if name is not None and name not in presets:
-        fail(f"--preset {name}: known are {', '.join(presets)}")
-    parser.set_defaults(**presets.get(name, {}))
+    parser.set_defaults(**presets.get(parser.parse_known_args(argv)[0].preset, {}))
     return parser.parse_args(argv)
 
 
@@ -120,8 +98,8 @@ def memory_full(error, remedy):
     return None
 
 
-def training_flags(parser):
-    """Add the flags that both training scripts have.
+def training_flags(parser, presets):
+    """Add the flags that both training scripts have; presets: {name: defaults}, of which --preset takes one.
 
     Returns the groups of the help page by name, for the scripts' own flags; where a default differs, the
     script changes it by parser.set_defaults.
@@ -132,10 +110,10 @@ def training_flags(parser):
 
     flag(data, "--data-dir", "data/imagenet/train",
          "folder of class folders, a .zip of one, or 'shapes' (drawn)")
-    flag(data, "--resolution", 256, "side of the ADM centre crop in pixels", above=0, most=2**14)
+    flag(data, "--resolution", 256, "side of the ADM centre crop in pixels")
     flag(data, "--hflip", False, "flip half of the images (the paper does not)")
     flag(data, "--skip-corrupt", False, "replace corrupt images by the next one and print their names")
-    flag(data, "--num-workers", 8, "image decoding processes per training process", most=1024)
+    flag(data, "--num-workers", 8, "image decoding processes per training process")
 
     flag(model, "--vae", None, "VAE: downsampling factor and latent channels", choices=list(VAE_models))
     flag(model, "--disc-ckpt", "auto",
@@ -154,40 +132,32 @@ def training_flags(parser):
     flag(losses, "--disc-start", None, "steps in which the VAE does not see the discriminator; default: 0 if "
          "that is pretrained, else 5000", type=int)
 
-    flag(optim, "--batch-size", 256, "global batch: all processes and accumulation steps together",
-         above=0, most=10**6)
-    flag(optim, "--gradient-accumulation-steps", 1,
-         "micro-batches per process: same result, less memory, more time", above=0)
-    flag(optim, "--max-train-steps", 400000, "steps", above=0, most=10**9)
-    flag(optim, "--learning-rate", 1e-4, "constant", above=0.0)
-    flag(optim, "--disc-learning-rate", 1e-4, "of the discriminator, constant", above=0.0)
-    flag(optim, "--adam-beta1", 0.9, "AdamW", most=1.0)
-    flag(optim, "--adam-beta2", 0.999, "AdamW", most=1.0)
+    flag(optim, "--batch-size", 256, "global batch: all processes and accumulation steps together")
+    flag(optim, "--gradient-accumulation-steps", 1, "micro-batches: same result, less memory, more time")
+    flag(optim, "--max-train-steps", 400000, "steps")
+    flag(optim, "--learning-rate", 1e-4, "constant")
+    flag(optim, "--disc-learning-rate", 1e-4, "of the discriminator, constant")
+    flag(optim, "--adam-beta1", 0.9, "AdamW")
+    flag(optim, "--adam-beta2", 0.999, "AdamW")
     flag(optim, "--adam-weight-decay", 0.0, "AdamW")
-    flag(optim, "--adam-epsilon", 1e-8, "AdamW", above=0.0)
-    flag(optim, "--max-grad-norm", 1.0, "clip each network's gradient to this norm", above=0.0)
-    flag(optim, "--ema-decay", 0.9999, "of the average of the weights", most=1.0)
+    flag(optim, "--adam-epsilon", 1e-8, "AdamW")
+    flag(optim, "--max-grad-norm", 1.0, "clip each network's gradient to this norm")
+    flag(optim, "--ema-decay", 0.9999, "of the average of the weights")
     flag(optim, "--mixed-precision", "auto",
          "autocast type; auto: bf16 on a GPU (fp16 where it has no bf16), no on a CPU",
          choices=["auto", "bf16", "fp16", "no"])
     optim.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
                        help="torch.compile each block, convolutions in channels_last; default: on a GPU")
-    flag(optim, "--grad-checkpoint", False,
-         "recompute activations in the backward pass: less memory, more arithmetic")
-    flag(optim, "--keep-activations", False,
-         "do not recompute the VAE's norms: at batch 32 about 12 GiB more, some 3 %% faster")
-    flag(optim, "--seed", 0, "of weights, data order and every draw", most=2**32 - 1)
+    flag(optim, "--grad-checkpoint", False, "recompute activations: less memory, more arithmetic")
+    flag(optim, "--seed", 0, "of weights, data order and every draw")
 
-    flag(run, "--preset", None, "set of defaults; explicit flags win")
+    flag(run, "--preset", None, "set of defaults; explicit flags win", choices=list(presets))
     flag(run, "--output-dir", "exps", "parent of the run folders")
     flag(run, "--exp-name", None, "name of the run folder; default: from what is trained")
-    flag(run, "--checkpointing-steps", 50000,
-         "steps between checkpoints; one is always written at the end", above=0)
+    flag(run, "--checkpointing-steps", 50000, "steps between checkpoints; one is always written at the end")
     flag(run, "--keep-checkpoints", 0, "newest checkpoints kept; 0 keeps all")
     flag(run, "--sampling-steps", 10000, "steps between picture grids; 0 for none")
-    flag(run, "--log-every", 100, "steps between log lines", above=0)
-    flag(run, "--resume", "auto",
-         "auto (newest checkpoint of the run folder, if any), none, or a checkpoint file")
+    flag(run, "--log-every", 100, "steps between log lines")
     flag(run, "--report-to", "none", "also log to", choices=["none", "tensorboard", "wandb"])
     flag(run, "--dry-run", False, "do all that can fail before the first step, write nothing, and stop")
     return groups

@@ -17,15 +17,10 @@ META = None     # a gloo group next to NCCL's: its barrier waits on the host and
 def init():
     """Join torchrun's process group if there is one. Returns (rank, world_size, device).
 
-    NCCL with one GPU per process where there are GPUs, gloo otherwise. Raises ValueError for an environment
-    that asks for several processes without saying how they meet, and for more processes than GPUs.
+    NCCL with one GPU per process where there are GPUs, gloo otherwise. Raises ValueError for more processes
+    than GPUs.
     """
     global META
-    if "WORLD_SIZE" not in os.environ:
-        for name in ("RANK", "SLURM_NTASKS"):
-            if int(os.environ.get(name, 0)) > (name == "SLURM_NTASKS"):
-                raise ValueError(f"{name}={os.environ[name]} is set but WORLD_SIZE is not: every process "
-                                 f"would run alone; start them with torchrun, or unset {name} to run one")
     device = choose_device()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         store, rank_, size = next(dist.rendezvous("env://", timeout=PATIENCE))
@@ -42,8 +37,6 @@ def choose_device():
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
-        local_rank = 0      # srun --gpus-per-task=1: each process sees its own GPU only, as number 0
     if local_rank >= count:
         raise ValueError(f"process {local_rank} has no GPU: there are {count}; "
                          f"use torchrun --nproc-per-node {count}")

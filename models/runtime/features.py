@@ -11,10 +11,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from models.encoders import build_encoder
+from models.encoders import HOG
 from models.inception import WEIGHTS_SHA256, WEIGHTS_URL, FIDInception
-from models.metrics import (Moments, float32_exactly, frechet_distance, inception_score,
-                            inception_score_splits, kernel_distances, precision_recall)
+from models.metrics import (Moments, float32_exactly, frechet_distance, inception_score_splits,
+                            precision_recall)
 from models.runtime import distributed, files, log
 
 
@@ -43,38 +43,15 @@ def inception_features(net):
     return lambda images: dict(zip(("", "_s"), net(images.permute(0, 2, 3, 1))))
 
 
-def encoder_features(name, ckpt=None, device="cpu"):
-    """-> function: uint8 [b, 3, H, W] -> {"_fdd": [b, D]}: pooled (class token) output of a timm encoder.
-
-    Images are resized bicubically with antialiasing to the encoder's size: 224 for DINOv2 (Stein et al. 2023,
-    arXiv 2306.04675).
-    """
-    encoder = build_encoder(name, 256, ckpt, device)
-
-    def features(images):
-        x = F.interpolate(images.float(), (encoder.size, encoder.size), mode="bicubic", antialias=True)
-        x = x.clamp_(0, 255).round_().div_(255)
-        return {"_fdd": encoder.model((x - encoder.mean) / encoder.std)}
-    return features
-
-
 def hog_features(resolution, device="cpu"):
     """-> function: uint8 [b, 3, H, W] -> {"_hog": [b, 436]}: histograms of gradients, by image quarter."""
-    hog = build_encoder("hog", resolution, device=device)
+    hog = HOG(resolution).to(device)
 
     def features(images):
         tokens = hog(images)     # [b, grid * grid, 109]
         grid = tokens.transpose(1, 2).unflatten(2, (hog.grid, hog.grid))
         return {"_hog": F.adaptive_avg_pool2d(grid, 2).flatten(1)}
     return features
-
-
-def fitting_batch_size(device):
-    """Images per batch that fit: 32 on a CPU, up to 256 on a GPU (50 MB each); equal in all processes."""
-    if torch.device(device).type != "cuda":
-        return 32
-    free, _ = torch.cuda.mem_get_info(device)
-    return min(distributed.gather(max(1, min(256, int(0.7 * free / 50e6)))))
 
 
 # ---------------------------------------------------------------- features of a set
@@ -97,13 +74,13 @@ def read(data, batch_size, rows):
 
 
 @torch.inference_mode()
-def extract(batches, networks, device, keep=True, update=lambda done: None):
+def extract(batches, network, device, keep=True, update=lambda done: None):
     """Features of one set of images, shared among the processes.
 
-    batches: this process's share, an iterable of uint8 tensors [b, 3, H, W], as `read` gives it; networks:
-    functions such as inception_features gives; update: called with the number of images done. All processes
+    batches: this process's share, an iterable of uint8 tensors [b, 3, H, W], as `read` gives it; network: a
+    function such as inception_features gives; update: called with the number of images done. All processes
     must call this. Returns, in process 0 ({} elsewhere), mu + suffix and sigma + suffix for every suffix of
-    the networks and, if `keep`, pool [N, 2048].
+    the network and, if `keep`, pool [N, 2048].
     """
     moments, pool, done, batches = {}, [], 0, iter(batches)
     while True:
@@ -111,8 +88,7 @@ def extract(batches, networks, device, keep=True, update=lambda done: None):
         if batch is not None:
             images = batch.to(device)
             with float32_exactly():
-                found = {suffix: x.float().cpu().numpy()
-                         for network in networks for suffix, x in network(images).items()}
+                found = {suffix: x.float().cpu().numpy() for suffix, x in network(images).items()}
         parts = [part for part in distributed.gather(found) if part]
         if not parts:
             break
@@ -131,12 +107,10 @@ def extract(batches, networks, device, keep=True, update=lambda done: None):
 
 # ---------------------------------------------------------------- scores
 
-def score(samples, ref, net=None, exact=False, kid=False, labels=(), device="cpu"):
+def score(samples, ref, net=None, exact=False, device="cpu"):
     """Every figure that two dicts of features, from extract or stored statistics, allow, by name.
 
-    net: for the Inception Score; exact: that in float64, and precision and recall in float32; kid: whether to
-    compute KID; labels: classes [N] of the samples. If these are sorted, inception_score_shuffled is the
-    score over a fixed permutation: the suite's splits are consecutive images, so its score is of few classes.
+    net: for the Inception Score; exact: that in float64, and precision and recall in float32.
     """
     result = {}
     if "pool" in samples and net is not None:
@@ -145,19 +119,12 @@ def score(samples, ref, net=None, exact=False, kid=False, labels=(), device="cpu
                                 for x in torch.from_numpy(samples["pool"]).split(8192)])
         splits = inception_score_splits(logits, exact=exact)
         result |= {"inception_score": float(np.mean(splits)), "inception_score_std": float(np.std(splits))}
-        if len(splits) > 1 and len(labels) and labels[0] < labels[-1] and (np.diff(labels) >= 0).all():
-            order = np.random.RandomState(2020).permutation(len(logits))
-            result["inception_score_shuffled"] = inception_score(logits[order], exact=exact)
-    for name, suffix in {"fid": "", "sfid": "_s", "fdd": "_fdd", "fd_hog": "_hog"}.items():
+    for name, suffix in {"fid": "", "sfid": "_s", "fd_hog": "_hog"}.items():
         if "mu" + suffix in samples and "mu" + suffix in ref:
             result[name] = frechet_distance(*(d[k + suffix] for d in (samples, ref) for k in ("mu", "sigma")))
     if "pool" in samples and "pool" in ref:
         n, m = len(samples["pool"]), len(ref["pool"])
-        precision, recall = precision_recall(ref["pool"], samples["pool"], exact=exact, device=device,
-                                             progress=log.progress("distances", n * n + m * m + n * m))
-        result |= {"precision": precision, "recall": recall,
-                   "f_score": 2 * precision * recall / max(precision + recall, 1e-12)}
-        if kid:
-            values = kernel_distances(ref["pool"], samples["pool"], device=device)
-            result |= {"kid": float(values.mean()), "kid_std": float(values.std())}
+        result["precision"], result["recall"] = precision_recall(
+            ref["pool"], samples["pool"], exact=exact, device=device,
+            progress=log.progress("distances", n * n + m * m + n * m))
     return result

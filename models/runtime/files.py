@@ -37,11 +37,8 @@ def replace(path):
     """Context: a temporary path next to `path`; on success it is synced to disk and renamed to `path`.
 
     An interrupted write leaves whatever was at `path` before. Missing parent folders are made. A link stays a
-    link: the file that it names is replaced. A device or FIFO (/dev/stdout) is written to.
+    link: the file that it names is replaced.
     """
-    if os.path.exists(path) and not os.path.isfile(path):
-        yield path
-        return
     path = os.path.realpath(path)
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
@@ -127,8 +124,6 @@ def check_writable(path, inputs=()):
     """
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path}: is a folder; give the name of a file to write")
-    if os.path.exists(path) and not os.path.isfile(path):
-        return      # a device or FIFO
     path = os.path.realpath(path)
     if path in map(os.path.realpath, inputs):
         raise ValueError(f"{path}: is an input and would be replaced; give another name to write to")
@@ -181,15 +176,11 @@ def load(path):
     path = os.fspath(path)
     with open(path, "rb") as f:
         head = f.read(64)
-    if head.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path}: is a Git LFS pointer, not the file; fetch that with git lfs pull")
-    if head.lstrip()[:1] == b"<":
-        raise ValueError(f"{path}: is a web page, not a file of tensors; download the file itself")
     try:
         if head[8:9] == b"{":
             return safetensors.torch.load_file(path)
         if not head.startswith((b"PK", b"\x80")):   # torch's zip, and its pickle before version 1.6
-            raise EOFError("it has another format")
+            raise EOFError("a web page, or a Git LFS pointer?")
         content = _torch_load(path, is_zip=head.startswith(b"PK"))
     except pickle.UnpicklingError as error:     # torch's own message says how to run the code
         raise ValueError(f"{path}: not read, it contains more than tensors and plain containers; where you "
@@ -244,26 +235,18 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_state(module, state, what):
-    """Raise ValueError unless `state` is weights for `module`: its names and shapes, dense floating point.
+    """Raise ValueError unless `state` is weights for `module`: its names, its shapes, of the same kind."""
+    def described(v):
+        return f"{'float' if v.dtype in FLOATS else v.dtype} {list(v.shape)}" \
+            if torch.is_tensor(v) else type(v).__name__
 
-    Quantised or sparse tensors would load as noise or end in a traceback.
-    """
-    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
-        raise ValueError(f"{what}: no weights in it (a dict of name -> tensor)")
-    own = module.state_dict()
-    missing = [k for k in own if k not in state]
-    extra = [k for k in state if k not in own]
-    wrong = [f"{k} is {list(state[k].shape)} instead of {list(own[k].shape)}"
-             for k in own if k in state and own[k].shape != state[k].shape]
-    differs = [f"{len(keys)} {label} (first: {keys[0]})" for keys, label in
-               ((missing, "missing"), (extra, "unknown")) if keys] + wrong[:1]
+    own = {name: described(v) for name, v in module.state_dict().items()}
+    found = {name: described(v) for name, v in (state if isinstance(state, dict) else {}).items()}
+    differs = [name for name in {**own, **found} if own.get(name) != found.get(name)]
     if differs:
-        raise ValueError(f"{what}: weights of another architecture, {'; '.join(differs)}")
-    for name, tensor in state.items():
-        kind = tensor.dtype in FLOATS if own[name].is_floating_point() else tensor.dtype == own[name].dtype
-        if not kind or tensor.layout != torch.strided or tensor.is_meta:
-            raise ValueError(f"{what}: {name} is a {tensor.dtype} tensor ({tensor.layout}, {tensor.device}), "
-                             "not dense floating point; convert the weights to float16, bfloat16 or float32")
+        first = differs[0]
+        raise ValueError(f"{what}: weights of another architecture, {len(differs)} tensors differ, the first "
+                         f"is {first}: {found.get(first, 'missing')}, expected {own.get(first, 'none')}")
 
 
 def load_weights(module, state, what):

@@ -80,7 +80,7 @@ class RunLog:
         self.folder, self.args, self.main = folder, args, distributed.is_main()
         self.steps = []     # since the last line: (names of metrics, their values and skip on the device)
         self.in_a_row, self.largest_norms = 0, {}
-        self.last, self.timed, self.first_seconds = time.perf_counter(), 0, None
+        self.last = time.perf_counter()
         self.report = None
         if self.main:
             os.makedirs(folder, exist_ok=True)
@@ -112,11 +112,6 @@ class RunLog:
         """
         values = torch.stack([value.detach().double() for value in (*metrics.values(), skip)])
         self.steps.append((tuple(metrics), values))
-        if self.first_seconds is None:  # the first step compiles: it is left out of the rates
-            now = time.perf_counter()
-            self.first_seconds, self.last = now - self.last, now
-        else:
-            self.timed += 1
 
     def write(self, step, batch_size):
         """Read the steps since the last line, which waits for the device, and write a line everywhere.
@@ -138,13 +133,13 @@ class RunLog:
         everyone = distributed.gather(means)
         means = {name: sum(other[name] for other in everyone) / len(everyone) for name in means}
         now = time.perf_counter()
-        seconds = (now - self.last) / self.timed if self.timed else self.first_seconds
+        seconds = (now - self.last) / len(rows)
         line = {"step": step, **means, "skipped_steps": len(rows) - len(good),
                 "images_per_s": batch_size / seconds, "seconds_per_step": seconds,
                 "peak_memory_gib": peak_memory_gib(device)}
         if first_bad is not None:
             line["not_finite_first"] = first_bad
-        self.steps, self.timed, self.last = [], 0, now
+        self.steps, self.last = [], now
         if self.main:
             self.publish(step, line, means)
         self.watch(step, good, means, first_bad)

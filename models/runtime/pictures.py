@@ -46,8 +46,7 @@ def label_grid(images, captions=None, columns=None):
 
 
 def write_png(path, image):
-    """Write a PIL.Image, or a uint8 array [H, W, 3], as a PNG file, atomically."""
-    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    """Write a PIL.Image as a PNG file, atomically."""
     with files.replace(path) as temporary, open(temporary, "wb") as f:
         image.save(f, "PNG")
 

@@ -60,6 +60,8 @@ class Networks:
 
 def check_settings(args, world_size):
     """Raise a one-line ValueError for settings of any training run that contradict each other."""
+    cli.check_positive(args, "batch_size", "gradient_accumulation_steps", "max_train_steps",
+                       "checkpointing_steps", "log_every")
     parts = world_size * args.gradient_accumulation_steps
     if args.batch_size % parts:
         raise ValueError(f"--batch-size {args.batch_size} is not divisible by {world_size} processes x "
@@ -67,15 +69,12 @@ def check_settings(args, world_size):
     if args.resolution < 32 and args.disc_weight > 0 and not getattr(args, "freeze_vae", False):
         raise ValueError(f"--resolution {args.resolution} is below 32, the least that the discriminator "
                          "takes; pass --disc-weight 0")
-    if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
-        raise ValueError(f"--report-to {args.report_to}: the package is not installed; "
-                         f"pip install {args.report_to}")
 
 
 # Settings that may differ between the processes of a run. The same files may have other paths on another
 # machine: what is read from there is compared instead.
 MAY_DIFFER = ("data_dir", "vae_ckpt", "disc_ckpt", "encoder_ckpt", "latents_stats", "init_from", "ckpt",
-              "output_dir", "latent_cache", "num_workers", "resume")
+              "output_dir", "latent_cache", "num_workers")
 
 
 def check_same(args, sources, state):
@@ -148,8 +147,6 @@ def prepare(nets, args):
     nets.ema = copy.deepcopy(getattr(nets, nets.averaged)).eval().requires_grad_(False)
     nets.dtype = cli.autocast_type(args.mixed_precision, nets.device)
     nets.loss_scale = LossScale(nets.dtype == torch.float16, nets.device)
-    if args.keep_activations:
-        nets.vae.keep_activations()
     if args.grad_checkpoint:
         nets.vae.save_memory()
         if nets.sit is not None:
@@ -207,14 +204,15 @@ def compile_blocks(nets):
         block.compile(dynamic=False)
 
 
-class LossScale:
+class LossScale(nn.Module):
     """Dynamic loss scale of fp16 training, kept on the device: halved when a step is skipped, doubled after
     2,000 good ones. Constant 1 when not enabled. `value` multiplies every loss before its backward pass."""
 
     def __init__(self, enabled, device):
+        super().__init__()
         self.enabled = enabled
-        self.value = torch.tensor(65536.0 if enabled else 1.0, device=device)
-        self.good_steps = torch.zeros((), device=device)
+        self.register_buffer("value", torch.tensor(65536.0 if enabled else 1.0, device=device))
+        self.register_buffer("good_steps", torch.zeros((), device=device))
 
     def update(self, skip):
         if self.enabled:
@@ -223,13 +221,6 @@ class LossScale:
             grown = torch.where(grow, self.value * 2, self.value)
             self.value = torch.where(skip > 0, self.value * 0.5, grown)
             self.good_steps = torch.where(grow, 0.0, self.good_steps)
-
-    def state_dict(self):
-        return {"value": self.value.cpu(), "good_steps": self.good_steps.cpu()}
-
-    def load_state_dict(self, state):
-        self.value.copy_(state["value"])
-        self.good_steps.copy_(state["good_steps"])
 
 
 # ---------------------------------------------------------------- around the losses of one step
@@ -382,40 +373,25 @@ def claim_folder(folder, dry_run=False):
     return lock
 
 
-def find_checkpoint(args, folder):
-    """(path, state) to resume from by --resume, or (None, None).
-
-    A run that started from --resume FILE resumes from its own newest checkpoint when its command is given
-    again. Raises ValueError if the folder contains later checkpoints than the one asked for from another run,
-    which the next run would mix with its own, and for weights that are not finite.
-    """
-    path, state = newest_checkpoint(os.path.join(folder, "checkpoints"))
-    if args.resume != "auto":
-        own_path, own = path, state
-        path, state = (None, None) if args.resume == "none" else (args.resume, files.load(args.resume))
-        if own is not None and own["steps"] > (state or {}).get("steps", 0):
-            if args.resume == "none" or own["args"]["resume"] != args.resume:
-                raise ValueError(f"{folder} contains a checkpoint of step {own['steps']}, beyond --resume "
-                                 f"{args.resume}; use another --exp-name or remove it")
-            path, state = own_path, own
-    if (name := files.first_non_finite(state)) is not None:
-        raise ValueError(f"{path}: {name} is not finite; remove this checkpoint, and the run resumes from "
-                         "the one before")
-    return path, state
-
-
 def newest_checkpoint(folder):
-    """(path, state) of the newest sound checkpoint in a folder, or (None, None).
+    """(path, state) of the newest sound checkpoint of a run folder, or (None, None).
 
-    A file that is proved damaged is passed over, with a note. Any other trouble with reading one stops the
-    run, which would otherwise start from scratch and push the sound checkpoints out.
+    A file that is proved damaged is passed over, with a note. Any other trouble with one stops the run, which
+    would otherwise start from scratch and push the sound checkpoints out: OSError, or ValueError for a file
+    of something else and for weights that are not finite.
     """
+    folder = os.path.join(folder, "checkpoints")
     for step in reversed(files.checkpoint_steps(folder)):
         path = os.path.join(folder, f"{step:07d}.pt")
         try:
-            return path, files.load(path)
+            state = files.load(path)
         except files.Damaged as error:
             note(f"passed over: {error}")
+            continue
+        if bad := files.first_non_finite(state):
+            raise ValueError(f"{path}: {bad} is not finite; remove this checkpoint, and the run resumes from "
+                             "the one before")
+        return path, state
     return None, None
 
 
@@ -442,7 +418,7 @@ def check_resume(args, path, state, fixed):
         raise ValueError(f"{path}: was trained with {'; '.join(wrong)}; pass what it was trained with, or "
                          "start from scratch under another --exp-name")
     told = [f"--{name.replace('_', '-')} {old[name]} -> {value}"
-            for name, value in changed.items() if name not in ("resume", "dry_run")]
+            for name, value in changed.items() if name != "dry_run"]
     if told:
         note(f"changed since {path}: {', '.join(told)}")
 
@@ -455,10 +431,11 @@ def check_sources(args, path, state, sources):
     classes are allowed, and printed.
     """
     before, now = state.get("data", sources["data"]), sources["data"]
-    for k, (was, found) in enumerate(itertools.zip_longest(before["classes"], now["classes"])):
-        if was != found:    # labels would change their meaning
-            raise ValueError(f"{path}: the classes of {args.data_dir} have changed, class {k} was {was} and "
-                             f"is now {found}; restore them, or start a new run with another --exp-name")
+    classes = itertools.zip_longest(before["classes"], now["classes"])
+    if changed := [f"{was} is now {found}" for was, found in classes if was != found]:
+        # labels would change their meaning
+        raise ValueError(f"{path}: the classes of {args.data_dir} have changed, {changed[0]}; restore them, "
+                         "or start a new run with another --exp-name")
     if before != now:
         note(f"the data has changed: other files or labels, {now['images']} images, before "
              f"{before['images']}")
@@ -491,7 +468,7 @@ def save_checkpoint(nets, args, step, folder, **more):
     state |= more | {"loss_scale": nets.loss_scale.state_dict(), "args": vars(args), "steps": step}
     files.save(state, path)
     steps = [s for s in files.checkpoint_steps(checkpoints) if s <= step]
-    for old in steps[:-args.keep_checkpoints] if args.keep_checkpoints else []:
+    for old in steps[:-args.keep_checkpoints] if args.keep_checkpoints > 0 else []:
         os.remove(os.path.join(checkpoints, f"{old:07d}.pt"))
     return path
 

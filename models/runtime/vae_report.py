@@ -131,7 +131,7 @@ def evaluate(args):
     size = max(1, min(256, EVAL_PIXELS // args.resolution ** 2))
 
     def statistics(batches, what):
-        return extract(batches, [inception_features(inception)], device, keep=False,
+        return extract(batches, inception_features(inception), device, keep=False,
                        update=log.progress(what, len(rows)))
     reference = inception and statistics(read(data, size, rows), args.data_dir)
     note = (f"{len(rows):,} images of {args.data_dir} at {args.resolution} px, reconstructed from posterior "
