@@ -42,11 +42,9 @@ def parse_args(argv=None):
     parser.add_argument("ref", help="reference: .npz with arr_0 or statistics, folder or .zip, or shapes")
     parser.add_argument("samples", nargs="?", help="samples, likewise (none with --save-ref)")
     inputs, metrics, output = map(parser.add_argument_group, ("inputs", "metrics", "output and speed"))
-    flag(inputs, "--resolution", None, "crop images to this size as ADM does",
-         type=int)
+    flag(inputs, "--resolution", None, "crop images to this size as ADM does", type=int)
     flag(inputs, "--inception-weights", None,
-         "pt_inception-2015-12-05-6726825d.pth; default: a copy in torch hub's folder, or a download",
-         metavar="PATH")
+         "pt_inception-2015-12-05-6726825d.pth; default: a copy in torch hub's folder, or a download")
 
     flag(metrics, "--exact", False, "not the suite's arithmetic: Inception Score in float64, precision and "
          "recall in float32 instead of float16")
@@ -55,7 +53,7 @@ def parse_args(argv=None):
 
     flag(output, "--json", None, "write figures, digests, counts, settings and versions", metavar="PATH")
     flag(output, "--save-ref", None, "write a reference made from the one input and stop", metavar="OUT.npz")
-    flag(output, "--batch-size", 64, "images per process at a time, 50 MB each")
+    flag(output, "--batch-size", 32, "images per process at a time, 50 MB each")
     return parser.parse_args(argv)
 
 
@@ -65,6 +63,7 @@ def check_args(args):
         raise ValueError("give a reference and samples, or --save-ref OUT.npz and one input")
     if args.features == "hog" and args.save_ref:
         raise ValueError("--save-ref stores what the Inception network sees; drop --features hog")
+    cli.check_range(args, 1, 10**6, "batch_size")
     given = [p for p in (args.ref, args.samples, args.inception_weights) if p]
     for path in filter(None, (args.json, args.save_ref)):
         files.check_writable(path, given)
@@ -151,8 +150,9 @@ def remarks(ref, samples, result, about):
 
 
 def describe(source):
-    """What identifies an input, for the JSON: path, counts, sha256 of a file or of a folder's content."""
-    images = source.images      # of a folder: names, and the content of 64 files
+    """What identifies an input, for the JSON: path, counts, sha256 of a file or of a folder's names and the
+    content of 64 of its files."""
+    images = source.images
     sha256 = files.sha256(source.path) if os.path.isfile(source.path) else identity(images)["files"]
     return {"path": source.path, "images": len(images), "size": list(images.size), "sha256": sha256,
             "statistics": "stored" if source.statistics else "computed",
@@ -160,21 +160,19 @@ def describe(source):
 
 
 def report(args, ref, samples, result, about, device):
-    """Write --json and print the figures, the suite's five first."""
+    """Print the figures, the suite's five first, and write --json."""
     notes = remarks(ref, samples, result, about)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    try:
-        if args.json:
-            hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-            figures = {name: value if np.isfinite(value) else None for name, value in result.items()}
-            files.save_json({**figures, "ref": describe(ref), "samples": describe(samples), "weights": about,
-                             "settings": vars(args), "processes": distributed.world_size(),
-                             "device": hardware, "notes": notes,
-                             "versions": {"torch": torch.__version__, "numpy": np.__version__}}, args.json)
-    finally:    # a full disk does not cost the figures, nor a closed pipe the file
-        for name in sorted(result, key=[*LABELS, *result].index):
-            print(f"{LABELS.get(name, name)}: {result[name]}")
+    for name in sorted(result, key=[*LABELS, *result].index):
+        print(f"{LABELS.get(name, name)}: {result[name]}")
+    if args.json:
+        hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+        figures = {name: value if np.isfinite(value) else None for name, value in result.items()}
+        files.save_json({**figures, "ref": describe(ref), "samples": describe(samples), "weights": about,
+                         "settings": vars(args), "processes": distributed.world_size(), "device": hardware,
+                         "notes": notes, "versions": {"torch": torch.__version__, "numpy": np.__version__}},
+                        args.json)
 
 
 # ---------------------------------------------------------------- main

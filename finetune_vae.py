@@ -47,11 +47,9 @@ def make_parser():
     flag(model, "--train-encoder", False, "train the encoder too: diffusion models need retraining")
 
     measuring = parser.add_argument_group("measuring, instead of training")
-    flag(measuring, "--eval", None,
-         "VAEs to measure side by side on any folder, .zip or .npz of held-out images",
-         nargs="+", metavar="VAE")
-    flag(measuring, "--metrics", "psnr,ssim,lpips,rfid,latents",
-         "comma-separated; lpips and rfid need weights")
+    flag(measuring, "--eval", None, "VAEs to measure side by side on any folder, .zip or .npz of held-out "
+         "images", nargs="+", metavar="VAE")
+    flag(measuring, "--metrics", "psnr,ssim,lpips,rfid,latents", "with commas; lpips and rfid need weights")
     flag(measuring, "--limit", None, "only so many images, evenly spaced", type=int)
     flag(measuring, "--inception-weights", None,
          "pt_inception-2015-12-05-6726825d.pth for rFID, else downloaded once")

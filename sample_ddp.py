@@ -44,8 +44,7 @@ def parse_args(argv=None):
     flag(model, "--ckpt", None, "training checkpoint, ours or a released one")
     flag(model, "--exp-path", None, "instead of --ckpt: a run folder, for its newest checkpoint")
     flag(model, "--train-steps", None, "with --exp-path: the checkpoint of this step instead", type=int)
-    flag(model, "--vae-ckpt", None, "VAE to decode with instead of the checkpoint's: CompVis .pt, diffusers "
-         "folder or hub name")
+    flag(model, "--vae-ckpt", None, "VAE to decode with instead of the checkpoint's: a path or a hub name")
 
     flag(what, "--num-fid-samples", 50000, "samples in all")
     flag(what, "--global-seed", 0, "seed of labels and noise")
@@ -60,8 +59,7 @@ def parse_args(argv=None):
     flag(solver, "--guidance-low", 0.0, "guide at times LOW <= t <= HIGH only; t = 1 is noise")
     flag(solver, "--guidance-high", 1.0, "see --guidance-low")
 
-    flag(output, "--npz", None, "output file; the other outputs get the same name; default: "
-         "samples/RUN-STEP.npz")
+    flag(output, "--npz", None, "output, whose name the others get; default: samples/RUN-STEP.npz")
 
     flag(running, "--pproc-batch-size", SHARD, f"samples per process and batch, up to {SHARD}")
     flag(running, "--mixed-precision", "auto", "type of the network; auto: bf16 on a GPU, no on a CPU; no: "
@@ -75,13 +73,14 @@ def check_args(args):
 
     Fills in args.solver and args.ckpt from what was given.
     """
-    cli.check_positive(args, "num_fid_samples", "num_steps", "pproc_batch_size")
+    cli.check_range(args, 1, SHARD, "pproc_batch_size")
+    cli.check_range(args, 1, 10**8, "num_fid_samples", "num_steps")
     samplers.check_guidance(args.cfg_scale, args.guidance_low, args.guidance_high)
     if args.mode == "sde" and args.heun:
         raise ValueError("--heun solves the ODE; give --mode ode with it")
     args.solver = "euler-maruyama" if args.mode == "sde" else "heun" if args.heun else "euler"
-    if (args.ckpt is None) == (args.exp_path is None):
-        raise ValueError("give either --ckpt FILE or --exp-path FOLDER")
+    if (args.ckpt is None) == (args.exp_path is None) or (args.ckpt and args.train_steps is not None):
+        raise ValueError("give --ckpt FILE or --exp-path FOLDER, the latter also with --train-steps STEP")
     if args.exp_path is not None:
         folder = os.path.join(args.exp_path, "checkpoints")
         steps = files.checkpoint_steps(folder) if args.train_steps is None else [args.train_steps]
@@ -106,8 +105,8 @@ def integrate(args, velocity, noise, path_type):
 def make_sampler(args, sit, vae, labels, path_type, low, device):
     """Function (first, end) -> samples first .. end - 1, numpy uint8 [end - first, H, W, 3].
 
-    `first` is a multiple of SHARD; labels [whole shards]; `low` is the type of the network. The function
-    raises ValueError for samples that are not finite.
+    `first` is a multiple of SHARD; labels [N + 2 SHARD], since a last batch may reach beyond; `low` is the
+    type of the network. The function raises ValueError for samples that are not finite.
 
     On the CPU both the shape of a batch and the number of threads in an operation change the last bits of
     float32 results. So batches of CPU_BLOCK samples are computed there on a thread each: the images have
@@ -118,7 +117,7 @@ def make_sampler(args, sit, vae, labels, path_type, low, device):
     model = torch.compile(sit, dynamic=False) if args.compile else sit
     shape = (sit.in_channels, sit.input_size, sit.input_size)
     torch.backends.cudnn.allow_tf32 = low != torch.float32
-    size, each = min(args.pproc_batch_size, SHARD), map
+    size, each = args.pproc_batch_size, map
     if device.type == "cpu":
         threads = 1 if args.compile else max(1, min(torch.get_num_threads(), size // CPU_BLOCK))
         torch.set_num_threads(1)
@@ -255,7 +254,7 @@ def main(argv=None):
         shards = npz.removesuffix(".npz") + ".shards"
         # Ranks with another seed or checkpoint would mix two sets of samples without a word.
         distributed.check_same(protocol | {"--npz": npz})
-        labels = samplers.sample_labels(args.global_seed, range(-(-number // SHARD) * SHARD), sit.num_classes,
+        labels = samplers.sample_labels(args.global_seed, range(number + 2 * SHARD), sit.num_classes,
                                         "equal" if args.classes else args.label_sampling, args.classes)
         sample = make_sampler(args, sit, vae, labels, protocol["path_type"], low, device)
         main_process = distributed.is_main()

@@ -12,6 +12,7 @@ happens from the first line to the last. The formulas are in models/losses.py; w
 around them, in models/runtime/trainer.py. In comments "1)" to "5)" are the parts of the step, "(1)" to "(7)"
 the formulas.
 """
+import math
 import os
 import sys
 from types import SimpleNamespace
@@ -58,8 +59,7 @@ def make_parser():
     data, model, losses, optim, run = (groups[k] for k in ("data", "model", "losses", "optimisation", "run"))
     flag = cli.flag
     flag(data, "--num-classes", 1000, "classes of the label table; at least as many as the data has")
-    flag(data, "--latent-cache", None, "folder for the frozen VAE's posteriors of all images; the first run "
-         "fills it", metavar="DIR")
+    flag(data, "--latent-cache", None, "folder of the frozen VAE's posteriors, which the first run fills")
 
     flag(model, "--model", "SiT-XL/2", "diffusion transformer: SiT-{XL,L,B,S,Ti}/{1,2,4,8}",
          choices=list(SiT_models), metavar="NAME")
@@ -119,13 +119,16 @@ def parse_args(argv=None):
 def check_settings(args, world_size):
     """Raise a one-line ValueError for settings that contradict each other, before anything is built."""
     trainer.check_settings(args, world_size)
-    cli.check_positive(args, "cfg_scale")
+    cli.check_range(args, 1, math.inf, "cfg_scale")
+    cli.check_range(args, 0, 1, "cfg_prob", "bn_momentum")
     if args.freeze_vae and args.diffusion_to_vae:
         raise ValueError("--freeze-vae and --diffusion-to-vae exclude each other")
     if args.latent_cache and not args.freeze_vae:
         raise ValueError("--latent-cache stores what a VAE that learns would change: it needs --freeze-vae")
-    if args.freeze_vae and args.vae_ckpt == "none":
-        raise ValueError("--freeze-vae would train on a random VAE; name its weights with --vae-ckpt")
+    keeps = args.freeze_vae or (args.fixed_latents_stats and args.latents_stats is None)
+    if keeps and args.vae_ckpt == "none":
+        raise ValueError("--freeze-vae and --fixed-latents-stats keep what they find, here of a random VAE; "
+                         "name its weights with --vae-ckpt")
     with torch.device("meta"):
         vae = VAE_models[args.vae]()
         multiple = vae.downsample * int(args.model.split("/")[1])
@@ -281,7 +284,7 @@ def train_step(nets, args, batch, use_gan=True):
 
 @torch.no_grad()
 def frozen_latents(nets, part):
-    """Latents z [b, C, h, w] of the frozen VAE, in float32: never changing, they may as well be exact."""
+    """Latents z [b, C, h, w] of the frozen VAE, without autocast: they never change, so let them be good."""
     if part.latents:  # of a cache
         mean, std = part.latents
         return mean + std * part.eps

@@ -21,8 +21,8 @@ Mean and std are those the weights were trained with, as timm lists them: CLIP's
 ImageNet's for DINO, DINOv2, DINOv3, MAE and I-JEPA; the reference uses the same. Tokens are the output of
 the network's last norm (`x_norm_patchtokens` in DINOv2), without class and register tokens. For CLIP and MAE
 under the reference's names they are the input of that norm, because the reference aligns with that
-(`BEFORE_LAST_NORM`; the two differ by about half their length). MoCo v3, which timm does not have, is
-vit_base_patch16_224.dino with the file vit-b-300ep.pth.tar.
+(`BEFORE_LAST_NORM`; the two differ by about half their length). MoCo v3's ViT-B, which timm does
+not have, is vit_base_patch16_224.dino with the file vit-b-300ep.pth.tar; its ViT-S has other heads.
 
 Errors that a user can cause are ValueError with a message of one line.
 """

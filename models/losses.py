@@ -18,7 +18,8 @@ y and h are lists, a member per encoder: zs and zs_tilde, REPA's names, which ha
     the discriminator minimises   L_disc
 
 To add a loss, write it here; in vae_losses, disc_losses or sit_losses of train_repae_e.py add it to what that
-function minimises (its total) and, for the log, to its dict.
+function minimises (its total) and, for the log, to its dict. The flag of its weight belongs into
+FIXED_IN_A_RUN there.
 All results are float32 at least, whatever the autocast type.
 """
 import math

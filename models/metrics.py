@@ -4,7 +4,7 @@ Generated images, from features [N, D] of their network, with the arithmetic of 
 (Dhariwal & Nichol 2021):
 
     fid = frechet_distance(*feature_statistics(samples), *feature_statistics(ref))  # Heusel et al. 2017
-    score = inception_score(logits)                                     # Salimans et al. 2016; [N, 1008]
+    score, std = inception_score(logits)                                # Salimans et al. 2016; [N, 1008]
     precision, recall = precision_recall(ref, samples)                  # Kynkaanniemi et al. 2019
 
 Pairs of images: psnr, ssim. Latents: latent_moments, spatial_variance, total_variation.
@@ -149,11 +149,12 @@ def covariance_root(sigma):
 
 # ---------------------------------------------------------------- Inception Score
 
-def inception_score_splits(logits, split_size=5000, exact=False):
-    """exp(mean KL(p(y|x) || p(y))) of each chunk of `split_size` rows, a list; logits [N, classes].
+def inception_score(logits, split_size=5000, exact=False):
+    """exp(mean KL(p(y|x) || p(y))) over chunks of `split_size` rows: (mean, standard deviation).
 
-    The last, shorter chunk counts like the others (ADM). Float32 as in ADM, where a probability that
-    underflows gives nan; exact=True computes in float64 from the log-softmax and stays finite.
+    logits [N, classes] in file order, without bias. ADM's figure is the mean; a last, shorter chunk counts
+    like the others. Float32 as in ADM, where a probability that underflows gives nan; exact=True computes in
+    float64 from the log-softmax and stays finite.
     """
     scores = []
     for chunk in _rows(logits, "logits").cpu().split(split_size):
@@ -166,12 +167,7 @@ def inception_score_splits(logits, split_size=5000, exact=False):
             with np.errstate(divide="ignore", invalid="ignore"):
                 kl = p * (np.log(p) - np.log(p.mean(0, keepdims=True)))
             scores.append(float(np.exp(kl.sum(1).mean())))
-    return scores
-
-
-def inception_score(logits, split_size=5000, exact=False):
-    """ADM's one figure: the mean of inception_score_splits; logits [N, classes], in file order, no bias."""
-    return float(np.mean(np.asarray(inception_score_splits(logits, split_size, exact), np.float64)))
+    return float(np.mean(scores)), float(np.std(scores))
 
 
 # ---------------------------------------------------------------- precision and recall

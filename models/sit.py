@@ -128,8 +128,7 @@ class SiT(nn.Module):
         input_size: height and width of the latents, a multiple of patch_size.
         class_dropout_prob: above 0, the label table has a null row, index num_classes. Replacing labels by it
             with that probability in training is the caller's business: nothing here is random.
-        encoder_depth: the block, counted from 1, whose output tokens go to the projectors. Set the attribute
-            to None and nothing is projected any more.
+        encoder_depth: the block, counted from 1, whose output tokens go to the projectors.
         z_dims: width of each target encoder, one projector each; () for none.
         projector: their kind, "mlp" (build_projector) or "conv" (ConvProjector).
         learn_pos_embed: train the position table, as the reference does by accident; else it is a buffer.

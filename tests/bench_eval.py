@@ -56,7 +56,7 @@ def best_of(programs, rounds, device):
 
 def ours(folder, network, device):
     data = open_images(folder, labelled=False)
-    batches = features.read(data, 64, range(len(data)))
+    batches = features.read(data, 32, range(len(data)))
     return features.extract(batches, network, device)
 
 

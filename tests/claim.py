@@ -91,6 +91,10 @@ SETTINGS = {
     "shapes-noise": SHAPES | dict(
         common=[*SHAPES["common"], "--decoder-noise", "0.3"], steps=1200,
         recipes=["REPA", "REPA-E", "VAE not aligned", "REPA on the tuned VAE"]),
+    "shapes-tuned": SHAPES | dict(      # shapes-noise, longer, a third of the alignment in the VAE's update
+        common=[*SHAPES["common"], "--decoder-noise", "0.3"],
+        sit=[*SHAPES["sit"], "--vae-align-proj-coeff", "0.5"], steps=2400,
+        recipes=["REPA", "REPA-E", "VAE not aligned", "REPA on the tuned VAE"]),
     "shapes-hog": dict(
         resolution=16, train=6000, test=1500, judge_size=64, common=[*COMMON, "--batch-size", "32"],
         vae=["--reconstruction-weight", "5", "--learning-rate", "1e-3", "--ema-decay", "0.98"],

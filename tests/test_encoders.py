@@ -68,10 +68,9 @@ def fails(names, ckpts, *words, resolution=256):
 # ---------------------------------------------------------------- sizes and names
 
 @pytest.mark.parametrize("resolution, patch, own, size", [
-    (256, 14, 518, 224), (512, 14, 518, 448), (256, 14, 224, 224), (32, 14, 518, 224),  # DINOv2, CLIP, I-JEPA
-    (256, 16, 224, 256), (512, 16, 224, 512), (256, 16, 256, 256), (32, 16, 224, 224),  # MAE, DINO
-    (256, None, 224, 256), (32, None, 224, 224), (32, None, 600, 256), (300, None, 224, 300),  # convolutional
-    (256, 32, 224, 256), (250, 16, 224, 256)])
+    (256, 14, 518, 224), (512, 14, 518, 448), (32, 14, 518, 224),  # DINOv2, CLIP, I-JEPA
+    (256, 16, 224, 256), (512, 16, 224, 512), (32, 16, 224, 224), (250, 16, 224, 256),  # MAE, DINO
+    (256, None, 224, 256), (32, None, 224, 224), (32, None, 600, 256)])  # convolutional
 def test_input_size(resolution, patch, own, size):
     assert input_size(resolution, patch, own) == size
 
@@ -138,7 +137,7 @@ def test_dinov2_from_its_authors_file(tmp_path, monkeypatch):
     torch.testing.assert_close(encoder(images(256)), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["clip-vit-l", "mae-vit-b", "mae-vit-l"])
+@pytest.mark.parametrize("name", ["clip-vit-l", "mae-vit-b"])
 def test_tokens_before_the_last_norm(tmp_path, monkeypatch, name):
     """CLIP's and MAE's tokens under the reference's names are those of the network without its last norm, in
     float64."""
@@ -159,9 +158,9 @@ def test_tokens_before_the_last_norm(tmp_path, monkeypatch, name):
         torch.testing.assert_close(act(v.clone()), v * torch.sigmoid(1.702 * v))
 
 
-@pytest.mark.parametrize("features", [[torch.zeros(1, 64, 8)], torch.zeros(1, 8), torch.zeros(1, 27, 8)])
+@pytest.mark.parametrize("features", [torch.zeros(1, 8), torch.zeros(1, 27, 8)])
 def test_no_grid_of_tokens(tmp_path, monkeypatch, features):
-    """Some of timm's networks give lists, one vector, or tokens of several sizes."""
+    """Some of timm's networks give one vector, or tokens of several sizes."""
     save_file(weights("test_vit"), tmp_path / "w.safetensors")
     monkeypatch.setattr(timm.models.VisionTransformer, "forward_features", lambda self, x: features)
     fails("test_vit", str(tmp_path / "w.safetensors"), "test_vit", "grid")
@@ -174,9 +173,8 @@ def test_frozen(tmp_path):
     torch.nn.Sequential(encoder).train()
     assert torch.equal(encoder(images(32)), before) and not encoder.model.training
     assert not any(p.requires_grad for p in encoder.parameters())
-    assert all(
-        torch.equal(v, state[k]) for k, v in encoder.state_dict().items()
-    )  # batch norm's statistics too
+    for k, v in encoder.state_dict().items():       # batch norm's statistics too
+        assert torch.equal(v, state[k]), k
 
 
 def test_autocast(tmp_path):
@@ -193,17 +191,11 @@ def test_autocast(tmp_path):
 
 # ---------------------------------------------------------------- weights files
 
-@pytest.mark.parametrize("layout", ["timm", "trainer", "ddp", "dino", "moco", "classifier"])
+@pytest.mark.parametrize("layout", ["dino", "moco", "classifier"])
 def test_layouts(tmp_path, layout):
     state = weights("test_vit", num_classes=0)
     path = tmp_path / "w.pth"
-    if layout == "timm":
-        save_file(state, path := tmp_path / "w.safetensors")
-    elif layout == "trainer":
-        torch.save({"model": state, "epoch": 3, "optimizer": {"lr": 0.1}}, path)
-    elif layout == "ddp":
-        torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, path)
-    elif layout == "dino":
+    if layout == "dino":
         torch.save({"student": {}, "teacher": {**{f"backbone.{k}": v for k, v in state.items()},
                                                "head.mlp.0.weight": torch.zeros(3)}}, path)
     elif layout == "moco":
@@ -241,9 +233,7 @@ def test_weights_of_another_architecture(tmp_path):
                             "99.norm1.weight is unknown"),
                            ({"norm.weight": norm, "reg_token": norm}, "reg_token is unknown"),
                            ({"norm.weight": torch.zeros(65)}, "norm.weight is torch.float32 [65], not"),
-                           ({"norm.weight": norm.to(torch.int8)}, "norm.weight is torch.int8"),
-                           ({"norm.weight": norm.to_sparse()}, "norm.weight is torch.float32"),
-                           ({"norm.weight": norm.to("meta")}, "norm.weight is torch.float32")):
+                           ({"norm.weight": norm.to(torch.int8)}, "norm.weight is torch.int8")):
         torch.save(state | changed, path)
         fails("test_vit", str(path), "another architecture", words)
 
@@ -258,8 +248,6 @@ def test_bad_files(tmp_path):
     for ending in ("pth", "safetensors"):
         (tmp_path / f"bad.{ending}").write_bytes(b"<html>404</html>")
         fails("test_vit", str(tmp_path / f"bad.{ending}"), f"bad.{ending}", "--encoder-ckpt")
-    torch.save({"epoch": 3}, tmp_path / "empty.pth")
-    fails("test_vit", str(tmp_path / "empty.pth"), "is missing")
     fails("test_vit,hog", "one.pth", "--encoder names 2", "--encoder-ckpt 1")
 
 
@@ -276,24 +264,13 @@ def test_a_file_runs_no_code(tmp_path):
 
 # ---------------------------------------------------------------- names and network
 
-@pytest.mark.parametrize("name", ["dinov2-vit-bb", "resnet18.no_such_tag", ""])
+@pytest.mark.parametrize("name", ["dinov2-vit-bb", "resnet18.no_such_tag"])
 def test_unknown_encoder(name):
     fails(name, None, "unknown encoder", "dinov2-vit-b")
 
 
 def test_no_network():
     fails("test_vit", None, "encoder test_vit", "--encoder-ckpt PATH", "--encoder hog", "HF_HUB_OFFLINE=1")
-
-
-def test_cached_weights_need_no_network(tmp_path):
-    folder = tmp_path / "hub" / "models--timm--test_vit.r160_in1k"
-    (folder / "snapshots" / "abc").mkdir(parents=True)
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text("abc")
-    state = weights("test_vit")
-    save_file(state, folder / "snapshots" / "abc" / "model.safetensors")
-    encoder, = load_encoders("test_vit", resolution=160)
-    assert torch.equal(encoder.model.norm.weight, state["norm.weight"])
 
 
 # ---------------------------------------------------------------- HOG
@@ -341,22 +318,6 @@ def test_hog_grid():
     """The grids that runs have been trained with."""
     assert [HOG(r).grid for r in (32, 64, 96, 128, 160, 224, 256, 264, 512)] == [
         8, 16, 24, 16, 20, 28, 16, 22, 32]
-
-
-def test_hog_sees_edges():
-    hog = HOG(64)
-    flat = hog(torch.full((1, 3, 64, 64), 77, dtype=torch.uint8))
-    # a flat image has a definite direction
-    assert torch.equal(flat, F.one_hot(torch.full((1, 256), 108), 109).float())
-    ramp = torch.arange(64).mul(3).to(torch.uint8)
-    across, down = ramp.expand(1, 3, 64, 64), ramp[:, None].expand(1, 3, 64, 64)
-    bins = [hog(x)[:, 17 * 7, :108].view(3, 9, 4).sum((0, 2)) for x in (across, down)]
-    assert set(bins[0].topk(2).indices.tolist()) == {0, 8} and bins[1].argmax() == 4  # 0 and 90 degrees
-    torch.testing.assert_close(hog(across), hog(across + 40))  # of differences alone
-    torch.testing.assert_close(hog(across), hog(189 - across))  # unsigned
-    place = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
-    place[:, :, 20:24, 40:44] = 255  # patch row 5, column 10
-    assert hog(place)[0, :, 108].argmin() == 5 * 16 + 10
 
 
 def test_hog_resolution():

@@ -13,8 +13,7 @@ from fill import fill_
 
 from models.inception import FIDInception, resize_tf1
 from models.metrics import (Moments, _map_distances, feature_statistics, float32_exactly, frechet_distance,
-                            inception_score, inception_score_splits, manifold_radii,
-                            precision_recall, psnr)
+                            inception_score, manifold_radii, precision_recall, psnr)
 from models.runtime.features import extract, inception_features, score
 
 
@@ -234,11 +233,11 @@ def test_inception_score(case):
     weight = same_input(weight.astype(np.float32), data["weight_crc32"])
     features = same_input(is_features(int(data[f"{case}/seed"]), data[f"{case}/params"]),
                           data[f"{case}/crc32"])
-    score = inception_score(features @ weight)
+    score, _ = inception_score(features @ weight)
     assert score == pytest.approx(float(data[f"{case}/is_adm"]), rel=1e-5, nan_ok=True)
     if not math.isnan(score):
         assert score == pytest.approx(data[f"{case}/is_per_split"].mean(), rel=1e-5)
-    exact = inception_score(features.astype(np.float64) @ weight.astype(np.float64), exact=True)
+    exact, _ = inception_score(features.astype(np.float64) @ weight.astype(np.float64), exact=True)
     assert exact == pytest.approx(float(data[f"{case}/is_float64"]), rel=1e-9)
     if f"{case}/softmax_first4" in data:
         softmax = torch.from_numpy(features[:4] @ weight).softmax(1)
@@ -247,12 +246,11 @@ def test_inception_score(case):
 
 def test_inception_score_has_the_spread_of_its_splits():
     logits = np.random.default_rng(0).standard_normal((25, 7)).astype(np.float32)
-    splits = inception_score_splits(logits, split_size=10)
-    assert splits == [inception_score(logits[i:i + 10]) for i in (0, 10, 20)]
-    assert inception_score(logits, split_size=10) == pytest.approx(np.mean(splits))
+    splits = [inception_score(logits[i:i + 10])[0] for i in (0, 10, 20)]
+    assert inception_score(logits, split_size=10) == pytest.approx((np.mean(splits), np.std(splits)))
     rows = np.repeat(logits, 210, axis=0)       # 5,250 rows: the suite's split of 5,000, and one of 250
     found = score({"pool": rows}, {}, types.SimpleNamespace(logits=lambda x: x))
-    first, second = inception_score(rows[:5000]), inception_score(rows[5000:])
+    (first, _), (second, _) = inception_score(rows[:5000]), inception_score(rows[5000:])
     assert found["inception_score_std"] == pytest.approx(abs(first - second) / 2)
 
 

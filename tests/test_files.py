@@ -1,10 +1,8 @@
 """models/runtime/files.py: atomic writes, damage told from other failures, no foreign code, one lock."""
 import argparse
 import contextlib
-import errno
 import hashlib
 import os
-import resource
 import signal
 import struct
 import time
@@ -122,22 +120,17 @@ def test_foreign_objects_are_ignored(tmp_path):
     assert torch.equal(content["state_dict"]["w"], torch.ones(2)) and isinstance(content["x"], files.Ignored)
 
 
-@pytest.mark.parametrize("content, words", [
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Git LFS pointer"),
-    (b"\n<!DOCTYPE html><html>", "web page")])
-@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
-def test_what_is_often_saved_instead_of_weights(tmp_path, name, content, words):
-    (tmp_path / name).write_bytes(content)
+def test_what_is_often_saved_instead_of_weights(tmp_path):
+    (tmp_path / "a.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
     with pytest.raises(ValueError) as error:
-        files.load(tmp_path / name)
-    one_line(error, name, words)
+        files.load(tmp_path / "a.pt")
+    one_line(error, "a.pt", "Git LFS pointer", "web page")
 
 
 def test_not_a_dict_or_not_readable(tmp_path):
     torch.save([1, 2], tmp_path / "a.pt")
     for path, kind, words in ((tmp_path / "a.pt", ValueError, "contains a list"),
-                              (tmp_path / "none.pt", FileNotFoundError, "No such file"),
-                              (tmp_path, OSError, "director")):
+                              (tmp_path / "none.pt", FileNotFoundError, "No such file")):
         with pytest.raises(kind) as error:
             files.load(path)
         assert not isinstance(error.value, files.Damaged)
@@ -180,9 +173,6 @@ def network():
     (lambda s: s.update(more=torch.ones(1)), "1 tensors differ, the first is more: float [1], expected none"),
     (lambda s: s.update({"0.weight": torch.ones(4, 2, 1, 1)}), "[4, 2, 1, 1], expected float [4, 3, 1, 1]"),
     (lambda s: s.update({"0.weight": s["0.weight"].to(torch.int8)}), "int8"),
-    (lambda s: s.update({"0.weight": s["0.weight"] > 0}), "torch.bool"),
-    (lambda s: s.update({"0.weight": s["0.weight"].to(torch.float8_e4m3fn)}), "float8"),
-    (lambda s: s.update({"1.num_batches_tracked": torch.ones(())}), "num_batches_tracked"),
     (lambda s: s.update({"0.weight": 3}), "0.weight: int, expected float")])
 def test_weights_that_do_not_fit(change, words):
     state = network().state_dict()
@@ -212,21 +202,6 @@ def test_not_finite(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_training_args(tmp_path):
-    """Of the checkpoint, or of its run folder."""
-    path = tmp_path / "run" / "checkpoints" / "0000001.pt"
-    with pytest.raises(FileNotFoundError, match="args.json"):
-        files.training_args({}, path)
-    files.save_json({"model": "SiT-B/1"}, tmp_path / "run" / "args.json")
-    assert files.training_args({}, path) == {"model": "SiT-B/1"}
-    assert files.training_args({"args": argparse.Namespace(model="SiT-L/2")}, path) == {"model": "SiT-L/2"}
-    for text in ("{", "[1]"):
-        (tmp_path / "run" / "args.json").write_text(text)
-        with pytest.raises(ValueError) as error:
-            files.training_args({}, path)
-        one_line(error, "args.json", "not a JSON object")
-
-
 # ---------------------------------------------------------------- writing
 
 def test_interrupted_and_killed_writes_leave_the_old_file(tmp_path):
@@ -248,41 +223,6 @@ def test_interrupted_and_killed_writes_leave_the_old_file(tmp_path):
     assert os.listdir(tmp_path) == ["x.pt"]
 
 
-def test_full_disk(tmp_path):
-    """One line, and the file of before: a limit of 4 KiB stands for the disk."""
-    (tmp_path / "x").write_text("before")
-
-    def write():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-        images = np.zeros((1, 64, 64, 3), np.uint8)
-        for function in (lambda: files.save({"a": torch.zeros(5000)}, tmp_path / "x"),
-                         lambda: files.save_json(["0" * 5000], tmp_path / "x"),
-                         lambda: files.write_npz(tmp_path / "x", [images], images.shape)):
-            with pytest.raises(OSError) as error:
-                function()
-            one_line(error, "File too large", str(tmp_path / "x"))
-    assert in_child(write) == 0
-    assert (tmp_path / "x").read_text() == "before" and os.listdir(tmp_path) == ["x"]
-
-
-def test_a_share_whose_folders_cannot_be_synced(tmp_path, monkeypatch):
-    """EINVAL for the folder is passed over; an error for the file itself, which may be lost, is not."""
-    fsync, files_too = os.fsync, False
-
-    def broken(descriptor):
-        if files_too or os.path.isdir(f"/proc/self/fd/{descriptor}"):
-            raise OSError(errno.EINVAL, "Invalid argument")
-        fsync(descriptor)
-    monkeypatch.setattr(os, "fsync", broken)
-    files.save_json({}, tmp_path / "a.json")
-    assert (tmp_path / "a.json").read_text() == "{}"
-    files_too = True
-    with pytest.raises(OSError):
-        files.save_json({"a": 1}, tmp_path / "a.json")
-    assert (tmp_path / "a.json").read_text() == "{}"
-
-
 def test_write_npz(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), np.uint8)
     for name in ("a.npz", "b.npz"):
@@ -294,27 +234,6 @@ def test_write_npz(tmp_path):
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     members = zipfile.ZipFile(tmp_path / "a.npz").infolist()
     assert all(member.compress_type == zipfile.ZIP_STORED for member in members)
-
-
-def test_check_writable(tmp_path):
-    files.check_writable(tmp_path / "new" / "deeper" / "x.npz")
-    assert os.listdir(tmp_path) == []
-    (tmp_path / "x.npz").write_text("data")
-    files.check_writable(tmp_path / "x.npz", inputs=["no such file", tmp_path])
-    os.symlink("x.npz", tmp_path / "same.npz")
-    for path, words, inputs in ((tmp_path, "folder", ()), (tmp_path / "x.npz" / "y", "cannot be written", ()),
-                                (tmp_path / "x.npz", "would be replaced", [tmp_path / "same.npz"])):
-        with pytest.raises((OSError, ValueError)) as error:
-            files.check_writable(path, inputs)
-        one_line(error, str(path), words)
-    assert (tmp_path / "x.npz").read_text() == "data"
-
-
-def test_a_link_stays_a_link(tmp_path):
-    (tmp_path / "real.json").write_text("before")
-    os.symlink("real.json", tmp_path / "link.json")
-    files.save_json({"a": 1}, tmp_path / "link.json")
-    assert os.path.islink(tmp_path / "link.json") and "1" in (tmp_path / "real.json").read_text()
 
 
 # ---------------------------------------------------------------- the lock

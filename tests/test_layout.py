@@ -1,9 +1,11 @@
 """The rules of the house: size, what may import what, lines, help pages, patched privates."""
 import ast
+import importlib
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -58,30 +60,28 @@ def test_nothing_private_of_torch_and_nothing_patched(path):
     assert not re.search(r"torch\._C\b|unittest|mock\.patch|weights_only=False|allow_pickle=True", text)
 
 
-ALONE = """
-import importlib, pathlib, sys
-outside = lambda p: "site-packages" in p or not pathlib.Path(p).resolve().is_relative_to(sys.argv[1])
-sys.path[:] = filter(outside, sys.path)
-for folder in sorted(pathlib.Path(sys.argv[2]).iterdir()):
-    sys.path.insert(0, str(folder))
-    assert pathlib.Path(importlib.import_module(folder.name).__file__).parent == folder
-    for line in sys.argv[3:]:
-        if line.split()[1] == folder.name:
-            exec(line, {})
-    sys.path.pop(0)
-"""
-
-
-def test_files_of_models_import_alone(tmp_path):
-    """And so do the README's lines for whoever copies one."""
+def test_files_of_models_import_alone(tmp_path, monkeypatch):
+    """And so do the README's lines for whoever copies one: only its own folder and packages are there."""
     section = (ROOT / "README.md").read_text().split("## Copying a part")[1].split("```")[1]
     lines = [line.split("  ")[0] for line in section.splitlines() if line.startswith("from ")]
     assert len({line.split()[1] for line in lines} & {path.stem for path in PAPER}) >= 4
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if "site-packages" in folder
+                                      or not Path(folder).resolve().is_relative_to(ROOT)])
+    for name in [*OWN, *sys.modules]:
+        if name.split(".")[0] in OWN:
+            monkeypatch.delitem(sys.modules, name, raising=False)
     for path in PAPER:
         if path.stem != "__init__":
-            (tmp_path / path.stem).mkdir()
-            shutil.copy(path, tmp_path / path.stem)
-    subprocess.run([sys.executable, "-c", ALONE, ROOT, tmp_path, *lines], check=True, cwd=tmp_path)
+            folder = tmp_path / path.stem
+            folder.mkdir()
+            shutil.copy(path, folder)
+            with monkeypatch.context() as patch:
+                patch.syspath_prepend(folder)
+                assert Path(importlib.import_module(path.stem).__file__).parent == folder
+                for line in lines:
+                    if line.split()[1] == path.stem:
+                        exec(line, {})
+    assert not [name for name in sys.modules if name.split(".")[0] == "models"]
 
 
 @pytest.mark.parametrize("script, words", [
@@ -110,7 +110,10 @@ def test_help_and_a_mistyped_flag(capsys, script, words):
 def test_every_flag_is_read(script, argv):
     sources = "".join(path.read_text() for path in [ROOT / f"{script.__name__}.py", *RUNTIME])
     read = set(re.findall(r"\b(?:args|self\.args)\.(\w+)", sources))
-    assert set(vars(script.parse_args(argv))) - read <= {"preset"}
+    flags = set(vars(script.parse_args(argv)))
+    assert flags - read <= {"preset"}
+    for names in (*getattr(script, "PRESETS", {}).values(), getattr(script, "FIXED_IN_A_RUN", ())):
+        assert set(names) <= flags
 
 
 def test_a_foreign_package_named_models_does_not_shadow_ours(tmp_path):

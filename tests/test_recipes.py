@@ -14,7 +14,7 @@ from models.encoders import HOG, timm_config
 from models.losses import spatial_norm
 from models.runtime import files, trainer, vae_files, weights
 from models.runtime.data import open_images
-from models.sit import ConvProjector, SiT
+from models.sit import ConvProjector
 
 
 # ---------------------------------------------------------------- iREPA
@@ -27,16 +27,6 @@ def test_the_conv_projector_weighs_each_token_with_its_eight_neighbours(close):
     expected = projector.bias + sum(padded[:, dy:dy + 4, dx:dx + 4] @ projector.weight[:, :, dy, dx].T
                                     for dy in range(3) for dx in range(3))
     close(projector(tokens), expected.reshape(2, 16, 3))
-
-
-def test_the_conv_projector_changes_nothing_else_of_the_state_dict():
-    def shapes(kind):
-        sit = SiT(input_size=8, hidden_size=16, depth=2, num_heads=2, encoder_depth=1, z_dims=[3],
-                  projector_dim=8, projector=kind)
-        state = {name: tuple(value.shape) for name, value in sit.state_dict().items()}
-        return {k: state.pop(k) for k in list(state) if k.startswith("projectors.")}, state
-    (_, others), (conv, same) = shapes("mlp"), shapes("conv")
-    assert conv == {"projectors.0.weight": (3, 16, 3, 3), "projectors.0.bias": (3,)} and others == same
 
 
 def test_spatial_norm_removes_the_mean_over_tokens_and_scales_their_spread_to_one(close):

@@ -1,7 +1,5 @@
 """sample_ddp.py: samples depend on seed and index alone, runs stop and resume, released files load."""
-import errno
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -116,11 +114,9 @@ def test_batch_size_threads_and_shards_do_not_matter(ckpt, reference, tmp_path, 
         assert path.read_bytes() == reference.read_bytes()
 
 
-SOLVERS = [(["--mode", "ode"], "euler"), (["--mode", "ode", "--heun"], "heun"),
-           (["--mixed-precision", "bf16"], "euler-maruyama")]
-
-
-@pytest.mark.parametrize("flags, solver", SOLVERS)
+@pytest.mark.parametrize("flags, solver", [
+    (["--mode", "ode"], "euler"), (["--mode", "ode", "--heun"], "heun"),
+    (["--mixed-precision", "bf16"], "euler-maruyama")])
 def test_every_solver(ckpt, tmp_path, flags, solver):
     path = sample(ckpt, tmp_path / "a.npz", "--num-fid-samples", "4", "--classes", "2,7", *flags)
     protocol = json.loads((tmp_path / "a.json").read_text())
@@ -137,7 +133,10 @@ def test_equal_labels_and_folder_flags(ckpt, tmp_path, monkeypatch):
 
 
 def test_a_frozen_runs_vae(ckpt, reference, tmp_path, capsys):
-    """Its args name it, here in args.json of the run folder; another one at that path is an error."""
+    """Its args name it, here in args.json of the run folder; another one at that path is an error.
+
+    Any checkpoint can be decoded with another VAE by --vae-ckpt.
+    """
     content = files.load(ckpt)
     files.save(content["vae"], tmp_path / "vae.pt")
     frozen = tiny_checkpoint(tmp_path / "exp" / "checkpoints" / "0000003.pt", vae=None, args=None,
@@ -149,6 +148,8 @@ def test_a_frozen_runs_vae(ckpt, reference, tmp_path, capsys):
         assert np.array_equal(np.load(path)["arr_0"], np.load(reference)["arr_0"])
     files.save(content["vae"] | {"decoder.conv_out.bias": torch.zeros(3)}, tmp_path / "vae.pt")
     assert "vae.pt" in rejected(capsys, "--ckpt", frozen, *FAST, "--npz", tmp_path / "b.npz")
+    other = sample(ckpt, tmp_path / "c.npz", "--vae-ckpt", str(tmp_path / "vae.pt"))
+    assert not np.array_equal(np.load(other)["arr_0"], np.load(reference)["arr_0"])
 
 
 # ---------------------------------------------------------------- mistakes
@@ -156,12 +157,9 @@ def test_a_frozen_runs_vae(ckpt, reference, tmp_path, capsys):
 BAD = [
     (["--cfg-scale", "0.5"], "below 1"),
     (["--guidance-low", "0.8", "--guidance-high", "0.2"], "0.8, 0.2"),
+    (["--guidance-high", "nan"], "guidance interval"),
     (["--heun"], "--mode ode"),
     (["--classes", "3,10"], "class 10"),
-    (["--classes", "cat"], "--classes"),
-    (["--num-fid-samples", "0"], "--num-fid-samples"),
-    (["--guidance-high", "nan"], "guidance interval"),
-    (["--npz", "a.zip"], ".npz"),
     (["--vae-ckpt", "nowhere.pt"], "nowhere.pt"),
 ]
 
@@ -186,23 +184,15 @@ def test_bad_flags(ckpt, tmp_path, monkeypatch, capsys, flags, message):
 def test_bad_checkpoints(ckpt, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     content = files.load(ckpt)
-    no_bn = {k: v for k, v in content["ema"].items() if not k.startswith("bn.")}
     no_null = dict(content["ema"], **{"y_embedder.embedding_table.weight": torch.zeros(10, 192)})
     wide = dict(content["ema"], **{"final_layer.linear.bias": torch.zeros(3)})
-    broken = {
-        "bn.running_mean": dict(ema=no_bn),
-        "null class": dict(ema=no_null), "another architecture": dict(ema=wide),
-        "expected float [1000": dict(args=content["args"] | {"num_classes": 1000}),
-        "names none": dict(vae=None),
-        "REPA-E/e2e-vavae": dict(vae=None,
-                                 args=content["args"] | {"vae_ckpt": "pretrained/x/e2e-vavae-400k.pt"}),
-    }
+    broken = {"null class": dict(ema=no_null), "another architecture": dict(ema=wide),
+              "none of": dict(args={"model": "SiT"}), "names none": dict(vae=None)}
     for message, changes in broken.items():
         path = tiny_checkpoint(tmp_path / "in" / "bad.pt", **changes)
         assert message in rejected(capsys, "--ckpt", path, "--cfg-scale", "2"), message
     files.save(content["vae"], tmp_path / "in" / "bad.pt")
     assert "no 'ema'" in rejected(capsys, "--ckpt", path)
-    assert "no checkpoints" in rejected(capsys, "--exp-path", tmp_path)
     assert "0000004.pt" in rejected(capsys, "--exp-path", Path(ckpt).parent.parent, "--train-steps", "4")
     assert "--ckpt FILE or" in rejected(capsys)
     assert names(tmp_path) == ["in"]
@@ -240,48 +230,12 @@ def test_output_of_other_settings_is_not_touched(ckpt, reference, tmp_path, caps
     np.savez(path, np.zeros((N, 32, 32, 3), np.uint8))
     assert "made with checkpoint_sha256 None" in rejected(capsys, *flags)
     assert names(tmp_path) == ["a.npz"]
-
-
-def test_a_smaller_run_leaves_a_larger_one_alone(ckpt, reference, tmp_path, capsys):
-    """Shards of an unfinished run are not removed."""
-    smaller = ["--num-fid-samples", "4"]
-    shards = tmp_path / "a.shards"
-    shards.mkdir()
     protocol = json.loads(reference.with_suffix(".json").read_text()) | {"num_fid_samples": 128}
-    (shards / "protocol.json").write_text(json.dumps(protocol))
-    (shards / "000000.npz").write_bytes(b"samples")
-    error = rejected(capsys, "--ckpt", ckpt, *FAST, *smaller, "--npz", tmp_path / "a.npz")
-    assert "a.shards: exists, made with num_fid_samples 128, this run has 4" in error
-    assert {"000000.npz", "protocol.json"} <= set(names(shards))
-
-
-def test_a_second_run_is_rejected(ckpt, tmp_path):
-    log = tmp_path / "log"
-    flags = ["--ckpt", ckpt, *LONG, "--num-steps", "1000", "--npz", tmp_path / "a.npz"]
-    first = processes.start("sample_ddp", flags, log)
-    processes.wait_for((tmp_path / "a.shards" / "protocol.json").exists, [first], log)
-    second = processes.start("sample_ddp", flags, log)
-    second.join(60)
-    processes.kill(first)
-    assert second.exitcode == 2 and "another run is at work" in log.read_text()
-
-
-@pytest.mark.parametrize("where", ["000001.npz", "whole.npz"])
-def test_disk_full(ckpt, tmp_path, capsys, monkeypatch, where):
-    """What was written stays, and with room the same command finishes."""
-    flags = ["--ckpt", ckpt, *FAST, "--npz", tmp_path / "a.npz"]
-    real = os.fsync
-
-    def full(descriptor):
-        if where in os.readlink(f"/proc/self/fd/{descriptor}"):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(descriptor)
-    monkeypatch.setattr(os, "fsync", full)
-    assert where in rejected(capsys, *flags)
-    assert "000000.npz" in names(tmp_path / "a.shards") and not list(tmp_path.rglob("*.tmp"))
-    monkeypatch.undo()
-    sample_ddp.main([*map(str, flags)])
-    assert names(tmp_path) == ["a.json", "a.npz", "a.png"]
+    files.save_json(protocol, tmp_path / "b.shards" / "protocol.json")      # of a larger run, unfinished
+    (tmp_path / "b.shards" / "000000.npz").write_bytes(b"samples")
+    error = rejected(capsys, *flags[:-1], tmp_path / "b.npz")
+    assert f"b.shards: exists, made with num_fid_samples 128, this run has {N}" in error
+    assert (tmp_path / "b.shards" / "000000.npz").read_bytes() == b"samples"
 
 
 # ---------------------------------------------------------------- kills, several processes

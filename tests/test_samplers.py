@@ -156,14 +156,6 @@ def test_decode_and_uint8():
     assert samplers.truncate_to_uint8(pixels)[0, 0, :, 0].tolist() == [0, 0, 0, 127, 254, 255, 255]
 
 
-@pytest.mark.parametrize("bad", [dict(cfg_scale=0.9), dict(cfg_scale=math.nan), dict(cfg_scale=math.inf),
-                                 dict(low=0.7, high=0.2), dict(high=1.5), dict(low=-0.1), dict(low=math.nan)])
-def test_bad_guidance(bad):
-    with pytest.raises(ValueError) as error:
-        samplers.guided(lambda x, t, y: x, torch.zeros(1), 1000, **bad)
-    assert "\n" not in str(error.value)
-
-
 def test_the_docstrings_example():
     """As it stands, with tiny networks."""
     torch.manual_seed(0)
@@ -178,8 +170,3 @@ def test_the_docstrings_example():
     assert test.globs["images"].shape == (8, 32, 32, 3) and test.globs["images"].dtype == torch.uint8
     linear = "lambda t: (1 - t, t, -torch.ones_like(t), torch.ones_like(t))"
     assert linear in samplers.__doc__
-
-
-def test_bad_labels():
-    with pytest.raises(ValueError, match="class 10"):
-        samplers.sample_labels(0, [], 10, classes=[3, 10])

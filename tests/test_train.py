@@ -1,5 +1,4 @@
 """train_repae_e.py on tiny runs: gradients, accumulation, processes, resuming, flags, users' mistakes."""
-import ast
 import json
 import os
 import shutil
@@ -174,6 +173,7 @@ def test_both_losses_reach_sit_and_projector_in_its_update():
 
 def whole_step(*flags):
     """(metrics, gradients, batch norm statistics) of a step with all losses, none of them clipped."""
+    torch.set_num_threads(1)    # with more the sums of a convolution depend on the size of the batch
     nets, args = tiny_nets("--disc-start", "0", "--max-grad-norm", "1e9", *flags)
     nets.opts = {}  # keep the gradients
     values, _ = train.train_step(nets, args, tiny_batch(nets, args))
@@ -262,15 +262,14 @@ def test_sigterm_to_the_whole_process_group_saves_under_torchrun(tmp_path):
     """As `timeout`, scancel and systemd send it: torchrun, the processes and their data workers get it."""
     folder = tmp_path / "demo"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
-               ROOT / "train_repae_e.py", *TINY, "--num-workers", "2", "--checkpointing-steps", "100000",
+               ROOT / "train_repae_e.py", *TINY, "--num-workers", "1", "--checkpointing-steps", "100000",
                "--max-train-steps", "100000", "--output-dir", tmp_path]
     with open(tmp_path / "log", "w") as output:
         group = subprocess.Popen([str(word) for word in command], stdout=output, stderr=output,
                                  start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     wrapped = SimpleNamespace(exitcode=None)
     try:
-        processes.wait_for(lambda: (folder / "metrics.jsonl").exists() and len(metrics(folder)) > 2,
-                           [wrapped], tmp_path / "log")
+        processes.wait_for((folder / "metrics.jsonl").exists, [wrapped], tmp_path / "log")
         os.killpg(group.pid, signal.SIGTERM)
         group.wait(60)
     finally:
@@ -281,21 +280,17 @@ def test_sigterm_to_the_whole_process_group_saves_under_torchrun(tmp_path):
     assert f"stopped by SIGTERM: saved {saved}" in text and "DataLoader worker" not in text
 
 
-@pytest.mark.parametrize("other, words", [
-    (["--learning-rate", "5e-4"], "--learning-rate differs between processes: 0.001 in rank 0, 0.0005 in"),
-    (["--data-dir", "nowhere"], "nowhere: "),
-])
-def test_processes_that_were_started_differently_end_before_the_first_step(tmp_path, other, words):
+def test_processes_that_were_started_differently_end_before_the_first_step(tmp_path):
     """The one that finds the mistake names it; a process whose peer has died says so in one line."""
-    both = [processes.start("train_repae_e", [*TINY, "--output-dir", tmp_path / "out", *flags],
-                            tmp_path / f"log{rank}", **more)
-            for rank, (flags, more) in enumerate(zip(([], other), processes.rendezvous()))]
+    both = [processes.start("train_repae_e", [*TINY, "--output-dir", tmp_path / "out", "--learning-rate",
+                                              rate], tmp_path / "log", **more)
+            for rate, more in zip(("1e-3", "5e-4"), processes.rendezvous())]
     for process in both:
         process.join(60)
     assert all(process.exitcode in (1, 2) for process in both), [p.exitcode for p in both]
-    texts = [(tmp_path / f"log{rank}").read_text() for rank in (0, 1)]
-    assert words in "".join(texts) and "Traceback" not in "".join(texts), texts
-    assert not (tmp_path / "out").exists()
+    text = (tmp_path / "log").read_text()
+    assert "--learning-rate differs between processes: 0.001 in rank 0, 0.0005 in" in text
+    assert "Traceback" not in text and not (tmp_path / "out").exists()
 
 
 def test_checkpoints_that_differ_between_processes_are_named(four_steps, monkeypatch):
@@ -341,19 +336,6 @@ def test_run_folder_and_checkpoint_layout(four_steps):
                            state["ema"]["final_layer.linear.weight"])
 
 
-def test_a_checkpoint_comes_before_pictures_that_fail(resumed, monkeypatch, capsys):
-    """The step is not lost, and the same command does not fail there again."""
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(train.pictures, "save_grids", fail)
-    flags = "--max-train-steps", "6", "--sampling-steps", "5", "--checkpointing-steps", "5"
-    with pytest.raises(SystemExit) as stop:
-        resumed(*flags)
-    assert stop.value.code == 2 and "No space left" in capsys.readouterr().err
-    resumed(*flags)
-    assert "from step 5" in capsys.readouterr().out
-
-
 def test_frozen_vae_run(tmp_path, capsys):
     files.save(train.VAE_models["f4d4"]().state_dict(), tmp_path / "vae.pt")
     flags = "--freeze-vae", "--vae-ckpt", str(tmp_path / "vae.pt"), "--max-train-steps"
@@ -374,13 +356,9 @@ def test_frozen_vae_run(tmp_path, capsys):
 
 def test_other_data_and_encoders_than_before(capsys):
     sources = {"data": {"classes": ["a", "b"], "images": 9}, "encoder_digests": {"dino": "1", "clip": "2"}}
-    trainer.check_sources(settings(), "x.pt", {"encoder_digests": {"dino": "1"}}, sources)
-    trainer.check_sources(settings(), "x.pt", {}, sources)      # of an older version
-    assert capsys.readouterr().out == ""
     trainer.check_sources(settings(), "x.pt", {"data": {"classes": ["a", "b"], "images": 8}}, sources)
     assert "other files or labels, 9 images, before 8" in capsys.readouterr().out
     for before, words in (({"encoder_digests": {"dino": "1", "clip": "3"}}, "other weights of encoder clip"),
-                          ({"data": {"classes": ["a", "c"]}}, "c is now b;"),
                           ({"data": {"classes": ["a"]}}, "None is now b;")):
         with pytest.raises(ValueError, match=words):
             trainer.check_sources(settings(), "x.pt", before, sources)
@@ -429,15 +407,6 @@ def test_vanishing_gradients_stop_the_run(tmp_path):
     run_log.add({"grad_norm_sit": torch.tensor(1e-6)}, torch.tensor(0.0))
     with pytest.raises(log.Collapse, match="grad_norm_sit"):
         run_log.write(2, 4)
-
-
-def test_progress_prints_now_and_then(monkeypatch, capsys):
-    clock = [1.0]
-    monkeypatch.setattr(log.time, "monotonic", lambda: clock[0])
-    update = log.progress("images encoded", 100)
-    for clock[0], done in ((1.1, 10), (41.1, 50), (50.0, 60)):
-        update(done)
-    assert capsys.readouterr().err == "images encoded: 50 of 100, 1/s, 0:00:50 left\n"
 
 
 @pytest.mark.parametrize("error, code, words", [
@@ -494,22 +463,7 @@ def test_without_a_c_compiler_a_gpu_run_is_not_compiled_and_says_so(monkeypatch,
 
 # ------------------------------------------------------------------------------------------------------ flags
 
-def test_every_flag_is_read_and_every_setting_is_a_flag():
-    used = set()
-    for name in ("train_repae_e.py", "models/runtime/trainer.py", "models/runtime/log.py",
-                 "models/runtime/pictures.py"):
-        used |= {node.attr for node in ast.walk(ast.parse((ROOT / name).read_text()))
-                 if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
-                 and node.value.id == "args"}
-    flags = set(vars(train.parse_args([])))
-    assert used <= flags, f"read but no flag: {used - flags}"
-    # the parser itself reads --preset
-    assert flags - used == {"preset"}, f"a flag that nothing reads: {flags - used}"
-
-
-def test_presets_name_flags_and_explicit_flags_win():
-    for preset in train.PRESETS.values():
-        assert set(preset) <= set(vars(train.parse_args([])))
+def test_explicit_flags_win_over_a_preset():
     args = train.parse_args(["--preset", "demo", "--batch-size", "7"])
     assert args.batch_size == 7 and args.model == train.PRESETS["demo"]["model"]
 
@@ -518,31 +472,24 @@ def test_presets_name_flags_and_explicit_flags_win():
 
 @pytest.mark.parametrize("flags, words", [
     (["--data-dir", "{tmp}/nowhere"], "nowhere"),
-    (["--data-dir", "{tmp}/empty"], "empty"),
     (["--num-classes", "3"], "--num-classes 3"),
     (["--resolution", "36"], "--resolution 36"),
     (["--gradient-accumulation-steps", "3"], "--batch-size 4"),
-    (["--encoder", "dinov9"], "dinov9"),
-    (["--encoder", "tf_efficientnet_lite0", "--encoder-ckpt", "{tmp}/none.safetensors"], "none.safetensors"),
     (["--encoder-depth", "7"], "encoder depth 7"),
-    (["--vae-ckpt", "{tmp}/nothing.pt"], "nothing.pt"),
     (["--vae-ckpt", "{tmp}/other.pt"], "other.pt"),
-    (["--latents-stats", "{tmp}/other.pt"], "latents_scale"),
-    (["--init-from", "{tmp}/other.pt"], "other.pt"),
+    (["--latents-stats", "{tmp}/stats.pt"], "stats.pt: no latents_scale"),
     (["--log-every", "0"], "--log-every 0"),
     (["--freeze-vae", "--diffusion-to-vae"], "exclude"),
     (["--freeze-vae"], "--vae-ckpt"),
     (["--latent-cache", "{tmp}"], "--freeze-vae"),
     (["--cfg-scale", "0.5"], "--cfg-scale 0.5"),
     (["--disc-ckpt", "{tmp}/nope.pt"], "nope.pt"),
-    (["--latents-stats", "{tmp}/stats.pt"], "stats.pt: no latents_scale"),
     (["--perceptual-weight", "1"], "--perceptual-weight 0"),
     (["--encoder", "dinov2-vit-s"], "--encoder hog"),
     (["--output-dir", __file__], "test_train.py"),
 ])
 def test_user_errors_are_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, flags, words):
     """Nothing is written."""
-    (tmp_path / "empty").mkdir()
     files.save({"decoder.conv_in.weight": torch.zeros(4, 4, 3, 3)}, tmp_path / "other.pt")
     files.save({k: torch.ones(1, 16, 1, 1) for k in ("latents_scale", "latents_bias")}, tmp_path / "stats.pt")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -579,10 +526,3 @@ def test_a_dry_run_writes_nothing(tmp_path, resumed, capsys):
     assert capsys.readouterr().out.endswith("settings are sound\n") and not (tmp_path / "out").exists()
     resumed("--dry-run")
     assert capsys.readouterr().out.endswith("settings are sound\n")
-
-
-def test_the_papers_command_says_what_is_missing(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--model", "SiT-XL/2"])
-    assert stop.value.code == 2 and "data/imagenet/train" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""models/runtime/weights.py: discriminators of every kind of file, checkpoints for sampling."""
+"""models/runtime/weights.py: discriminators of every kind of file, LPIPS; test_sample_ddp has checkpoints."""
 import pytest
 import torch
 from fill import fill_
@@ -6,8 +6,6 @@ from fill import fill_
 from models.discriminator import Discriminator
 from models.lpips import LPIPS
 from models.runtime import files, weights
-from models.sit import SiT_models
-from models.vae import VAE_models
 
 
 def test_discriminator_of_every_kind_of_file(tmp_path, monkeypatch):
@@ -56,35 +54,3 @@ def test_lpips_from_two_files(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "download", no_network)
     with pytest.raises(OSError, match="weights of LPIPS: no network; or pass --perceptual-weight 0"):
         weights.lpips()
-
-
-# ---------------------------------------------------------------- whole checkpoints
-
-def checkpoint(path, **changes):
-    sit = fill_(SiT_models["SiT-Ti/2"](input_size=8, num_classes=10, encoder_depth=4, z_dims=[16],
-                                       projector_dim=32))
-    content = {"ema": sit.state_dict(), "args": {"model": "SiT-Ti/2", "num_classes": 10}, "steps": 3}
-    files.save(content | changes, path)
-    return str(path)
-
-
-def test_a_checkpoint_is_decoded_with_its_vae_or_with_another(tmp_path):
-    own, other = fill_(VAE_models["f4d4"]()), fill_(VAE_models["f4d4"](), "another")
-    files.save(other.state_dict(), tmp_path / "other.pt")
-    path = checkpoint(tmp_path / "0000003.pt", vae=own.state_dict())
-    for vae_ckpt, vae, expected in ((None, own, "checkpoint"), (str(tmp_path / "other.pt"), other, None)):
-        sit, loaded, settings, source = weights.load(path, vae_ckpt)
-        assert files.state_digest(loaded) == files.state_digest(vae) and source == (expected or vae_ckpt)
-    assert not sit.training and not loaded.training and settings["steps"] == 3
-
-
-@pytest.mark.parametrize("changes, words", [
-    ({"ema": [1]}, "no 'ema' weights"),
-    ({"args": {"model": "SiT"}}, "none of"),
-    ({}, "names none"),
-    ({"args": {"model": "SiT-Ti/2", "num_classes": 7}}, "float [11, 192], expected float [8, 192]"),
-])
-def test_broken_checkpoints(tmp_path, changes, words):
-    with pytest.raises((ValueError, OSError)) as error:
-        weights.load(checkpoint(tmp_path / "0000003.pt", **changes))
-    assert words in str(error.value) and "\n" not in str(error.value) and "0000003.pt" in str(error.value)

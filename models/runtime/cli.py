@@ -31,11 +31,11 @@ def flag(group, name, default, help, *, type=None, **more):
         group.add_argument(name, default=default, type=type, help=help, **more)
 
 
-def check_positive(args, *names):
-    """Raise a one-line ValueError unless these settings are at least 1."""
+def check_range(args, low, high, *names):
+    """Raise a one-line ValueError unless these settings are from `low` to `high`, both included."""
     for name in names:
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+        if not low <= getattr(args, name) <= high:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be from {low} to {high}")
 
 
 def parse(parser, argv, presets):
@@ -108,8 +108,7 @@ def training_flags(parser, presets):
     groups = {name: parser.add_argument_group(name) for name in names}
     data, model, losses, optim, run = groups.values()
 
-    flag(data, "--data-dir", "data/imagenet/train",
-         "folder of class folders, a .zip of one, or 'shapes' (drawn)")
+    flag(data, "--data-dir", "data/imagenet/train", "folder of class folders, .zip of one, .npz, or shapes")
     flag(data, "--resolution", 256, "side of the ADM centre crop in pixels")
     flag(data, "--hflip", False, "flip half of the images (the paper does not)")
     flag(data, "--skip-corrupt", False, "replace corrupt images by the next one and print their names")

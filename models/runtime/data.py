@@ -151,7 +151,7 @@ def _json_labels(content, names, shared, where):
     """(class names, int64 labels of `names`) from the text of EDM2's dataset.json in the folder `shared`.
 
     {"labels": [["00000/img00000000.png", 6], ...]}, or null for a set without labels: one class. Raises a
-    one-line ValueError for an image without a label.
+    one-line ValueError unless each image has one label.
     """
     with damaged(f"{where}: not the labels of these images in EDM2's layout"):
         pairs = json.loads(content)["labels"]
@@ -159,7 +159,9 @@ def _json_labels(content, names, shared, where):
             return ["images"], np.zeros(len(names), np.int64)
         label_of = {shared + name: label for name, label in pairs}
         labels = np.array([label_of[name] for name in names])
-        if labels.ndim != 1 or labels.dtype.kind != "i" or labels.min() < 0:
+        if labels.shape != (len(pairs),):
+            raise ValueError(f"{len(pairs)} labels for {len(names)} images")
+        if labels.dtype.kind != "i" or labels.min() < 0:
             raise ValueError("a label is not a whole number from 0 on")
     return [str(k) for k in range(labels.max() + 1)], labels
 
@@ -282,7 +284,8 @@ class NpzData(Dataset):
         self.num_classes = len(self.classes)
         self.names = [f"{k:06d}" for k in range(len(self))]
         self.size = (resolution, resolution) if resolution else self.images.shape[1:3]
-        self.protocol = json.loads(str(self.array("protocol"))) if "protocol" in self.arrays else {}
+        with damaged(f"{path}: its protocol is not one of sample_ddp.py; write it without"):
+            self.protocol = json.loads(str(self.arrays["protocol"])) if "protocol" in self.arrays else {}
 
     def _images(self):
         info = self.arrays.zip.getinfo("arr_0.npy")

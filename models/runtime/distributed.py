@@ -21,6 +21,9 @@ def init():
     than GPUs.
     """
     global META
+    if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        raise ValueError("srun started several processes, each of which would run alone; start torchrun in "
+                         "one task per node, or unset SLURM_NTASKS to run one process")
     device = choose_device()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         store, rank_, size = next(dist.rendezvous("env://", timeout=PATIENCE))

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 
 from models.encoders import HOG
 from models.inception import WEIGHTS_SHA256, WEIGHTS_URL, FIDInception
-from models.metrics import (Moments, float32_exactly, frechet_distance, inception_score_splits,
-                            precision_recall)
+from models.metrics import Moments, float32_exactly, frechet_distance, inception_score, precision_recall
 from models.runtime import distributed, files, log
 
 
@@ -117,8 +116,7 @@ def score(samples, ref, net=None, exact=False, device="cpu"):
         with float32_exactly(), torch.inference_mode():
             logits = torch.cat([net.logits(x.to(device)).cpu()
                                 for x in torch.from_numpy(samples["pool"]).split(8192)])
-        splits = inception_score_splits(logits, exact=exact)
-        result |= {"inception_score": float(np.mean(splits)), "inception_score_std": float(np.std(splits))}
+        result["inception_score"], result["inception_score_std"] = inception_score(logits, exact=exact)
     for name, suffix in {"fid": "", "sfid": "_s", "fd_hog": "_hog"}.items():
         if "mu" + suffix in samples and "mu" + suffix in ref:
             result[name] = frechet_distance(*(d[k + suffix] for d in (samples, ref) for k in ("mu", "sigma")))

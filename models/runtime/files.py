@@ -122,8 +122,8 @@ def check_writable(path, inputs=()):
 
     It may exist, but must not be one of the files `inputs`, which it would replace. Leaves nothing behind.
     """
-    if os.path.isdir(path):
-        raise IsADirectoryError(f"{path}: is a folder; give the name of a file to write")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise IsADirectoryError(f"{path}: is a folder or a device; give the name of a file to write")
     path = os.path.realpath(path)
     if path in map(os.path.realpath, inputs):
         raise ValueError(f"{path}: is an input and would be replaced; give another name to write to")
@@ -176,11 +176,13 @@ def load(path):
     path = os.fspath(path)
     with open(path, "rb") as f:
         head = f.read(64)
+    if head.startswith(b"version https://git-lfs") or head.lstrip()[:1] == b"<":
+        raise ValueError(f"{path}: is a Git LFS pointer or a web page; fetch the file itself")
     try:
         if head[8:9] == b"{":
             return safetensors.torch.load_file(path)
         if not head.startswith((b"PK", b"\x80")):   # torch's zip, and its pickle before version 1.6
-            raise EOFError("a web page, or a Git LFS pointer?")
+            raise EOFError("it has another format")
         content = _torch_load(path, is_zip=head.startswith(b"PK"))
     except pickle.UnpicklingError as error:     # torch's own message says how to run the code
         raise ValueError(f"{path}: not read, it contains more than tensors and plain containers; where you "

@@ -71,7 +71,7 @@ class Collapse(RuntimeError):
 class RunLog:
     """Keeps metrics on the device; every log_every steps reads them, writes a line and looks for a collapse.
 
-    Files in `folder`: log.txt (what the terminal showed) and metrics.jsonl (one object per logged step).
+    Files in `folder`: log.txt (what `say` showed) and metrics.jsonl (one object per logged step).
     Only the main process writes; all processes take part in the means.
     """
 

@@ -10,10 +10,10 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import math
 import os
 import shutil
 import sysconfig
-import warnings
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -60,12 +60,18 @@ class Networks:
 
 def check_settings(args, world_size):
     """Raise a one-line ValueError for settings of any training run that contradict each other."""
-    cli.check_positive(args, "batch_size", "gradient_accumulation_steps", "max_train_steps",
-                       "checkpointing_steps", "log_every")
+    cli.check_range(args, 1, math.inf, "batch_size", "gradient_accumulation_steps", "max_train_steps",
+                    "checkpointing_steps", "log_every")
+    cli.check_range(args, 0, math.inf, "seed", "num_workers", "sampling_steps", "keep_checkpoints")
+    cli.check_range(args, 1e-12, math.inf, "max_grad_norm", "learning_rate", "disc_learning_rate")
+    cli.check_range(args, 0, 1, "ema_decay", "adam_beta1", "adam_beta2")
     parts = world_size * args.gradient_accumulation_steps
     if args.batch_size % parts:
         raise ValueError(f"--batch-size {args.batch_size} is not divisible by {world_size} processes x "
                          f"{args.gradient_accumulation_steps} accumulation steps")
+    if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
+        raise ValueError(f"--report-to {args.report_to}: the package is not installed; "
+                         f"pip install {args.report_to}")
     if args.resolution < 32 and args.disc_weight > 0 and not getattr(args, "freeze_vae", False):
         raise ValueError(f"--resolution {args.resolution} is below 32, the least that the discriminator "
                          "takes; pass --disc-weight 0")
@@ -177,12 +183,9 @@ def wrap_ddp(net, device):
     """`net`, in DistributedDataParallel for several processes. Synced batch norms keep the buffers equal."""
     if distributed.world_size() == 1:
         return net
-    with warnings.catch_warnings():
-        # newer versions rename broadcast_buffers; both know this name
-        warnings.simplefilter("ignore", FutureWarning)
-        return DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None,
-                                       broadcast_buffers=False,
-                                       gradient_as_bucket_view=True)  # no second copy of all gradients
+    return DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None,
+                                   broadcast_buffers=False,
+                                   gradient_as_bucket_view=True)  # no second copy of all gradients
 
 
 def compile_blocks(nets):
@@ -468,7 +471,7 @@ def save_checkpoint(nets, args, step, folder, **more):
     state |= more | {"loss_scale": nets.loss_scale.state_dict(), "args": vars(args), "steps": step}
     files.save(state, path)
     steps = [s for s in files.checkpoint_steps(checkpoints) if s <= step]
-    for old in steps[:-args.keep_checkpoints] if args.keep_checkpoints > 0 else []:
+    for old in steps[:-args.keep_checkpoints] if args.keep_checkpoints else []:
         os.remove(os.path.join(checkpoints, f"{old:07d}.pt"))
     return path
 
