@@ -16,6 +16,7 @@ from models.runtime import files
 
 TABLES = {"shapes": (claim.latents, claim.table, claim.claims),
           "shapes-noise": (claim.latents, claim.table),
+          "shapes-tuned": (claim.latents, claim.table, claim.claims),
           "shapes-hog": (claim.table,), "cifar10": (claim.table,)}
 
 
