@@ -74,7 +74,7 @@ def check_args(args):
     Fills in args.solver and args.ckpt from what was given.
     """
     cli.check_range(args, 1, SHARD, "pproc_batch_size")
-    cli.check_range(args, 1, 10**8, "num_fid_samples", "num_steps")
+    cli.check_range(args, 1, 10**8, "num_fid_samples", "num_steps", "cfg_scale")
     samplers.check_guidance(args.cfg_scale, args.guidance_low, args.guidance_high)
     if args.mode == "sde" and args.heun:
         raise ValueError("--heun solves the ODE; give --mode ode with it")

@@ -549,7 +549,7 @@ MISTAKES = [    # command, further flags, what the line must name, what is wrong
     ("train", "--vae-ckpt vae.pt", "vae.pt", "weights that are not there"),
     ("train", "--vae f4d16 --vae-ckpt ../have/vae.pt", "vae.pt", "weights of another VAE"),
     ("train", "--disc-ckpt ../have/vae.pt", "vae.pt", "a file without a discriminator"),
-    ("train", "--vae-ckpt x.pt", "LFS pointer", "a Git LFS pointer",
+    ("train", "--vae-ckpt x.pt", "LFS", "a Git LFS pointer",
      write("x.pt", "version https://git-lfs.github.com/spec/v1")),
     ("refine", "--ckpt x.pt", "web page", "a web page as weights", write("x.pt", "<!DOCTYPE html>")),
     ("train", "--vae f8d4 --vae-ckpt REPA-E/sdvae", "REPA-E/sdvae", "no network for a VAE"),

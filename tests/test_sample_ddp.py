@@ -155,7 +155,7 @@ def test_a_frozen_runs_vae(ckpt, reference, tmp_path, capsys):
 # ---------------------------------------------------------------- mistakes
 
 BAD = [
-    (["--cfg-scale", "0.5"], "below 1"),
+    (["--cfg-scale", "0.5"], "--cfg-scale 0.5 must be"),
     (["--guidance-low", "0.8", "--guidance-high", "0.2"], "0.8, 0.2"),
     (["--guidance-high", "nan"], "guidance interval"),
     (["--heun"], "--mode ode"),
