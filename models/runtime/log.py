@@ -116,7 +116,7 @@ class RunLog:
     def write(self, step, batch_size):
         """Read the steps since the last line, which waits for the device, and write a line everywhere.
 
-        Returns it, a dict. Raises Collapse if learning stopped.
+        Returns it, a dict; the first one's rate includes compilation. Raises Collapse if learning stopped.
         """
         device = self.steps[0][1].device
         rows = [dict(zip((*names, "skip"), values.tolist())) for names, values in self.steps]
