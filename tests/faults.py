@@ -16,6 +16,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -117,12 +118,9 @@ small_vae = partial(AutoencoderKL, 4, base=8, multipliers=(1, 1, 2), blocks=1)
 
 
 def small_networks():
-    """Networks of a few hundred kB under the names of the smallest, and statistics of few images."""
+    """A smaller VAE too (processes.py has the small SiT), and statistics of few images."""
     import finetune_vae
-    from models.sit import SiT, SiT_models
     from models.vae import VAE_models
-    SiT_models["SiT-Ti/4"] = partial(SiT, depth=2, hidden_size=32, num_heads=2, patch_size=4,
-                                     projector_dim=16)
     VAE_models["f4d4"] = small_vae
     finetune_vae.STATS_IMAGES = 4
 
@@ -299,10 +297,32 @@ def signalled(tmp, writer, number):
     assert_whole(writer, tmp)
 
 
+def signalled_with_torchrun(tmp):
+    """As `timeout`, scancel and systemd send it: torchrun, the processes and their data workers get it."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
+               ROOT / "train_repae_e.py", *TRAIN, "--num-workers", "1",
+               "--max-train-steps", "100000", "--checkpointing-steps", "100000"]
+    log = Path(f"{tmp}.log")
+    with open(log, "w") as output:
+        group = subprocess.Popen([sys.executable, *map(str, command)], cwd=tmp, stdout=output, stderr=output,
+                                 start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        processes.wait_for((tmp / SIGNS["train"][0]).exists, [SimpleNamespace(exitcode=None)], log)
+        os.killpg(group.pid, signal.SIGTERM)
+        group.wait(60)
+    finally:
+        if group.poll() is None:
+            os.killpg(group.pid, signal.SIGKILL)
+    saved, = tmp.glob("exps/run/checkpoints/*.pt")
+    text = log.read_text()
+    assert f"stopped by SIGTERM: saved {saved.relative_to(tmp)}" in text, text
+    assert "DataLoader worker" not in text, text
+
+
+case("signals", "torchrun: SIGTERM to all", False, signalled_with_torchrun)
 for writer in ("train", "refine", "cache"):     # sampling is killed: its shards are all that it would save
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        quick = (writer, number) == ("refine", signal.SIGTERM)
-        case("signals", f"{writer}: {number.name}", quick, signalled, writer, number)
+        case("signals", f"{writer}: {number.name}", False, signalled, writer, number)
 
 
 # ---------------------------------------------------------------- two runs in one folder
@@ -320,7 +340,7 @@ def second_run(tmp, writer):
 
 
 for writer in SIGNS:
-    case("folders", f"a second run: {writer}", writer == "train", second_run, writer)
+    case("folders", f"a second run: {writer}", False, second_run, writer)
 
 
 # ---------------------------------------------------------------- full disks

@@ -5,15 +5,22 @@ import os
 import signal
 import socket
 import time
+from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import torch
 
+from models.sit import SiT, SiT_models
+
 ROOT = Path(__file__).resolve().parent.parent
 
 context = multiprocessing.get_context("forkserver")
+
+# In the tests and in the processes that they start, but not in a command line: most of a tiny run's time
+# would go into a network of millions of weights.
+SiT_models["SiT-Ti/4"] = partial(SiT, depth=4, hidden_size=48, num_heads=3, patch_size=4, projector_dim=32)
 
 
 def begin():

@@ -23,6 +23,8 @@ LOSSES = ("reconstruction_loss", "perceptual_loss", "kl_loss", "weighted_gan_los
           "grad_norm_disc", "denoising_loss", "proj_loss", "sit_loss", "grad_norm_sit")
 ALIGNED = ("step_vae_align_loss", "step_vae_loss", "step_proj_loss", "step_sit_loss")
 
+FILLED = {}     # the networks in float32, for both runs
+
 
 def build(config, g, dtype):
     """The set-up of section 8 as the namespace that train_step takes, and the matching settings."""
@@ -35,12 +37,17 @@ def build(config, g, dtype):
         kl_weight=config["loss"]["kl_weight"], reconstruction_weight=config["loss"]["reconstruction_weight"],
         perceptual_weight=config["loss"]["perceptual_weight"],
         disc_weight=config["loss"]["discriminator_weight"] * config["loss"]["discriminator_factor"])
-    fill = lambda module, **more: fill_(module, salt=config["salt"], **more).to(dtype)  # noqa: E731
-    nets = trainer.Networks(torch.device("cpu"), vae=fill(VAE_models[config["vae"]]()),
+    def filled(name, make, **more):
+        if name not in FILLED:
+            FILLED[name] = fill_(make(), salt=config["salt"], **more)
+        return copy.deepcopy(FILLED[name]).to(dtype)
+
+    nets = trainer.Networks(torch.device("cpu"), vae=filled("vae", VAE_models[config["vae"]]),
                             trained=dict.fromkeys(["sit", "vae", "disc"], args.learning_rate))
-    nets.sit = fill(SiT(**config["sit"], learn_pos_embed=True)).train()
-    nets.disc = fill(Discriminator()).train()
-    nets.lpips = fill(LPIPS(), post=lambda name, value: np.abs(value) if name.startswith("lin") else value)
+    nets.sit = filled("sit", lambda: SiT(**config["sit"], learn_pos_embed=True)).train()
+    nets.disc = filled("disc", Discriminator).train()
+    nets.lpips = filled("lpips", LPIPS, post=lambda name, value: np.abs(value) if name.startswith("lin")
+                        else value)
     nets.sit.bn.running_mean.copy_(g["in.latents_bias"].flatten())
     nets.sit.bn.running_var.copy_(g["in.latents_scale"].to(dtype).flatten() ** -2.0)
     nets.ema = copy.deepcopy(nets.sit).eval().requires_grad_(False)

@@ -117,13 +117,15 @@ def test_every_flag_is_read(script, argv):
 
 
 def test_a_foreign_package_named_models_does_not_shadow_ours(tmp_path):
-    """A script as users start it: not without models/__init__.py, a regular package would win."""
+    """As a script in our folder finds them: without models/__init__.py a regular package would win."""
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "__init__.py").write_text("raise ImportError('a stranger')")
-    page = subprocess.run([sys.executable, ROOT / "train_repae_e.py", "--help"], cwd=tmp_path,
-                          capture_output=True, text=True,
+    shutil.copytree(ROOT / "models", tmp_path / "ours" / "models")
+    script = tmp_path / "ours" / "script.py"
+    script.write_text("import models, models.runtime; print(models.__file__)")
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True,
                           env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"})
-    assert page.returncode == 0 and page.stderr == "" and "--data-dir" in page.stdout, page.stderr
+    assert done.stdout == f"{tmp_path}/ours/models/__init__.py\n", done.stderr
 
 
 def test_requirements_name_what_is_imported():

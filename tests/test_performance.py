@@ -189,17 +189,16 @@ def one_process(monkeypatch):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("flags, number", [
-    (["--grad-checkpoint", "--mixed-precision", "bf16"], 10), (["--gradient-accumulation-steps", "2"], 18)])
-def test_every_kind_of_block_is_compiled_once(flags, number, monkeypatch, one_process):
+def test_every_kind_of_block_is_compiled_once(monkeypatch, one_process):
     """Without a graph break, never again after the first step, in DistributedDataParallel, and the step stays
     the same. Traced and differentiated by the compiler; without its code generator, which takes minutes.
 
     A few graphs for the VAE's 9 blocks (by width and resolution), its attention, the ends of its encoder and
-    decoder, and the SiT's 6 blocks (learning, and frozen for the alignment; the first of them sees an input
+    decoder, and the SiT's 4 blocks (learning, and frozen for the alignment; the first of them sees an input
     without gradient). Accumulation runs the VAE with and without a graph.
     """
-    flags = ("--disc-weight", "0", "--batch-size", "2", *flags)
+    flags = ("--disc-weight", "0", "--batch-size", "2", "--gradient-accumulation-steps", "2",
+             "--grad-checkpoint", "--mixed-precision", "bf16")
     monkeypatch.setattr(vae, "LARGE", 16 * 16)
     monkeypatch.setattr(vae, "CHUNK", 16 * 16)
     nets, args = tiny_nets(*flags)
@@ -217,12 +216,12 @@ def test_every_kind_of_block_is_compiled_once(flags, number, monkeypatch, one_pr
     for _ in range(3):
         actual, _ = train.train_step(nets, args, tiny_batch(nets, args))
         counts.append(len(graphs))
-        if len(counts) == 1 and "bf16" not in flags:
-            for name, value in expected.items():
-                assert actual[name].item() == pytest.approx(value.item(), abs=1e-5, rel=1e-5), name
-    assert counts == [number] * 3
+        if len(counts) == 1:
+            for name, value in expected.items():    # in float32, without recomputation, to 1e-5
+                assert actual[name].item() == pytest.approx(value.item(), abs=1e-3, rel=1e-2), name
+    assert counts == [18] * 3
     # the average is not compiled: precision flags of an evaluation would compile it anew
     with torch.no_grad():
         nets.ema(torch.zeros_like(tiny_batch(nets, args).noise), torch.zeros(2),
                  torch.zeros(2, dtype=torch.long))
-    assert len(graphs) == number
+    assert len(graphs) == 18

@@ -3,14 +3,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import processes
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 
 import train_repae_e as train
@@ -256,28 +253,6 @@ def test_a_signal_to_one_of_two_processes_saves_and_ends_both(tmp_path):
     step = int(saved.stem)
     run(tmp_path, "--max-train-steps", str(step + 1))
     assert metrics(folder)[-1]["step"] == step + 1
-
-
-def test_sigterm_to_the_whole_process_group_saves_under_torchrun(tmp_path):
-    """As `timeout`, scancel and systemd send it: torchrun, the processes and their data workers get it."""
-    folder = tmp_path / "demo"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
-               ROOT / "train_repae_e.py", *TINY, "--num-workers", "1", "--checkpointing-steps", "100000",
-               "--max-train-steps", "100000", "--output-dir", tmp_path]
-    with open(tmp_path / "log", "w") as output:
-        group = subprocess.Popen([str(word) for word in command], stdout=output, stderr=output,
-                                 start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    wrapped = SimpleNamespace(exitcode=None)
-    try:
-        processes.wait_for((folder / "metrics.jsonl").exists, [wrapped], tmp_path / "log")
-        os.killpg(group.pid, signal.SIGTERM)
-        group.wait(60)
-    finally:
-        if group.poll() is None:
-            os.killpg(group.pid, signal.SIGKILL)
-    saved, = (folder / "checkpoints").iterdir()
-    text = (tmp_path / "log").read_text()
-    assert f"stopped by SIGTERM: saved {saved}" in text and "DataLoader worker" not in text
 
 
 def test_processes_that_were_started_differently_end_before_the_first_step(tmp_path):
