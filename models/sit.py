@@ -156,9 +156,9 @@ class SiT(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         self.blocks = nn.ModuleList([SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm)
                                      for _ in range(depth)])
-        self.projectors = nn.ModuleList([
-            ConvProjector(hidden_size, z_dim) if projector == "conv" else
-            build_projector(hidden_size, projector_dim, z_dim) for z_dim in z_dims])
+        build = {"mlp": lambda z_dim: build_projector(hidden_size, projector_dim, z_dim),
+                 "conv": lambda z_dim: ConvProjector(hidden_size, z_dim)}[projector]
+        self.projectors = nn.ModuleList([build(z_dim) for z_dim in z_dims])
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
         # No affine part: a learnt scale would let the VAE's latents and the noise level drift apart.
         self.bn = nn.BatchNorm2d(in_channels, eps=1e-4, momentum=bn_momentum, affine=False)

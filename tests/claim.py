@@ -95,6 +95,11 @@ SETTINGS = {
         common=[*SHAPES["common"], "--decoder-noise", "0.3"],
         sit=[*SHAPES["sit"], "--vae-align-proj-coeff", "0.5"], steps=2400,
         recipes=["REPA", "REPA-E", "VAE not aligned", "REPA on the tuned VAE"]),
+    "shapes-trained": SHAPES | dict(    # shapes-tuned, from a VAE that is trained to the end
+        common=[*SHAPES["common"], "--decoder-noise", "0.3"],
+        sit=[*SHAPES["sit"], "--vae-align-proj-coeff", "0.5"], steps=2400,
+        vae_steps=24000, vae_last_steps=6000,
+        recipes=["REPA", "REPA-E", "VAE not aligned", "REPA on the tuned VAE"]),
     "shapes-hog": dict(
         resolution=16, train=6000, test=1500, judge_size=64, common=[*COMMON, "--batch-size", "32"],
         vae=["--reconstruction-weight", "5", "--learning-rate", "1e-3", "--ema-decay", "0.98"],
@@ -478,6 +483,17 @@ def train_recipe(job, name, seed, vae_ckpt):
         job.runner.call(lambda: judge_vae(job, checkpoint(run, setting["steps"]), run / "vae.json"), log)
 
 
+def first_vae(job):
+    """[(run folder, steps, flags)] of the VAE that all begin with. The second part, where there is one, goes
+    on from the first's EMA weights at the recipes' learning rate of the VAE."""
+    setting, runs = job.setting, job.folder / "runs"
+    parts = [(runs / "vae", setting["vae_steps"], [])]
+    if "vae_last_steps" in setting:
+        rate = setting["sit"][setting["sit"].index("--vae-learning-rate") + 1]
+        parts.append((runs / "vae-last", setting["vae_last_steps"], ["--learning-rate", rate]))
+    return parts
+
+
 def experiment(job, args):
     """Everything, in an order in which each part has what it needs; parts that are done are passed over."""
     setting, log, call = job.setting, job.folder / "output.txt", job.runner.call
@@ -493,14 +509,16 @@ def experiment(job, args):
         call(lambda: make_reference(job, held_out), log)
     if args.prepare:
         return
-    vae = job.folder / "runs" / "vae"
-    first = checkpoint(vae, setting["vae_steps"])
-    train(job, "finetune_vae", vae, setting["vae_steps"], [
-        "--ckpt", "none", "--train-encoder", "--data-dir", job.images, "--resolution", setting["resolution"],
-        *setting["common"], *setting["vae"], "--checkpointing-steps", VAE_EVERY])
-    for path in sorted((vae / "checkpoints").glob("*.pt")):
-        if not (out := vae / f"vae-{int(path.stem)}.json").exists():
-            call(lambda: judge_vae(job, path, out), log)
+    first = "none"
+    for vae, steps, flags in first_vae(job):
+        train(job, "finetune_vae", vae, steps, [
+            "--ckpt", first, "--train-encoder", "--data-dir", job.images, "--resolution",
+            setting["resolution"], *setting["common"], *setting["vae"], *flags,
+            "--checkpointing-steps", VAE_EVERY])
+        for path in sorted((vae / "checkpoints").glob("*.pt")):
+            if not (out := vae / f"vae-{int(path.stem)}.json").exists():
+                call(lambda: judge_vae(job, path, out), log)
+        first = checkpoint(vae, steps)
     for seed in args.seeds:
         for name in args.recipes:
             vae_ckpt, tuner = first, RECIPES[name][1]
@@ -518,7 +536,7 @@ def experiment(job, args):
 
 def collect(job):
     """All figures that there are: per recipe and seed the scores by step, and what they were made with."""
-    runs, vae = {}, job.folder / "runs" / "vae"
+    runs, first, before, vae_seconds = {}, {}, 0, 0.0
     for name in RECIPES:
         for seed in range(10):
             run = run_folder(job.folder, name, seed)
@@ -530,11 +548,12 @@ def collect(job):
                     "seconds": seconds, "vae": read_json(run / "vae.json"), "scores": scores}
     with np.load(job.reference, allow_pickle=False) as known:
         floor, top = float(known["floor"]), float(known["agreement"])
-    steps = sorted(int(path.stem[4:]) for path in vae.glob("vae-*.json"))
-    first = {str(step): read_json(vae / f"vae-{step}.json") for step in steps}
-    return {"setting": job.setting, "floor": floor, "agreement": top,
-            "vae": first.get(str(job.setting["vae_steps"])), "vae_by_step": first,
-            "vae_seconds": round(read_json(vae / "done.json")["seconds"], 1), "runs": runs}
+    for vae, steps, _ in first_vae(job):
+        for step in sorted(int(path.stem[4:]) for path in vae.glob("vae-*.json")):
+            first[str(before + step)] = read_json(vae / f"vae-{step}.json")
+        before, vae_seconds = before + steps, vae_seconds + read_json(vae / "done.json")["seconds"]
+    return {"setting": job.setting, "floor": floor, "agreement": top, "vae": first.get(str(before)),
+            "vae_by_step": first, "vae_seconds": round(vae_seconds, 1), "runs": runs}
 
 
 def curve(results, name):
