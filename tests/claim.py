@@ -84,22 +84,18 @@ SHAPES = dict(      # they differ in --decoder-noise, steps and recipes
          "--encoder-depth", "2", "--learning-rate", "2e-3", "--vae-learning-rate", "2e-4",
          "--ema-decay", "0.99"],
     vae_steps=10000, every=400, samples=300, solver_steps=16)
+NOISE = SHAPES | dict(      # a decoder that tolerates errors
+    common=[*SHAPES["common"], "--decoder-noise", "0.3"],
+    recipes=["REPA", "REPA-E", "VAE not aligned", "REPA on the tuned VAE"])
+# a third of the alignment in the VAE's update, and longer
+TUNED = NOISE | dict(sit=[*SHAPES["sit"], "--vae-align-proj-coeff", "0.5"], steps=2400)
 SETTINGS = {
     "shapes": SHAPES | dict(
         steps=800, recipes=["REPA", "REPA-E", "VAE not aligned", "vanilla", "naive end-to-end",
                             "no stop-gradient"]),
-    "shapes-noise": SHAPES | dict(
-        common=[*SHAPES["common"], "--decoder-noise", "0.3"], steps=1200,
-        recipes=["REPA", "REPA-E", "VAE not aligned", "REPA on the tuned VAE"]),
-    "shapes-tuned": SHAPES | dict(      # shapes-noise, longer, a third of the alignment in the VAE's update
-        common=[*SHAPES["common"], "--decoder-noise", "0.3"],
-        sit=[*SHAPES["sit"], "--vae-align-proj-coeff", "0.5"], steps=2400,
-        recipes=["REPA", "REPA-E", "VAE not aligned", "REPA on the tuned VAE"]),
-    "shapes-trained": SHAPES | dict(    # shapes-tuned, from a VAE that is trained to the end
-        common=[*SHAPES["common"], "--decoder-noise", "0.3"],
-        sit=[*SHAPES["sit"], "--vae-align-proj-coeff", "0.5"], steps=2400,
-        vae_steps=24000, vae_last_steps=6000,
-        recipes=["REPA", "REPA-E", "VAE not aligned", "REPA on the tuned VAE"]),
+    "shapes-noise": NOISE | dict(steps=1200),
+    "shapes-tuned": TUNED,
+    "shapes-trained": TUNED | dict(vae_steps=24000, vae_last_steps=6000),   # its VAE is trained to the end
     "shapes-hog": dict(
         resolution=16, train=6000, test=1500, judge_size=64, common=[*COMMON, "--batch-size", "32"],
         vae=["--reconstruction-weight", "5", "--learning-rate", "1e-3", "--ema-decay", "0.98"],
