@@ -16,7 +16,8 @@ from models.runtime import files
 
 TABLES = {"shapes": (claim.latents, claim.table, claim.claims),
           "shapes-noise": (claim.latents, claim.table),
-          "shapes-tuned": (claim.latents, claim.table, claim.claims),
+          "shapes-tuned": (claim.table,),
+          "shapes-trained": (claim.latents, claim.table, claim.claims),
           "shapes-hog": (claim.table,), "cifar10": (claim.table,)}
 
 
