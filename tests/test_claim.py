@@ -106,7 +106,7 @@ def test_a_run_that_fails_or_outlives_the_budget_ends_the_experiment(tmp_path):
 
 
 def test_a_run_whose_training_is_not_through_is_left_out_of_the_results(tmp_path):
-    setting = claim.SETTINGS["shapes"]
+    setting = claim.SETTINGS["shapes-trained"]
     np.savez(tmp_path / "reference.npz", floor=1.0, agreement=0.5)
     for seed, done in ((0, True), (1, False)):
         run = claim.run_folder(tmp_path, "REPA", seed)
@@ -114,7 +114,12 @@ def test_a_run_whose_training_is_not_through_is_left_out_of_the_results(tmp_path
         files.save_json({"distance": 2.0, "agreement": 0.25}, run / f"score-{setting['every']}.json")
         if done:
             files.save_json({"seconds": 3.0}, run / "done.json")
-    (tmp_path / "runs" / "vae").mkdir()
-    files.save_json({"seconds": 4.0}, tmp_path / "runs" / "vae" / "done.json")
+    for part, step in (("vae", 24000), ("vae-last", 6000)):     # this setting's VAE is trained in two parts
+        (tmp_path / "runs" / part).mkdir()
+        files.save_json({"seconds": 4.0}, tmp_path / "runs" / part / "done.json")
+        files.save_json({"rfid": float(step)}, tmp_path / "runs" / part / f"vae-{step}.json")
     job = SimpleNamespace(folder=tmp_path, setting=setting, reference=tmp_path / "reference.npz")
-    assert list(claim.collect(job)["runs"]["REPA"]) == ["0"]
+    found = claim.collect(job)
+    assert list(found["runs"]["REPA"]) == ["0"]
+    assert list(found["vae_by_step"]) == ["24000", "30000"] and found["vae_seconds"] == 8
+    assert found["vae"] == {"rfid": 6000}
