@@ -54,26 +54,23 @@ from models.vae import AutoencoderKL, VAE_models
 
 FROZEN, NAIVE = ["--freeze-vae"], ["--diffusion-to-vae", "--proj-coeff", "0", "--vae-align-proj-coeff", "0"]
 VANILLA = [*FROZEN, "--proj-coeff", "0"]
-# The control: in REPA-E the VAE also gets more steps of reconstruction than a frozen one. Here it gets those,
-# and no alignment: what REPA-E has on top of this is what alignment of the VAE brings.
-UNALIGNED = ["--vae-align-proj-coeff", "0"]
 # name: (flags, name of the recipe whose VAE is frozen; None: the VAE that all begin with, frozen or not)
 RECIPES = {
     "vanilla": (VANILLA, None),
     "REPA": (FROZEN, None),
     "REPA-E": ([], None),
-    "VAE not aligned": (UNALIGNED, None),
+    # The control: in REPA-E the VAE also gets more steps of reconstruction than a frozen one. Here it gets
+    # those, and no alignment: what REPA-E has on top of this is what alignment of the VAE brings.
+    "VAE not aligned": (["--vae-align-proj-coeff", "0"], None),
     "naive end-to-end": (NAIVE, None),
     "no stop-gradient": (["--diffusion-to-vae"], None),
     "REPA on the tuned VAE": (FROZEN, "REPA-E"),
     "vanilla on the tuned VAE": (VANILLA, "REPA-E"),
     "REPA on the VAE not aligned": (FROZEN, "VAE not aligned"),
-    "not aligned without batch norm": ([*UNALIGNED, "--fixed-latents-stats"], None),
 }
 COLOURS = {"vanilla": "#888888", "REPA": "#1f77b4", "REPA-E": "#d62728", "VAE not aligned": "#ff9896",
            "naive end-to-end": "#9467bd", "no stop-gradient": "#8c564b", "REPA on the tuned VAE": "#2ca02c",
-           "vanilla on the tuned VAE": "#bcbd22", "REPA on the VAE not aligned": "#98df8a",
-           "not aligned without batch norm": "#17becf"}
+           "vanilla on the tuned VAE": "#bcbd22", "REPA on the VAE not aligned": "#98df8a"}
 
 VAE_EVERY = 2000    # steps between the checkpoints of the first VAE, whose figures tell whether it is trained
 COMMON = ["--vae", "f4d16", "--perceptual-weight", "0", "--disc-weight", "0", "--num-workers", "0",
@@ -89,15 +86,15 @@ SHAPES = dict(      # they differ in --decoder-noise, steps and recipes
 NOISE = SHAPES | dict(      # a decoder that tolerates errors
     common=[*SHAPES["common"], "--decoder-noise", "0.3"],
     recipes=["REPA", "REPA-E", "VAE not aligned", "REPA on the tuned VAE"])
-# a third of the alignment in the VAE's update, and longer
-TUNED = NOISE | dict(sit=[*SHAPES["sit"], "--vae-align-proj-coeff", "0.5"], steps=2400)
 SETTINGS = {
     "shapes": SHAPES | dict(
         steps=800, recipes=["REPA", "REPA-E", "VAE not aligned", "vanilla", "naive end-to-end",
                             "no stop-gradient"]),
     "shapes-noise": NOISE | dict(steps=1200),
-    "shapes-tuned": TUNED,
-    "shapes-trained": TUNED | dict(vae_steps=24000, vae_last_steps=6000),   # its VAE is trained to the end
+    # from a VAE that is trained to the end, with a third of the alignment in its update; --steps 6400 as well
+    "shapes-trained": NOISE | dict(
+        sit=[*SHAPES["sit"], "--vae-align-proj-coeff", "0.5"], vae_steps=24000, vae_last_steps=6000,
+        steps=2400, last_samples=1200),
     "shapes-hog": dict(
         resolution=16, train=6000, test=1500, judge_size=64, common=[*COMMON, "--batch-size", "32"],
         vae=["--reconstruction-weight", "5", "--learning-rate", "1e-3", "--ema-decay", "0.98"],
@@ -458,7 +455,6 @@ def train(job, script, run, steps, argv):
 def train_recipe(job, name, seed, vae_ckpt):
     """Trains a recipe with a seed and judges its checkpoints; all but the last one is then removed."""
     setting, flags, run = job.setting, RECIPES[name][0], run_folder(job.folder, name, seed)
-    log = run / "output.txt"
     caching = []
     if setting["resolution"] > 16 and FROZEN[0] in flags:       # encoding 16-pixel shapes costs nothing
         caching = ["--latent-cache", vae_ckpt.parent / "latents"]
@@ -468,17 +464,25 @@ def train_recipe(job, name, seed, vae_ckpt):
         *setting["common"], *setting["sit"], *target, *flags, *caching, "--vae-ckpt", vae_ckpt,
         "--disc-ckpt", "none", "--seed", seed, "--checkpointing-steps", setting["every"]])
     for step in checkpoint_steps(setting):
-        score, npz = run / f"score-{step}.json", run / "samples" / f"{step}.npz"
-        if not score.exists():
-            job.runner.script("sample_ddp", [
-                "--ckpt", checkpoint(run, step), "--npz", npz, "--mode", "ode", "--label-sampling", "equal",
-                "--num-steps", setting["solver_steps"], "--num-fid-samples", setting["samples"]], log)
-            job.runner.call(lambda: judge_samples(job, npz, score), log)
+        score(job, run, step, str(step), setting["samples"])
         if step < setting["steps"]:
             checkpoint(run, step).unlink(missing_ok=True)
-            npz.unlink(missing_ok=True)
+            (run / "samples" / f"{step}.npz").unlink(missing_ok=True)
+    if "last_samples" in setting:
+        score(job, run, setting["steps"], "last", setting["last_samples"])
     if "--freeze-vae" not in flags and not (run / "vae.json").exists():
-        job.runner.call(lambda: judge_vae(job, checkpoint(run, setting["steps"]), run / "vae.json"), log)
+        last = checkpoint(run, setting["steps"])
+        job.runner.call(lambda: judge_vae(job, last, run / "vae.json"), run / "output.txt")
+
+
+def score(job, run, step, name, samples):
+    """Samples the checkpoint of `step` and judges the samples, into score-NAME.json, unless there is one."""
+    out, npz, log = run / f"score-{name}.json", run / "samples" / f"{name}.npz", run / "output.txt"
+    if not out.exists():
+        job.runner.script("sample_ddp", [
+            "--ckpt", checkpoint(run, step), "--npz", npz, "--mode", "ode", "--label-sampling", "equal",
+            "--num-steps", job.setting["solver_steps"], "--num-fid-samples", samples], log)
+        job.runner.call(lambda: judge_samples(job, npz, out), log)
 
 
 def first_vae(job):
@@ -544,6 +548,8 @@ def collect(job):
                 seconds = round(read_json(run / "done.json")["seconds"], 1)
                 runs.setdefault(name, {})[str(seed)] = {
                     "seconds": seconds, "vae": read_json(run / "vae.json"), "scores": scores}
+                if last := read_json(run / "score-last.json"):
+                    runs[name][str(seed)]["last"] = last
     with np.load(job.reference, allow_pickle=False) as known:
         floor, top = float(known["floor"]), float(known["agreement"])
     for vae, steps, _ in first_vae(job):
@@ -604,22 +610,26 @@ def latents(results):
 def table(results):
     """The samples' scores, a table in Markdown: means (least to most) over the seeds."""
     steps = [str(step) for step in checkpoint_steps(results["setting"])]
-    steps, last = steps[-4:-1], steps[-1]
-    lines = ["| recipe | seeds | " + " | ".join(f"step {step}" for step in steps)
-             + f" | distance at step {last} | label agreement | core seconds a step |",
-             "|---" * (5 + len(steps)) + "|"]
+    apart = math.ceil(len(steps) / 4)
+    *steps, last = steps[(len(steps) - 1) % apart::apart]
+    more = [f"of {n} samples"] if (n := results["setting"].get("last_samples")) else []
+    lines = ["| " + " | ".join(["recipe", "seeds", *(f"step {step}" for step in steps),
+                                f"distance at step {last}", *more, "label agreement", "core seconds a step"])
+             + " |",
+             "|---" * (5 + len(steps) + len(more)) + "|"]
     for name, seeds in results["runs"].items():
-        runs = [run for run in seeds.values() if last in run["scores"]]
+        runs = [run for run in seeds.values() if last in run["scores"] and ("last" in run or not more)]
         if runs:
             before = [[run["scores"][step]["distance"] for run in runs] for step in steps]
             lines.append("| " + " | ".join([
                 name, str(len(runs)), *(f"{sum(x) / len(x):.0f}" for x in before),
                 spread([run["scores"][last]["distance"] for run in runs]),
+                *(spread([run["last"]["distance"] for run in runs]) for _ in more),
                 spread([100 * run["scores"][last]["agreement"] for run in runs]) + " %",
                 spread([run["seconds"] / int(last) for run in runs], 2)]) + " |")
     floor, agreement = f"{results['floor']:.1f}", f"{100 * results['agreement']:.1f} %"
-    lines.append("| " + " | ".join(["other held-out images", *[""] * (1 + len(steps)), floor, agreement, ""])
-                 + " |")
+    row = ["other held-out images", *[""] * (1 + len(steps)), floor, *[""] * len(more), agreement, ""]
+    lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
 
 
